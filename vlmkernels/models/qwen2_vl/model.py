@@ -1,0 +1,212 @@
+"""Qwen2-VL: vision tower, language model, and the splice of one into the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlmkernels.models.cache import KVCache
+from vlmkernels.models.packing import Packing, make_packing
+
+from .config import Qwen2VLConfig
+from .language import Qwen2VLLanguage, next_token_loss
+from .positions import mrope_position_ids
+from .vision import Qwen2VLVision
+
+
+@dataclass
+class Qwen2VLOutput:
+    """logits (batch, seqlen, vocab_size), zeros on padding; loss () when labels were given."""
+
+    logits: Tensor
+    loss: Tensor | None = None
+
+
+class Qwen2VL(nn.Module):
+    """Qwen2-VL (arXiv 2409.12191) with the published parameter names and transformers' keywords.
+
+    `model(input_ids, pixel_values=..., image_grid_thw=..., labels=...)` returns `.logits` and
+    `.loss`. All images of a batch go through the vision tower as one run of patches, all rows
+    through the language model as one run of tokens: padding never reaches a kernel.
+    """
+
+    def __init__(self, config: Qwen2VLConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual = Qwen2VLVision(config.vision)
+        self.model = Qwen2VLLanguage(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embed_tokens.weight.dtype
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        logits_to_keep: int = 0,
+    ) -> Qwen2VLOutput:
+        """Logits of every token and, with labels, the loss.
+
+        Args:
+            input_ids: (batch, seqlen) int64; or `inputs_embeds` (batch, seqlen, hidden_size).
+            attention_mask: (batch, seqlen), 0 on padding, on either side.
+            position_ids: None for the published rule, (batch, seqlen), (3, batch, seqlen), or
+                (4, batch, seqlen) whose first row is the running index of the token: where it
+                does not go up by one a new document starts, and attention stays inside it.
+            labels: (batch, seqlen), shifted here; -100 does not count. A token is never
+                predicted from padding.
+            pixel_values, image_grid_thw: patch rows of all images, (num_images, 3) grids; the
+                same for videos. The placeholders in `input_ids` must be as many as the rows.
+            mm_token_type_ids: accepted and not needed; `input_ids` say it.
+            num_items_in_batch: divides the summed loss instead of the number of labels.
+            logits_to_keep: compute logits of the last so many columns only; 0 for all.
+
+        Raises:
+            ValueError: naming the argument, what was expected and what came.
+        """
+        x = self.embed(
+            input_ids, inputs_embeds, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw
+        )
+        if position_ids is None:
+            position_ids, _ = self.positions(x, input_ids, attention_mask, image_grid_thw, video_grid_thw)
+        position_ids, text_positions = _split_positions(position_ids, x)
+        packing = make_packing(x.shape[0], x.shape[1], x.device, attention_mask, text_positions)
+        h = self.hidden_states(x, position_ids, packing)
+        if labels is not None and logits_to_keep == 0:
+            logits = self.head(h)
+            loss = next_token_loss(logits, packing.pack(_shift(labels)), num_items_in_batch)
+            return Qwen2VLOutput(packing.unpack(logits), loss)
+        if labels is not None:
+            raise ValueError("logits_to_keep: expected 0 with labels, since the loss needs them all")
+        if logits_to_keep:
+            return Qwen2VLOutput(self.head(packing.unpack(h)[:, -logits_to_keep:]))
+        return Qwen2VLOutput(packing.unpack(self.head(h)))
+
+    def hidden_states(
+        self, x: Tensor, position_ids: Tensor, packing: Packing, cache: KVCache | None = None
+    ) -> Tensor:
+        """(batch, seqlen, hidden_size), (3, batch, seqlen) -> packed (num_tokens, hidden_size)."""
+        positions = packing.pack(position_ids.permute(1, 2, 0)).T.contiguous()
+        h: Tensor = self.model(
+            packing.pack(x), positions, packing.cu_seqlens, packing.max_seqlen, cache
+        )
+        return h
+
+    def head(self, h: Tensor) -> Tensor:
+        """(..., hidden_size) -> (..., vocab_size), with the embedding's weight when they are tied."""
+        tied = self.config.tie_word_embeddings
+        return F.linear(h, self.model.embed_tokens.weight if tied else self.lm_head.weight)
+
+    def embed(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        pixel_values: Tensor | None,
+        image_grid_thw: Tensor | None,
+        pixel_values_videos: Tensor | None,
+        video_grid_thw: Tensor | None,
+    ) -> Tensor:
+        """Token embeddings (batch, seqlen, hidden_size) with images and videos in their places."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids: expected exactly one of input_ids and inputs_embeds")
+        if input_ids is None:
+            assert inputs_embeds is not None
+            if pixel_values is not None or pixel_values_videos is not None:
+                raise ValueError("input_ids: expected with pixel_values, got inputs_embeds")
+            return inputs_embeds
+        if input_ids.ndim != 2 or input_ids.numel() == 0:
+            raise ValueError(f"input_ids: expected shape (batch, seqlen), got {tuple(input_ids.shape)}")
+        x: Tensor = self.model.embed_tokens(input_ids)
+        for name, token_id, pixels, grid_thw in (
+            ("image", self.config.image_token_id, pixel_values, image_grid_thw),
+            ("video", self.config.video_token_id, pixel_values_videos, video_grid_thw),
+        ):
+            if (pixels is None) != (grid_thw is None):
+                raise ValueError(f"{name}_grid_thw: expected together with the pixel values")
+            here = input_ids == token_id
+            if pixels is not None:
+                x = _splice(name, x, here, self.visual(pixels, grid_thw))
+            elif not here.is_cuda and here.any():  # on a GPU this would stall every text batch
+                raise ValueError(f"pixel values: expected for {int(here.sum())} {name} tokens, got None")
+        return x
+
+    def positions(
+        self,
+        x: Tensor,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        image_grid_thw: Tensor | None,
+        video_grid_thw: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """position_ids (3, batch, seqlen) and rope_deltas (batch,) by the published rule."""
+        if input_ids is None:  # text only: no placeholder can be found in embeddings
+            input_ids = torch.full(x.shape[:2], -1, device=x.device)
+        return mrope_position_ids(
+            input_ids,
+            image_token_id=self.config.image_token_id,
+            video_token_id=self.config.video_token_id,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            attention_mask=attention_mask,
+            merge_size=self.config.vision.spatial_merge_size,
+        )
+
+    def gradient_checkpointing_enable(self, enable: bool = True) -> None:
+        """Keep only each layer's inputs for the backward pass and compute the rest again there."""
+        self.visual.gradient_checkpointing = self.model.gradient_checkpointing = enable
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Matrices N(0, initializer_range), biases 0, norm weights 1."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=self.config.initializer_range)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+def _splice(name: str, x: Tensor, here: Tensor, rows: Tensor) -> Tensor:
+    """x with the embeddings where `here` (batch, seqlen) replaced by `rows` (num_tokens, hidden)."""
+    num_tokens = int(here.sum())
+    if num_tokens != len(rows):
+        raise ValueError(
+            f"input_ids: expected {len(rows)} {name} tokens (the merged patches), got {num_tokens}"
+        )
+    return x.masked_scatter(here.unsqueeze(-1), rows.to(x.dtype))
+
+
+def _split_positions(position_ids: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(3, batch, seqlen) positions, and the running indices when there are four rows."""
+    if position_ids.ndim == 2:
+        position_ids = position_ids.expand(3, -1, -1)
+    if position_ids.ndim != 3 or len(position_ids) not in (3, 4) or position_ids.shape[1:] != x.shape[:2]:
+        raise ValueError(
+            f"position_ids: expected shape (3, {x.shape[0]}, {x.shape[1]}), also with 4 rows or "
+            f"without the 3, got {tuple(position_ids.shape)}"
+        )
+    return position_ids[-3:], position_ids[0] if len(position_ids) == 4 else None
+
+
+def _shift(labels: Tensor) -> Tensor:
+    """Each place gets the label of the next one, the last -100."""
+    return F.pad(labels[:, 1:], (0, 1), value=-100)
