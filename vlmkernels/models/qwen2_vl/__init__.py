@@ -4,6 +4,7 @@ from .config import Qwen2VLConfig, Qwen2VLVisionConfig
 from .language import Qwen2VLLanguage
 from .model import Qwen2VL, Qwen2VLOutput
 from .positions import mrope_position_ids
+from .processor import Qwen2VLProcessor
 from .projector import PatchMerger
 from .vision import Qwen2VLVision
 
@@ -13,6 +14,7 @@ __all__ = [
     "Qwen2VLConfig",
     "Qwen2VLLanguage",
     "Qwen2VLOutput",
+    "Qwen2VLProcessor",
     "Qwen2VLVision",
     "Qwen2VLVisionConfig",
     "mrope_position_ids",

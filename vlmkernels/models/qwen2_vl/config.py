@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 Json = dict[str, Any]
 
@@ -130,7 +130,7 @@ class Qwen2VLConfig:
         return self.hidden_size // self.num_attention_heads
 
     @classmethod
-    def preset(cls, name: str) -> Self:
+    def preset(cls, name: str) -> Qwen2VLConfig:
         """A published size: "2B", "7B" or "72B"."""
         if name not in PRESETS:
             raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {name!r}")
@@ -138,7 +138,7 @@ class Qwen2VLConfig:
         return cls(**fields, vision=Qwen2VLVisionConfig(hidden_size=fields["hidden_size"]))
 
     @classmethod
-    def from_dict(cls, raw: Json) -> Self:
+    def from_dict(cls, raw: Json) -> Qwen2VLConfig:
         """From a config.json, flat (as published) or with a nested `text_config` (newer files).
 
         Published files are sparse, `vision_config` most of all; what is absent takes the

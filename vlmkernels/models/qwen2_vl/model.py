@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlmkernels.models import checkpoint
 from vlmkernels.models.cache import KVCache
+from vlmkernels.models.checkpoint import Json
+from vlmkernels.models.generation import DecodeState, Sampling, generate_steps, make_generator
 from vlmkernels.models.packing import Packing, make_packing
 
 from .config import Qwen2VLConfig
 from .language import Qwen2VLLanguage, next_token_loss
 from .positions import mrope_position_ids
 from .vision import Qwen2VLVision
+from .weights import TIED, published_name
 
 
 @dataclass
@@ -36,6 +43,7 @@ class Qwen2VL(nn.Module):
     def __init__(self, config: Qwen2VLConfig) -> None:
         super().__init__()
         self.config = config
+        self.generation_config: Json = {}
         self.visual = Qwen2VLVision(config.vision)
         self.model = Qwen2VLLanguage(config)
         if not config.tie_word_embeddings:
@@ -84,25 +92,155 @@ class Qwen2VL(nn.Module):
         Raises:
             ValueError: naming the argument, what was expected and what came.
         """
-        x = self.embed(
+        x = self._embed(
             input_ids, inputs_embeds, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw
         )
         if position_ids is None:
-            position_ids, _ = self.positions(x, input_ids, attention_mask, image_grid_thw, video_grid_thw)
+            position_ids, _ = self._positions(x, input_ids, attention_mask, image_grid_thw, video_grid_thw)
         position_ids, text_positions = _split_positions(position_ids, x)
         packing = make_packing(x.shape[0], x.shape[1], x.device, attention_mask, text_positions)
-        h = self.hidden_states(x, position_ids, packing)
+        h = self._hidden_states(x, position_ids, packing)
         if labels is not None and logits_to_keep == 0:
-            logits = self.head(h)
+            logits = self._head(h)
             loss = next_token_loss(logits, packing.pack(_shift(labels)), num_items_in_batch)
             return Qwen2VLOutput(packing.unpack(logits), loss)
         if labels is not None:
             raise ValueError("logits_to_keep: expected 0 with labels, since the loss needs them all")
         if logits_to_keep:
-            return Qwen2VLOutput(self.head(packing.unpack(h)[:, -logits_to_keep:]))
-        return Qwen2VLOutput(packing.unpack(self.head(h)))
+            return Qwen2VLOutput(self._head(packing.unpack(h)[:, -logits_to_keep:]))
+        return Qwen2VLOutput(packing.unpack(self._head(h)))
 
-    def hidden_states(
+    def generate_steps(
+        self,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        **inputs: Any,
+    ) -> Iterator[Tensor]:
+        """The new tokens, one (batch,) tensor per step; arguments as of `generate`."""
+        eos = self._eos_token_ids(eos_token_id)
+        if pad_token_id is None:
+            pad_token_id = self.generation_config.get("pad_token_id", self.config.pad_token_id)
+        return generate_steps(
+            self,
+            inputs,
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_k, top_p),
+            eos_token_ids=eos,
+            pad_token_id=pad_token_id if pad_token_id is not None else (eos[0] if eos else 0),
+            generator=generator or make_generator(seed, self.device),
+        )
+
+    def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
+        """Prompt and new tokens, (batch, seqlen + num_new) int64, as transformers returns them.
+
+        Args:
+            input_ids, attention_mask, pixel_values, ...: as of `forward`. Rows may be padded on
+                either side; the new tokens are appended to the padded row.
+            max_new_tokens: at most so many (128); fewer when every row has ended.
+            temperature, top_k, top_p: greedy at temperature 0, the default.
+            seed, generator: make sampling repeatable.
+            eos_token_id: one or several; the checkpoint's by default. () for none.
+            pad_token_id: what a row gets after its end; the checkpoint's by default.
+        """
+        steps = list(self.generate_steps(input_ids=input_ids, **options))
+        return torch.cat([input_ids, torch.stack(steps, dim=1)], dim=1)
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        max_new_tokens: int,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+    ) -> tuple[Tensor, DecodeState]:
+        """Logits (batch, vocab_size) of the token after each prompt, and room for the answer."""
+        x = self._embed(
+            input_ids, inputs_embeds, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw
+        )
+        if position_ids is None:
+            position_ids, _ = self._positions(x, input_ids, attention_mask, image_grid_thw, video_grid_thw)
+        position_ids, _ = _split_positions(position_ids, x)
+        packing = make_packing(x.shape[0], x.shape[1], x.device, attention_mask)
+        lengths = packing.cu_seqlens.diff()
+        if not bool(lengths.all()):
+            raise ValueError("attention_mask: expected a token in every row, got a row of padding")
+        cache = KVCache(
+            *(self.config.num_hidden_layers, x.shape[0], packing.max_seqlen + max_new_tokens),
+            *(self.config.num_heads_k, self.config.head_dim),
+            dtype=x.dtype,
+            device=x.device,
+        )
+        cache.start(packing)
+        h = self._hidden_states(x, position_ids, packing, cache)
+        if attention_mask is not None:
+            position_ids = position_ids.masked_fill(attention_mask == 0, 0)
+        state = DecodeState(cache, position_ids.amax(dim=(0, 2)) + 1)
+        return self._head(h[packing.cu_seqlens[1:] - 1]), state
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:
+        """One more token (batch,) of every row -> logits (batch, vocab_size) of the next."""
+        packing = make_packing(len(tokens), 1, tokens.device)
+        state.cache.advance()
+        position_ids = state.next_positions.expand(3, -1).contiguous()
+        x = self.model.embed_tokens(tokens)
+        h = self.model(x, position_ids, packing.cu_seqlens, packing.max_seqlen, state.cache)
+        state.next_positions = state.next_positions + 1
+        return self._head(h)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Qwen2VL:
+        """From a checkpoint directory as published; see `vlmkernels.models.load`."""
+        path = Path(path)
+        config = Qwen2VLConfig.from_dict(checkpoint.read_json(path / checkpoint.CONFIG))
+        with torch.device("meta"):
+            model = cls(config)
+        tied = TIED if config.tie_word_embeddings else None
+        checkpoint.load_weights(
+            model, path, rename=published_name, tied=tied, dtype=dtype, device=device
+        )
+        if (path / checkpoint.GENERATION_CONFIG).is_file():
+            model.generation_config = checkpoint.read_json(path / checkpoint.GENERATION_CONFIG)
+        return model.eval()
+
+    def save_pretrained(self, path: str | Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
+        """Write config.json, generation_config.json and safetensors, in the published layout."""
+        config = self.config.to_dict()
+        config["dtype" if "dtype" in config else "torch_dtype"] = str(self.dtype).split(".")[-1]
+        generation = self.generation_config or {"eos_token_id": self.config.eos_token_id}
+        configs = {checkpoint.CONFIG: config, checkpoint.GENERATION_CONFIG: generation}
+        checkpoint.save_checkpoint(
+            path, self.state_dict(), configs, max_shard_bytes=max_shard_bytes
+        )
+
+    def _eos_token_ids(self, eos_token_id: int | Sequence[int] | None) -> list[int]:
+        if eos_token_id is None:
+            eos_token_id = self.generation_config.get("eos_token_id", self.config.eos_token_id)
+        if eos_token_id is None:
+            return []
+        return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+
+    def _hidden_states(
         self, x: Tensor, position_ids: Tensor, packing: Packing, cache: KVCache | None = None
     ) -> Tensor:
         """(batch, seqlen, hidden_size), (3, batch, seqlen) -> packed (num_tokens, hidden_size)."""
@@ -112,12 +250,12 @@ class Qwen2VL(nn.Module):
         )
         return h
 
-    def head(self, h: Tensor) -> Tensor:
+    def _head(self, h: Tensor) -> Tensor:
         """(..., hidden_size) -> (..., vocab_size), with the embedding's weight when they are tied."""
         tied = self.config.tie_word_embeddings
         return F.linear(h, self.model.embed_tokens.weight if tied else self.lm_head.weight)
 
-    def embed(
+    def _embed(
         self,
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
@@ -150,7 +288,7 @@ class Qwen2VL(nn.Module):
                 raise ValueError(f"pixel values: expected for {int(here.sum())} {name} tokens, got None")
         return x
 
-    def positions(
+    def _positions(
         self,
         x: Tensor,
         input_ids: Tensor | None,
