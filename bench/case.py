@@ -9,8 +9,9 @@ from typing import Any
 class Case:
     """One line of the bench table.
 
-    variants: name -> function without arguments, whose results must agree; "vlmkernels" is ours and "eager" the plain
-    PyTorch code that it replaces. bytes: what must be read and written at least. flops: multiply and add count as two.
+    variants: name -> function without arguments, whose results must agree; "vlmkernels" is ours and
+    "eager" the plain PyTorch code that it replaces. bytes: what must be read and written at least.
+    flops: multiply and add count as two.
     """
 
     op: str
