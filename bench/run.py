@@ -1,4 +1,4 @@
-"""Runs the benches: `python -m bench.run [op ...]`. Ratios to eager PyTorch come first, from one interleaved run."""
+"""Runs the benches: `python -m bench.run [op ...]`, all variants of a case interleaved in one run."""
 
 import argparse
 import importlib
@@ -49,10 +49,10 @@ def all_cases(rooms: list[str], device: str, dtypes: list[torch.dtype]) -> Itera
 
 def table(rows: list[dict[str, Any]], title: str) -> Table:
     view = Table(title=title)
-    for column in ("op", "shape", "dtype", "dir", "us", "GFLOP/s", "GB/s", "x eager"):
-        view.add_column(
-            column, justify="left" if column in ("op", "shape", "dtype", "dir") else "right"
-        )
+    for column in ("op", "shape", "dtype", "dir"):
+        view.add_column(column)
+    for column in ("us", "GFLOP/s", "GB/s", "x eager"):
+        view.add_column(column, justify="right")
     for row in rows:
         view.add_row(
             row["op"],

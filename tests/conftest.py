@@ -1,4 +1,4 @@
-"""Fixtures of all tests. `backend` runs an op test on each way that an op can run on this machine."""
+"""Fixtures of all tests. `backend` runs an op test in each way that an op can run here."""
 
 import os
 from collections.abc import Iterator
@@ -37,9 +37,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         yield Backend("cpu", "cpu", (torch.float32, *half))
     elif not has_emulated_core():
         if EMULATION_REQUIRED:
-            pytest.fail(
-                "CI must run the CUDA kernels emulated, but this build has no emulated core"
-            )
+            pytest.fail("CI must emulate the CUDA kernels, but this build has no emulated core")
         pytest.skip("no emulated core in this build (make emulated)")
     else:
         with emulate():

@@ -1,7 +1,7 @@
 """The compiled core: which binary the ops call, and what it was built with.
 
-`C` is `vlmkernels._C`, or `vlmkernels._C_emulated` while emulating: the same CUDA objects linked to an
-emulated CUDA runtime, so that CPU tensors run through the CUDA kernels. `VLMKERNELS_EMULATE=1`
+`C` is `vlmkernels._C`, or `vlmkernels._C_emulated` while emulating: the same CUDA objects linked to
+an emulated CUDA runtime, so that CPU tensors run through the CUDA kernels. `VLMKERNELS_EMULATE=1`
 emulates from the start; `emulate()` does for a while.
 """
 

@@ -1,6 +1,6 @@
 """How an op meets PyTorch: one call of `define` in each room.
 
-The dispatcher knows every op (torch.compile, export, opcheck, subclasses, autocast); a call with plain tensors
+The dispatcher knows every op (torch.compile, export, opcheck, subclasses); a call with plain tensors
 outside of any of these goes straight to the kernel, which saves several microseconds.
 """
 
@@ -122,7 +122,7 @@ def _requires_grad(args: Sequence[Any]) -> bool:
 def reference_gradients(
     reference: Callable[..., Any], inputs: Sequence[Any], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """Gradients of reference(*inputs) by autograd: for devices and dtypes that have no backward kernel.
+    """Gradients of reference(*inputs) by autograd, where there is no backward kernel.
 
     Returns one gradient (or None) for each input.
     """
@@ -149,7 +149,7 @@ def reference_gradients(
 
 @contextlib.contextmanager
 def reference_ops() -> Iterator[None]:
-    """Within the context every op runs as its plain PyTorch reference (for comparison and debugging)."""
+    """Within the context every op runs as its plain PyTorch reference."""
     global _references_only
     before, _references_only = _references_only, True
     try:

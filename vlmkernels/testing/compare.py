@@ -18,7 +18,7 @@ def max_error(x: Tensor, exact: Tensor) -> float:
 def assert_as_accurate(
     name: str, got: Tensor, same_dtype: Tensor, exact: Tensor, *, factor: float = 2.0
 ) -> None:
-    """Asserts max|got - exact| <= factor * max|same_dtype - exact| + one rounding of the largest value.
+    """Asserts max|got - exact| <= factor * max|same_dtype - exact| + one rounding of max|exact|.
 
     got: the kernel's result. same_dtype: plain PyTorch's in the same dtype. exact: float64 (or
     float32 for 16-bit dtypes) from the same inputs. The rule is flash-attention's.

@@ -1,4 +1,4 @@
-"""Interleaved timing: variants take turns in one run, so that a slow minute of the machine hits all of them."""
+"""Interleaved timing: variants take turns, so that a slow minute of the machine hits all alike."""
 
 import statistics
 import time
@@ -23,7 +23,7 @@ def time_interleaved(
 ) -> dict[str, Timing]:
     """Times each variant `rounds` times, in turn; the first call of each is not counted.
 
-    A round repeats a variant until min_time seconds have passed. On a GPU each round is timed by CUDA events.
+    A round repeats a variant for min_time seconds. With a GPU, CUDA events time each round.
     """
     repeats = {}
     for name, run in variants.items():
@@ -44,7 +44,7 @@ def _seconds(run: Callable[[], Any], repeats: int) -> float:
             run()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3 / repeats
+        return float(start.elapsed_time(end)) / 1e3 / repeats
     begin = time.perf_counter()
     for _ in range(repeats):
         run()
