@@ -1,0 +1,41 @@
+// The Python module: what was built, and the functions of every room.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "binding/device.h"
+#include "binding/tensor.h"
+#include "common/isa.h"
+
+#ifdef VLMKERNELS_WITH_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+namespace vlmkernels {
+
+static py::dict build_info() {
+    py::dict info;
+#ifdef VLMKERNELS_WITH_CUDA
+    info["cuda"] = CUDART_VERSION / 1000 * 100 + CUDART_VERSION % 1000 / 10;  // 1300: 13.0
+#else
+    info["cuda"] = 0;
+#endif
+    info["cuda_archs"] = VLMKERNELS_CUDA_ARCHS;
+    info["compilers"] = VLMKERNELS_COMPILERS;
+    info["cpu"] = dispatch_isa([]<class Isa>() { return Isa::kName; });
+#ifdef VLMKERNELS_EMULATED
+    info["emulated"] = true;
+#else
+    info["emulated"] = false;
+#endif
+    return info;
+}
+
+static void define(py::module_& m) {
+    m.def("register_tensor_types", &register_tensor_types);
+    m.def("build_info", &build_info);
+    for (Binding* binding = Binding::first; binding; binding = binding->next) binding->define(m);
+}
+
+}  // namespace vlmkernels
+
+PYBIND11_MODULE(VLMKERNELS_MODULE, m) { vlmkernels::define(m); }

@@ -1,0 +1,88 @@
+// Small tools of the CPU kernels: 16-bit floats, dtype dispatch, parallel loops.
+// Everything is in an unnamed namespace on purpose (see isa.h).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "common/dtype.h"
+#include "common/isa.h"
+
+namespace vlmkernels {
+namespace {
+
+struct Half {
+    uint16_t bits;
+};
+struct BFloat16 {
+    uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+inline float to_float(BFloat16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float y;
+    std::memcpy(&y, &bits, 4);
+    return y;
+}
+inline float to_float(Half x) {
+    _Float16 h;
+    std::memcpy(&h, &x.bits, 2);
+    return float(h);
+}
+
+template <class T>
+T from_float(float x);
+template <>
+inline float from_float<float>(float x) {
+    return x;
+}
+template <>
+inline BFloat16 from_float<BFloat16>(float x) {  // round to nearest even; NaN stays NaN
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return {uint16_t(x == x ? rounded : 0x7fc0)};
+}
+template <>
+inline Half from_float<Half>(float x) {
+    _Float16 h = _Float16(x);
+    Half y;
+    std::memcpy(&y.bits, &h, 2);
+    return y;
+}
+
+// Calls f.template operator()<T>() with the element type of a floating dtype.
+template <class F>
+void dispatch_float(DType dtype, F&& f) {
+    if (dtype == DType::kFloat32) return f.template operator()<float>();
+    if (dtype == DType::kFloat16) return f.template operator()<Half>();
+    if (dtype == DType::kBFloat16) return f.template operator()<BFloat16>();
+}
+
+// Runs f(begin, end) over [0, n) on all threads, in chunks of at least `grain`.
+template <class F>
+void parallel_for(int64_t n, int64_t grain, F&& f) {
+#ifdef _OPENMP
+    int64_t threads = omp_get_max_threads();
+    int64_t useful = (n + grain - 1) / grain;
+    if (useful < threads) threads = useful;
+    if (threads > 1 && !omp_in_parallel()) {
+#pragma omp parallel num_threads(int(threads))
+        {
+            int64_t count = omp_get_num_threads(), id = omp_get_thread_num();
+            int64_t begin = n * id / count, end = n * (id + 1) / count;
+            if (begin < end) f(begin, end);
+        }
+        return;
+    }
+#endif
+    if (n > 0) f(int64_t(0), n);
+}
+
+}  // namespace
+}  // namespace vlmkernels

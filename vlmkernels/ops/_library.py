@@ -1,0 +1,156 @@
+"""How an op meets PyTorch: one call of `define` in each room.
+
+The dispatcher knows every op (torch.compile, export, opcheck, subclasses); a call with plain
+tensors outside of any of these goes straight to the kernel, which saves several microseconds.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+library = torch.library.Library("vlmkernels", "DEF")
+ops: "dict[str, Op]" = {}
+_references_only = False
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op as `define` made it, for whoever lists the ops (info, tests)."""
+
+    name: str
+    schema: str
+    kernel: Callable[..., Any]
+    reference: Callable[..., Any]
+    cpu: str
+
+
+def define(
+    schema: str,
+    *,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    reference: Callable[..., Any],
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    cpu: str = "C++",
+) -> Callable[..., Any]:
+    """Registers `vlmkernels::<schema>`; returns the function that runs it on positional arguments.
+
+    kernel: runs it on CPU and CUDA tensors. fake: gives empty outputs of the right shape.
+    reference: the same in plain differentiable PyTorch. setup_context, backward: as in
+    torch.library.register_autograd; without them the op has no gradient.
+    cpu: what `vlmkernels info` says runs it on the CPU.
+    """
+    name = schema.split("(")[0]
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, kernel, "CPU")
+    library.impl(name, kernel, "CUDA")
+    qualified = f"vlmkernels::{name}"
+    torch.library.register_fake(qualified, fake, lib=library)
+    function = None
+    if backward is not None:
+        assert setup_context is not None
+        torch.library.register_autograd(
+            qualified, backward, setup_context=setup_context, lib=library
+        )
+        function = _autograd_function(name, kernel, setup_context, backward)
+    overload = getattr(torch.ops.vlmkernels, name).default
+
+    def call(*args: Any) -> Any:
+        if _references_only:
+            return reference(*args)
+        if not _is_plain(args):
+            return overload(*args)
+        if function is not None and torch.is_grad_enabled() and _requires_grad(args):
+            return function.apply(*args)
+        return kernel(*args)
+
+    ops[name] = Op(name, schema, kernel, reference, cpu)
+    return call
+
+
+def _autograd_function(
+    name: str,
+    kernel: Callable[..., Any],
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
+    backward: Callable[..., Any],
+) -> type[torch.autograd.Function]:
+    # Not Function.setup_context: that way torch inspects the signature at each call.
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = kernel(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    members = {
+        "forward": staticmethod(forward),
+        "backward": staticmethod(once_differentiable(backward)),
+    }
+    return type(name, (torch.autograd.Function,), members)
+
+
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms_active = torch._C._are_functorch_transforms_active
+_Parameter = torch.nn.Parameter
+
+
+def _is_plain(args: Sequence[Any]) -> bool:
+    """True when nothing but the kernel needs to see this call."""
+    if _is_compiling() or _dispatch_modes() or _transforms_active():
+        return False
+    for arg in args:
+        kind = type(arg)
+        if kind is Tensor or kind is _Parameter:
+            if arg.is_meta:
+                return False
+        elif isinstance(arg, Tensor):
+            return False
+    return True
+
+
+def _requires_grad(args: Sequence[Any]) -> bool:
+    return any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+
+
+def reference_gradients(
+    reference: Callable[..., Any], inputs: Sequence[Any], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients of reference(*inputs) by autograd, where there is no backward kernel.
+
+    Returns one gradient (or None) for each input.
+    """
+    with torch.enable_grad():
+        leaves = [
+            x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x
+            for x in inputs
+        ]
+        outputs = reference(*leaves)
+        outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+        wanted = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
+        found = torch.autograd.grad(
+            [o for o, _ in pairs],
+            [leaves[i] for i in wanted],
+            [g for _, g in pairs],
+            allow_unused=True,
+        )
+    gradients: list[Tensor | None] = [None] * len(leaves)
+    for i, gradient in zip(wanted, found, strict=True):
+        gradients[i] = gradient
+    return gradients
+
+
+@contextlib.contextmanager
+def reference_ops() -> Iterator[None]:
+    """Within the context every op runs as its plain PyTorch reference."""
+    global _references_only
+    before, _references_only = _references_only, True
+    try:
+        yield
+    finally:
+        _references_only = before
