@@ -28,7 +28,8 @@ class Packing:
         if self.indices is not None:
             grid = x.new_zeros(self.batch * self.seqlen, *x.shape[1:])
             x = grid.index_copy(0, self.indices, x)
-        return x.unflatten(0, (self.batch, self.seqlen))
+        grid_of_rows: Tensor = x.unflatten(0, (self.batch, self.seqlen))
+        return grid_of_rows
 
 
 def make_packing(

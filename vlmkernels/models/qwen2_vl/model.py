@@ -247,7 +247,7 @@ class Qwen2VL(nn.Module):
             x = self._embed_ids(ids, inputs)
         assert x is not None
         if x.ndim != 3 or x.numel() == 0:
-            raise ValueError(f"input_ids: expected (batch, seqlen), got {tuple(x.shape[:2])}")
+            raise ValueError(f"inputs_embeds: expected 3 dimensions, got shape {tuple(x.shape)}")
         position_ids = inputs.position_ids
         if position_ids is None:
             position_ids, _ = mrope_position_ids(
@@ -263,6 +263,7 @@ class Qwen2VL(nn.Module):
         return x, *_split_positions(position_ids, x)
 
     def _embed_ids(self, ids: Tensor, inputs: Qwen2VLInputs) -> Tensor:
+        _check_ids(ids, self.config.vocab_size)
         x: Tensor = self.model.embed_tokens(ids)
         image_id, video_id = self.config.image_token_id, self.config.video_token_id
         for name, token_id, pixels, grid_thw in (
@@ -306,6 +307,18 @@ class Qwen2VL(nn.Module):
                 parameter.normal_(std=self.config.initializer_range)
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+def _check_ids(ids: Tensor, vocab_size: int) -> None:
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"input_ids: expected int32 or int64, got {ids.dtype}")
+    if ids.ndim != 2 or ids.numel() == 0:
+        raise ValueError(f"input_ids: expected shape (batch, seqlen), got {tuple(ids.shape)}")
+    # On a GPU the values are not looked at: that would stall every batch.
+    if not ids.is_cuda and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise ValueError(
+            f"input_ids: expected in [0, {vocab_size}), got {int(ids.min())} to {int(ids.max())}"
+        )
 
 
 def _splice(name: str, x: Tensor, here: Tensor, rows: Tensor) -> Tensor:

@@ -133,6 +133,8 @@ def check_grid(
     pixel_values: Tensor, grid_thw: Tensor, config: Qwen2VLVisionConfig
 ) -> list[tuple[int, int, int]]:
     """The rows of `grid_thw` as Python numbers, checked against `pixel_values`."""
+    if not pixel_values.is_floating_point():
+        raise TypeError(f"pixel_values: expected floating point, got {pixel_values.dtype}")
     if pixel_values.ndim != 2 or pixel_values.shape[1] != config.patch_dim:
         raise ValueError(
             f"pixel_values: expected shape (num_patches, {config.patch_dim}), "
