@@ -90,7 +90,5 @@ def _array_to_rgb(array: NDArray[Any], name: str) -> Pixels:
 def _check_size(pixels: Pixels, name: str) -> Pixels:
     height, width = pixels.shape[:2]
     if not 0 < height * width <= MAX_IMAGE_PIXELS:
-        raise ValueError(
-            f"{name}: expected 1 to {MAX_IMAGE_PIXELS} pixels, got {width} x {height}"
-        )
+        raise ValueError(f"{name}: expected 1 to {MAX_IMAGE_PIXELS} pixels, got {width} x {height}")
     return pixels

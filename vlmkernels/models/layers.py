@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 
 def add_norm(norm: nn.Module, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """h = x + residual, y = norm(h) in one kernel; returns (y, h). The first layer has no residual."""
+    """h = x + residual, y = norm(h) in one kernel; returns (y, h). No residual: h = x."""
     if residual is None:
         return norm(x), x
     y, h = norm(x, residual=residual)
@@ -26,8 +25,8 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": quick_gelu,
-    "gelu": F.gelu,
-    "silu": F.silu,
+    "gelu": nn.functional.gelu,
+    "silu": nn.functional.silu,
 }
 
 

@@ -20,15 +20,16 @@ class Packing:
 
     def pack(self, x: Tensor) -> Tensor:
         """(batch, seqlen, ...) -> (num_tokens, ...)"""
-        flat = x.flatten(0, 1)
-        return flat if self.indices is None else flat[self.indices]
+        flat: Tensor = x.flatten(0, 1)
+        return flat if self.indices is None else flat.index_select(0, self.indices)
 
     def unpack(self, x: Tensor) -> Tensor:
         """(num_tokens, ...) -> (batch, seqlen, ...), zeros on padding"""
         if self.indices is not None:
             grid = x.new_zeros(self.batch * self.seqlen, *x.shape[1:])
             x = grid.index_copy(0, self.indices, x)
-        return x.unflatten(0, (self.batch, self.seqlen))
+        grid_of_rows: Tensor = x.unflatten(0, (self.batch, self.seqlen))
+        return grid_of_rows
 
 
 def make_packing(
@@ -51,7 +52,8 @@ def make_packing(
     if attention_mask is not None:
         if attention_mask.shape != (batch, seqlen):
             raise ValueError(
-                f"attention_mask: expected shape {(batch, seqlen)}, got {tuple(attention_mask.shape)}"
+                f"attention_mask: expected shape {(batch, seqlen)}, "
+                f"got {tuple(attention_mask.shape)}"
             )
         indices = attention_mask.to(device).flatten().nonzero().flatten()
         lengths = (attention_mask.to(device) != 0).sum(dim=1)

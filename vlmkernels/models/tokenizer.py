@@ -48,7 +48,7 @@ class Tokenizer:
         return cls(backend, read_json(config) if config.is_file() else {}, _read_template(path))
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json and, when there is one, chat_template.json."""
+        """Write tokenizer.json, tokenizer_config.json and chat_template.json if there is one."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         write_json(path / "tokenizer.json", json.loads(self.backend.to_str()))

@@ -63,7 +63,7 @@ def mrope(
     q: Tensor,
     k: Tensor,
     position_ids: Tensor,
-    sections: list[int],
+    sections: Any,
     *,
     interleaved: bool = False,
     theta: float = 1e6,

@@ -14,29 +14,29 @@ Json = dict[str, Any]
 
 # Published sizes (hub config.json files): name -> fields that differ from the defaults below.
 PRESETS: dict[str, Json] = {
-    "2B": dict(
-        hidden_size=1536,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        intermediate_size=8960,
-        vocab_size=151936,
-        tie_word_embeddings=True,
-    ),
-    "7B": dict(
-        hidden_size=3584,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        intermediate_size=18944,
-    ),
-    "72B": dict(
-        hidden_size=8192,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        intermediate_size=29568,
-    ),
+    "2B": {
+        "hidden_size": 1536,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "intermediate_size": 8960,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "7B": {
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18944,
+    },
+    "72B": {
+        "hidden_size": 8192,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "intermediate_size": 29568,
+    },
 }
 
 
@@ -105,10 +105,10 @@ class Qwen2VLConfig:
     def __post_init__(self) -> None:
         self.mrope_section = tuple(self.mrope_section)  # type: ignore[assignment]  # JSON: list
         _check_divides("hidden_size", self.hidden_size, "num_attention_heads", self.num_heads)
-        _check_divides("num_attention_heads", self.num_heads, "num_key_value_heads", self.num_heads_k)
+        _check_divides("num_heads", self.num_heads, "num_key_value_heads", self.num_heads_k)
         if len(self.mrope_section) != 3 or sum(self.mrope_section) * 2 != self.head_dim:
             raise ValueError(
-                f"mrope_section: expected three numbers with sum head_dim / 2 = {self.head_dim // 2}, "
+                f"mrope_section: expected three numbers of sum {self.head_dim // 2}, "
                 f"got {list(self.mrope_section)}"
             )
         if self.vision.hidden_size != self.hidden_size:
@@ -152,7 +152,8 @@ class Qwen2VLConfig:
             raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")
         )
         known.update({k: rope[k] for k in ("rope_theta", "mrope_section") if k in rope})
-        known.setdefault("num_key_value_heads", known.get("num_attention_heads", cls.num_key_value_heads))
+        if "num_attention_heads" in known:
+            known.setdefault("num_key_value_heads", known["num_attention_heads"])
         vision = _vision_fields(raw.get("vision_config") or {})
         vision.setdefault("hidden_size", known.get("hidden_size", cls.hidden_size))
         return cls(**known, vision=Qwen2VLVisionConfig(**vision), raw=copy.deepcopy(raw))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vlmkernels.models.cache import KVCache, LayerCache
 from vlmkernels.models.layers import activation, add_norm, run_layer
@@ -138,7 +137,7 @@ def next_token_loss(
     Targets of -100 do not count. The mean is over those that do (0 when there are none), or over
     `num_items_in_batch`, so that gradient accumulation can weigh every token alike.
     """
-    total = F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
+    total = nn.functional.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
     if num_items_in_batch is None:
         return total / (targets != -100).sum().clamp(min=1)
     return total / torch.as_tensor(num_items_in_batch, device=total.device)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vlmkernels.models import checkpoint
 from vlmkernels.models.cache import KVCache
@@ -30,6 +29,21 @@ class Qwen2VLOutput:
 
     logits: Tensor
     loss: Tensor | None = None
+
+
+@dataclass
+class Qwen2VLInputs:
+    """What a prompt is made of; the arguments of `Qwen2VL.forward`, where they are described."""
+
+    input_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    inputs_embeds: Tensor | None = None
+    pixel_values: Tensor | None = None
+    pixel_values_videos: Tensor | None = None
+    image_grid_thw: Tensor | None = None
+    video_grid_thw: Tensor | None = None
+    mm_token_type_ids: Tensor | None = None
 
 
 class Qwen2VL(nn.Module):
@@ -92,23 +106,22 @@ class Qwen2VL(nn.Module):
         Raises:
             ValueError: naming the argument, what was expected and what came.
         """
-        x = self._embed(
-            input_ids, inputs_embeds, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw
+        if labels is not None and logits_to_keep:
+            raise ValueError("logits_to_keep: expected 0 with labels, the loss needs all logits")
+        inputs = Qwen2VLInputs(
+            *(input_ids, attention_mask, position_ids, inputs_embeds),
+            *(pixel_values, pixel_values_videos, image_grid_thw, video_grid_thw, mm_token_type_ids),
         )
-        if position_ids is None:
-            position_ids, _ = self._positions(x, input_ids, attention_mask, image_grid_thw, video_grid_thw)
-        position_ids, text_positions = _split_positions(position_ids, x)
+        x, position_ids, text_positions = self._embed(inputs)
         packing = make_packing(x.shape[0], x.shape[1], x.device, attention_mask, text_positions)
         h = self._hidden_states(x, position_ids, packing)
-        if labels is not None and logits_to_keep == 0:
-            logits = self._head(h)
-            loss = next_token_loss(logits, packing.pack(_shift(labels)), num_items_in_batch)
-            return Qwen2VLOutput(packing.unpack(logits), loss)
-        if labels is not None:
-            raise ValueError("logits_to_keep: expected 0 with labels, since the loss needs them all")
         if logits_to_keep:
             return Qwen2VLOutput(self._head(packing.unpack(h)[:, -logits_to_keep:]))
-        return Qwen2VLOutput(packing.unpack(self._head(h)))
+        logits = self._head(h)
+        loss = None
+        if labels is not None:
+            loss = next_token_loss(logits, packing.pack(_shift(labels, x)), num_items_in_batch)
+        return Qwen2VLOutput(packing.unpack(logits), loss)
 
     def generate_steps(
         self,
@@ -153,30 +166,12 @@ class Qwen2VL(nn.Module):
         return torch.cat([input_ids, torch.stack(steps, dim=1)], dim=1)
 
     @torch.inference_mode()
-    def prefill(
-        self,
-        max_new_tokens: int,
-        *,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        pixel_values_videos: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
-        video_grid_thw: Tensor | None = None,
-        mm_token_type_ids: Tensor | None = None,
-    ) -> tuple[Tensor, DecodeState]:
+    def prefill(self, max_new_tokens: int, **inputs: Any) -> tuple[Tensor, DecodeState]:
         """Logits (batch, vocab_size) of the token after each prompt, and room for the answer."""
-        x = self._embed(
-            input_ids, inputs_embeds, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw
-        )
-        if position_ids is None:
-            position_ids, _ = self._positions(x, input_ids, attention_mask, image_grid_thw, video_grid_thw)
-        position_ids, _ = _split_positions(position_ids, x)
-        packing = make_packing(x.shape[0], x.shape[1], x.device, attention_mask)
-        lengths = packing.cu_seqlens.diff()
-        if not bool(lengths.all()):
+        given = Qwen2VLInputs(**inputs)
+        x, position_ids, _ = self._embed(given)
+        packing = make_packing(x.shape[0], x.shape[1], x.device, given.attention_mask)
+        if not bool(packing.cu_seqlens.diff().all()):
             raise ValueError("attention_mask: expected a token in every row, got a row of padding")
         cache = KVCache(
             *(self.config.num_hidden_layers, x.shape[0], packing.max_seqlen + max_new_tokens),
@@ -186,8 +181,8 @@ class Qwen2VL(nn.Module):
         )
         cache.start(packing)
         h = self._hidden_states(x, position_ids, packing, cache)
-        if attention_mask is not None:
-            position_ids = position_ids.masked_fill(attention_mask == 0, 0)
+        if given.attention_mask is not None:
+            position_ids = position_ids.masked_fill(given.attention_mask == 0, 0)
         state = DecodeState(cache, position_ids.amax(dim=(0, 2)) + 1)
         return self._head(h[packing.cu_seqlens[1:] - 1]), state
 
@@ -240,6 +235,50 @@ class Qwen2VL(nn.Module):
             return []
         return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
 
+    def _embed(self, inputs: Qwen2VLInputs) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Token embeddings with the pictures in their places, positions, and running indices.
+
+        (batch, seqlen, hidden_size), (3, batch, seqlen), and (batch, seqlen) or None.
+        """
+        ids, x = inputs.input_ids, inputs.inputs_embeds
+        if (ids is None) == (x is None):
+            raise ValueError("input_ids: expected exactly one of input_ids and inputs_embeds")
+        if ids is not None:
+            x = self._embed_ids(ids, inputs)
+        assert x is not None
+        if x.ndim != 3 or x.numel() == 0:
+            raise ValueError(f"inputs_embeds: expected 3 dimensions, got shape {tuple(x.shape)}")
+        position_ids = inputs.position_ids
+        if position_ids is None:
+            position_ids, _ = mrope_position_ids(
+                # In embeddings no placeholder can be found: they count as text.
+                ids if ids is not None else torch.full(x.shape[:2], -1, device=x.device),
+                image_token_id=self.config.image_token_id,
+                video_token_id=self.config.video_token_id,
+                image_grid_thw=inputs.image_grid_thw,
+                video_grid_thw=inputs.video_grid_thw,
+                attention_mask=inputs.attention_mask,
+                merge_size=self.config.vision.spatial_merge_size,
+            )
+        return x, *_split_positions(position_ids, x)
+
+    def _embed_ids(self, ids: Tensor, inputs: Qwen2VLInputs) -> Tensor:
+        _check_ids(ids, self.config.vocab_size)
+        x: Tensor = self.model.embed_tokens(ids)
+        image_id, video_id = self.config.image_token_id, self.config.video_token_id
+        for name, token_id, pixels, grid_thw in (
+            ("image", image_id, inputs.pixel_values, inputs.image_grid_thw),
+            ("video", video_id, inputs.pixel_values_videos, inputs.video_grid_thw),
+        ):
+            if (pixels is None) != (grid_thw is None):
+                raise ValueError(f"{name}_grid_thw: expected together with the pixel values")
+            here = ids == token_id
+            if pixels is not None:
+                x = _splice(name, x, here, self.visual(pixels, grid_thw))
+            elif not here.is_cuda and here.any():  # on a GPU this would stall every text batch
+                raise ValueError(f"pixel values: expected for {here.sum()} {name} tokens, got None")
+        return x
+
     def _hidden_states(
         self, x: Tensor, position_ids: Tensor, packing: Packing, cache: KVCache | None = None
     ) -> Tensor:
@@ -251,63 +290,10 @@ class Qwen2VL(nn.Module):
         return h
 
     def _head(self, h: Tensor) -> Tensor:
-        """(..., hidden_size) -> (..., vocab_size), with the embedding's weight when they are tied."""
+        """(..., hidden_size) -> (..., vocab_size)"""
         tied = self.config.tie_word_embeddings
-        return F.linear(h, self.model.embed_tokens.weight if tied else self.lm_head.weight)
-
-    def _embed(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        pixel_values: Tensor | None,
-        image_grid_thw: Tensor | None,
-        pixel_values_videos: Tensor | None,
-        video_grid_thw: Tensor | None,
-    ) -> Tensor:
-        """Token embeddings (batch, seqlen, hidden_size) with images and videos in their places."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("input_ids: expected exactly one of input_ids and inputs_embeds")
-        if input_ids is None:
-            assert inputs_embeds is not None
-            if pixel_values is not None or pixel_values_videos is not None:
-                raise ValueError("input_ids: expected with pixel_values, got inputs_embeds")
-            return inputs_embeds
-        if input_ids.ndim != 2 or input_ids.numel() == 0:
-            raise ValueError(f"input_ids: expected shape (batch, seqlen), got {tuple(input_ids.shape)}")
-        x: Tensor = self.model.embed_tokens(input_ids)
-        for name, token_id, pixels, grid_thw in (
-            ("image", self.config.image_token_id, pixel_values, image_grid_thw),
-            ("video", self.config.video_token_id, pixel_values_videos, video_grid_thw),
-        ):
-            if (pixels is None) != (grid_thw is None):
-                raise ValueError(f"{name}_grid_thw: expected together with the pixel values")
-            here = input_ids == token_id
-            if pixels is not None:
-                x = _splice(name, x, here, self.visual(pixels, grid_thw))
-            elif not here.is_cuda and here.any():  # on a GPU this would stall every text batch
-                raise ValueError(f"pixel values: expected for {int(here.sum())} {name} tokens, got None")
-        return x
-
-    def _positions(
-        self,
-        x: Tensor,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        image_grid_thw: Tensor | None,
-        video_grid_thw: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """position_ids (3, batch, seqlen) and rope_deltas (batch,) by the published rule."""
-        if input_ids is None:  # text only: no placeholder can be found in embeddings
-            input_ids = torch.full(x.shape[:2], -1, device=x.device)
-        return mrope_position_ids(
-            input_ids,
-            image_token_id=self.config.image_token_id,
-            video_token_id=self.config.video_token_id,
-            image_grid_thw=image_grid_thw,
-            video_grid_thw=video_grid_thw,
-            attention_mask=attention_mask,
-            merge_size=self.config.vision.spatial_merge_size,
-        )
+        weight = self.model.embed_tokens.weight if tied else self.lm_head.weight
+        return torch.nn.functional.linear(h, weight)
 
     def gradient_checkpointing_enable(self, enable: bool = True) -> None:
         """Keep only each layer's inputs for the backward pass and compute the rest again there."""
@@ -323,8 +309,20 @@ class Qwen2VL(nn.Module):
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
+def _check_ids(ids: Tensor, vocab_size: int) -> None:
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"input_ids: expected int32 or int64, got {ids.dtype}")
+    if ids.ndim != 2 or ids.numel() == 0:
+        raise ValueError(f"input_ids: expected shape (batch, seqlen), got {tuple(ids.shape)}")
+    # On a GPU the values are not looked at: that would stall every batch.
+    if not ids.is_cuda and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise ValueError(
+            f"input_ids: expected in [0, {vocab_size}), got {int(ids.min())} to {int(ids.max())}"
+        )
+
+
 def _splice(name: str, x: Tensor, here: Tensor, rows: Tensor) -> Tensor:
-    """x with the embeddings where `here` (batch, seqlen) replaced by `rows` (num_tokens, hidden)."""
+    """x with `rows` (num_tokens, hidden_size) in the places `here` (batch, seqlen) marks."""
     num_tokens = int(here.sum())
     if num_tokens != len(rows):
         raise ValueError(
@@ -337,14 +335,17 @@ def _split_positions(position_ids: Tensor, x: Tensor) -> tuple[Tensor, Tensor | 
     """(3, batch, seqlen) positions, and the running indices when there are four rows."""
     if position_ids.ndim == 2:
         position_ids = position_ids.expand(3, -1, -1)
-    if position_ids.ndim != 3 or len(position_ids) not in (3, 4) or position_ids.shape[1:] != x.shape[:2]:
+    shapes = [(n, x.shape[0], x.shape[1]) for n in (3, 4)]
+    if tuple(position_ids.shape) not in shapes:
         raise ValueError(
-            f"position_ids: expected shape (3, {x.shape[0]}, {x.shape[1]}), also with 4 rows or "
-            f"without the 3, got {tuple(position_ids.shape)}"
+            f"position_ids: expected shape {x.shape[:2]}, {shapes[0]} or {shapes[1]}, "
+            f"got {tuple(position_ids.shape)}"
         )
     return position_ids[-3:], position_ids[0] if len(position_ids) == 4 else None
 
 
-def _shift(labels: Tensor) -> Tensor:
+def _shift(labels: Tensor, x: Tensor) -> Tensor:
     """Each place gets the label of the next one, the last -100."""
-    return F.pad(labels[:, 1:], (0, 1), value=-100)
+    if labels.shape != x.shape[:2]:
+        raise ValueError(f"labels: expected shape {tuple(x.shape[:2])}, got {tuple(labels.shape)}")
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)

@@ -48,7 +48,7 @@ def mrope_position_ids(
 
 
 def _vision_blocks(grid_thw: Tensor, merge_size: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Offsets (3, num_tokens) inside each block, and the advance (num_tokens,): 0 but at its end."""
+    """Offsets (3, num_tokens) inside each block; advance (num_tokens,), 0 but at a block's end."""
     offsets, advances = [], []
     for t, h, w in grid_thw.tolist():
         shape = (t, h // merge_size, w // merge_size)

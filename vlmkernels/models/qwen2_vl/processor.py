@@ -25,6 +25,7 @@ from vlmkernels.models.images import Pixels, load_rgb
 from vlmkernels.models.tokenizer import Tokenizer
 
 Grid = tuple[int, int, int]
+Rows = NDArray[np.float32]
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 FRAME_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -84,21 +85,23 @@ class PixelSettings:
         out = self.raw | dataclasses.asdict(self)
         out.pop("raw")
         size = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
-        return out | {"size": size, "image_mean": [*self.image_mean], "image_std": [*self.image_std]}
+        out |= {"size": size, "image_mean": [*self.image_mean], "image_std": [*self.image_std]}
+        return out
 
     @property
     def factor(self) -> int:
         return self.patch_size * self.merge_size
 
-    def target_size(self, height: int, width: int, max_pixels: int | None = None) -> tuple[int, int]:
+    def target_size(self, image: Pixels, max_pixels: int | None = None) -> tuple[int, int]:
+        height, width = image.shape[:2]
         if self.do_resize:
-            limits = dict(min_pixels=self.min_pixels, max_pixels=max_pixels or self.max_pixels)
-            return smart_resize(height, width, factor=self.factor, **limits)
+            low, high = self.min_pixels, max_pixels or self.max_pixels
+            return smart_resize(height, width, factor=self.factor, min_pixels=low, max_pixels=high)
         if height % self.factor or width % self.factor:
             raise ValueError(f"image: expected multiples of {self.factor}, got {width} x {height}")
         return height, width
 
-    def patchify(self, frames: Sequence[Pixels], size: tuple[int, int]) -> tuple[NDArray[np.float32], Grid]:
+    def patchify(self, frames: Sequence[Pixels], size: tuple[int, int]) -> tuple[Rows, Grid]:
         """Frames (height, width, 3) uint8 -> rows (num_patches, 3 * frames * patch * patch), grid.
 
         Rows go block by block: the merge_size^2 patches that the merger joins are neighbours. The
@@ -122,7 +125,7 @@ class PixelSettings:
         table = (values * self.rescale_factor if self.do_rescale else values).astype(np.float32)
         table = np.tile(table, (3, 1))
         if self.do_normalize:
-            mean, std = (np.array(x, dtype=np.float32)[:, None] for x in (self.image_mean, self.image_std))
+            mean, std = np.array([self.image_mean, self.image_std], dtype=np.float32)[..., None]
             table = (table - mean) / std
         return table
 
@@ -146,7 +149,8 @@ class Qwen2VLProcessor:
     def from_pretrained(cls, path: str | Path) -> Qwen2VLProcessor:
         """From a checkpoint directory, in the published layout or the newer one-file layout."""
         path = Path(path)
-        image, video = {}, {}
+        image: Json = {}
+        video: Json = {}
         if (path / "processor_config.json").is_file():
             both = read_json(path / "processor_config.json")
             image, video = both.get("image_processor") or {}, both.get("video_processor") or {}
@@ -158,13 +162,14 @@ class Qwen2VLProcessor:
         return cls(Tokenizer.from_pretrained(path), settings, video_settings(settings, video))
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the tokenizer's files, preprocessor_config.json and video_preprocessor_config.json."""
+        """Write the tokenizer's files and the two preprocessor configs."""
         path = Path(path)
         self.tokenizer.save_pretrained(path)
-        kind = {"processor_class": "Qwen2VLProcessor", "image_processor_type": "Qwen2VLImageProcessor"}
-        write_json(path / "preprocessor_config.json", kind | self.image.to_dict())
-        kind = {"processor_class": "Qwen2VLProcessor", "video_processor_type": "Qwen2VLVideoProcessor"}
-        write_json(path / "video_preprocessor_config.json", kind | self.video.to_dict())
+        image = {"image_processor_type": "Qwen2VLImageProcessor"} | self.image.to_dict()
+        video = {"video_processor_type": "Qwen2VLVideoProcessor"} | self.video.to_dict()
+        kind = {"processor_class": "Qwen2VLProcessor"}
+        write_json(path / "preprocessor_config.json", image | kind)
+        write_json(path / "video_preprocessor_config.json", video | kind)
 
     def __call__(
         self,
@@ -226,21 +231,21 @@ class Qwen2VLProcessor:
         videos = [p["video"] for p in parts if "video" in p]
         return self(self.apply_chat_template(messages), images, videos, **options)
 
-    def _image(self, image: Any, index: int, budget: _Budget) -> tuple[NDArray[np.float32], Grid]:
+    def _image(self, image: Any, index: int, budget: _Budget) -> tuple[Rows, Grid]:
         pixels = load_rgb(image, f"images[{index}]")
-        size = self.image.target_size(*pixels.shape[:2])
+        size = self.image.target_size(pixels)
         budget.spend(size[0] * size[1])
         rows, grid = self.image.patchify([pixels], size)
         return rows, grid
 
-    def _video(self, video: Any, index: int, budget: _Budget) -> tuple[NDArray[np.float32], Grid]:
+    def _video(self, video: Any, index: int, budget: _Budget) -> tuple[Rows, Grid]:
         frames = [load_rgb(f, f"videos[{index}][{i}]") for i, f in enumerate(_frames(video))]
         if not frames:
             raise ValueError(f"videos[{index}]: expected at least one frame, got none")
         if len({f.shape for f in frames}) > 1:
             sizes = sorted({f.shape[:2] for f in frames})
             raise ValueError(f"videos[{index}]: expected frames of one size, got {sizes}")
-        size = self.video.target_size(*frames[0].shape[:2], self._max_frame_pixels(len(frames)))
+        size = self.video.target_size(frames[0], self._max_frame_pixels(len(frames)))
         budget.spend(size[0] * size[1] * len(frames))
         return self.video.patchify(frames, size)
 
@@ -280,7 +285,11 @@ class Qwen2VLProcessor:
             input_ids[i, place] = torch.tensor(row, dtype=torch.int64)
             attention_mask[i, place] = 1
         types = (input_ids == self.image_token_id) + 2 * (input_ids == self.video_token_id)
-        return dict(input_ids=input_ids, attention_mask=attention_mask, mm_token_type_ids=types)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "mm_token_type_ids": types,
+        }
 
 
 def video_settings(image: PixelSettings, raw: Json | None = None) -> PixelSettings:

@@ -79,7 +79,8 @@ class VisionBlock(nn.Module):
         max_seqlen: int,
     ) -> tuple[Tensor, Tensor]:
         y, residual = add_norm(self.norm1, x, residual)
-        y, residual = add_norm(self.norm2, self.attn(y, positions, cu_seqlens, max_seqlen), residual)
+        y = self.attn(y, positions, cu_seqlens, max_seqlen)
+        y, residual = add_norm(self.norm2, y, residual)
         return self.mlp(y), residual
 
 
@@ -104,7 +105,7 @@ class Qwen2VLVision(nn.Module):
         device = self.patch_embed.proj.weight.device
         positions = patch_positions(grids, self.config.spatial_merge_size).to(device)
         lengths = [h * w for t, h, w in grids for _ in range(t)]
-        cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(device, torch.int32)
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
         x, residual = self.patch_embed(pixel_values), None
         for block in self.blocks:
             x, residual = run_layer(
@@ -132,6 +133,8 @@ def check_grid(
     pixel_values: Tensor, grid_thw: Tensor, config: Qwen2VLVisionConfig
 ) -> list[tuple[int, int, int]]:
     """The rows of `grid_thw` as Python numbers, checked against `pixel_values`."""
+    if not pixel_values.is_floating_point():
+        raise TypeError(f"pixel_values: expected floating point, got {pixel_values.dtype}")
     if pixel_values.ndim != 2 or pixel_values.shape[1] != config.patch_dim:
         raise ValueError(
             f"pixel_values: expected shape (num_patches, {config.patch_dim}), "
@@ -144,7 +147,7 @@ def check_grid(
     for grid in grids:
         if min(grid) < 1 or grid[1] % merge or grid[2] % merge:
             raise ValueError(
-                f"grid_thw: expected positive (t, h, w) with h and w multiples of {merge}, got {grid}"
+                f"grid_thw: expected positive (t, h, w), h and w multiples of {merge}, got {grid}"
             )
     num_patches = sum(t * h * w for t, h, w in grids)
     if num_patches != len(pixel_values):
