@@ -8,8 +8,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
-from tokenizers import pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 
 from vlmkernels.models.checkpoint import write_json
 
@@ -51,7 +59,7 @@ MIN_PIXELS, MAX_PIXELS = CELL * CELL, 64 * CELL * CELL  # canvases of up to 64 v
 
 
 def build_tokenizer() -> Tokenizer:
-    """Byte-level BPE in Qwen2's form, so any text has ids; the words of the questions are one each."""
+    """Byte-level BPE in Qwen2's form: any text has ids, a word of the questions is one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -73,7 +81,7 @@ def build_tokenizer() -> Tokenizer:
 
 
 def model_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """config.json: Qwen2-VL with 4-px patches, 64 wide in the tower and 96 in the language model."""
+    """config.json: Qwen2-VL with 4-px patches, tower 64 wide, language model 96."""
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
     return {
         "architectures": ["Qwen2VLForConditionalGeneration"],

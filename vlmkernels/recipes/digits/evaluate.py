@@ -47,9 +47,7 @@ def generate(model: Qwen2VL, inputs: dict[str, Tensor]) -> Tensor:
     return tokens[:, inputs["input_ids"].shape[1] :].cpu()
 
 
-def accuracy(
-    examples: Sequence[Example], answers: Sequence[str]
-) -> dict[str, tuple[int, int]]:
+def accuracy(examples: Sequence[Example], answers: Sequence[str]) -> dict[str, tuple[int, int]]:
     """kind -> (whole answers that are exact, questions), with "all" as the last one."""
     score: dict[str, tuple[int, int]] = {}
     for example, given in zip(examples, answers, strict=True):

@@ -34,7 +34,7 @@ def gallery(examples: Sequence[Example], answers: Sequence[str]) -> Image.Image:
 
 
 def _picture_height(row: Sequence[Sequence[tuple[Example, str]]]) -> int:
-    return ZOOM * max(panel[0][0].canvas.pixels.shape[0] for panel in row)
+    return ZOOM * max(len(panel[0][0].canvas.pixels) for panel in row)
 
 
 def _draw_panel(
@@ -42,7 +42,8 @@ def _draw_panel(
 ) -> None:
     draw = ImageDraw.Draw(sheet)
     picture = Image.fromarray(panel[0][0].canvas.pixels)
-    picture = picture.resize((picture.width * ZOOM, picture.height * ZOOM), Image.Resampling.NEAREST)
+    size = picture.width * ZOOM, picture.height * ZOOM
+    picture = picture.resize(size, Image.Resampling.NEAREST)
     sheet.paste(picture.convert("RGB"), (left, top))
     draw.rectangle((left - 1, top - 1, left + picture.width, top + picture.height), outline=FRAME)
     font = ImageFont.load_default(FONT_SIZE)

@@ -109,7 +109,7 @@ def _pieces(ink: Mask) -> list[Box]:
     """Connected pieces of ink (8 neighbours), specks left out."""
     padded = np.pad(ink, 1)
     labels = np.zeros(padded.shape, np.int64)
-    pieces = []
+    pieces: list[Box] = []
     for start in zip(*padded.nonzero(), strict=True):
         if labels[start]:
             continue
