@@ -1,8 +1,9 @@
 """Prints what pyproject.toml asks for: to build, to run, and for the extras named as arguments."""
 
 import sys
-import tomllib
 from pathlib import Path
+
+import tomllib
 
 
 def requirements(extras: list[str]) -> list[str]:
