@@ -215,14 +215,58 @@ def reference_from_tables(
     return _rotate_pairs(q, cos, sin), _rotate_pairs(k, cos, sin)
 
 
-def _reference_inplace(q: Tensor, k: Tensor, *args: Any) -> None:
-    for x, y in zip((q, k), reference(q, k, *args, False), strict=True):
-        x.copy_(y)
+def _reference_(q: Tensor, k: Tensor, *args: Any) -> None:
+    _copy_to((q, k), reference(q, k, *args, False))
 
 
-def _reference_from_tables_inplace(q: Tensor, k: Tensor, *args: Any) -> None:
-    for x, y in zip((q, k), reference_from_tables(q, k, *args, False), strict=True):
-        x.copy_(y)
+def _reference_from_tables_(q: Tensor, k: Tensor, *args: Any) -> None:
+    _copy_to((q, k), reference_from_tables(q, k, *args, False))
+
+
+def _copy_to(outputs: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for output, value in zip(outputs, values, strict=True):
+        output.copy_(value)
+
+
+def _run(q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, *args: Any) -> bool:
+    position_ids, theta, rotary_dim, sections, layout, inverse = args
+    inv_freq, axis = _frequencies(theta, rotary_dim, tuple(sections), layout)
+    return _core.C.rope(  # type: ignore[no-any-return]
+        q, k, position_ids, q_out, k_out, inv_freq, axis, len(sections), inverse
+    )
+
+
+def _run_from_tables(q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, *args: Any) -> bool:
+    cos, sin, rotary_dim, inverse = args
+    return _core.C.rope_from_tables(  # type: ignore[no-any-return]
+        q, k, cos, sin, q_out, k_out, rotary_dim, inverse
+    )
+
+
+def _kernel(q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    q_out, k_out = _empty(q), _empty(k)
+    return (q_out, k_out) if _run(q, k, q_out, k_out, *args) else reference(q, k, *args)
+
+
+def _kernel_from_tables(q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    q_out, k_out = _empty(q), _empty(k)
+    if _run_from_tables(q, k, q_out, k_out, *args):
+        return q_out, k_out
+    return reference_from_tables(q, k, *args)
+
+
+def _kernel_(q: Tensor, k: Tensor, *args: Any) -> None:
+    if _run(q, k, q, k, *args, False):
+        torch.autograd.graph.increment_version((q, k))
+    else:
+        _reference_(q, k, *args)
+
+
+def _kernel_from_tables_(q: Tensor, k: Tensor, *args: Any) -> None:
+    if _run_from_tables(q, k, q, k, *args, False):
+        torch.autograd.graph.increment_version((q, k))
+    else:
+        _reference_from_tables_(q, k, *args)
 
 
 def _empty(x: Tensor) -> Tensor:
@@ -233,7 +277,7 @@ def _fake(q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return _empty(q), _empty(k)
 
 
-def _fake_inplace(q: Tensor, k: Tensor, *args: Any) -> None:
+def _fake_(q: Tensor, k: Tensor, *args: Any) -> None:
     pass
 
 
@@ -267,7 +311,7 @@ def _heads(x: Tensor) -> Tensor:
 _rope = _library.define(
     "rope(Tensor q, Tensor k, Tensor position_ids, float theta, int rotary_dim, int[] sections, "
     "str layout, bool inverse) -> (Tensor, Tensor)",
-    kernel=reference,
+    kernel=_kernel,
     fake=_fake,
     reference=reference,
     setup_context=_setup_context,
@@ -276,14 +320,14 @@ _rope = _library.define(
 _rope_ = _library.define(
     "rope_(Tensor(a!) q, Tensor(b!) k, Tensor position_ids, float theta, int rotary_dim, "
     "int[] sections, str layout) -> ()",
-    kernel=_reference_inplace,
-    fake=_fake_inplace,
-    reference=_reference_inplace,
+    kernel=_kernel_,
+    fake=_fake_,
+    reference=_reference_,
 )
 _rope_from_tables = _library.define(
     "rope_from_tables(Tensor q, Tensor k, Tensor cos, Tensor sin, int rotary_dim, bool inverse)"
     " -> (Tensor, Tensor)",
-    kernel=reference_from_tables,
+    kernel=_kernel_from_tables,
     fake=_fake,
     reference=reference_from_tables,
     setup_context=_setup_context_from_tables,
@@ -291,7 +335,7 @@ _rope_from_tables = _library.define(
 )
 _rope_from_tables_ = _library.define(
     "rope_from_tables_(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, int rotary_dim) -> ()",
-    kernel=_reference_from_tables_inplace,
-    fake=_fake_inplace,
-    reference=_reference_from_tables_inplace,
+    kernel=_kernel_from_tables_,
+    fake=_fake_,
+    reference=_reference_from_tables_,
 )
