@@ -1,5 +1,14 @@
 """Drop-in modules: parameters and a call, with the state_dict keys of what they replace."""
 
+from vlmkernels.nn.norm import LayerNorm, RMSNorm
 from vlmkernels.nn.null import Null
+from vlmkernels.nn.rope import MRotaryEmbedding, RotaryEmbedding, VisionRotaryEmbedding
 
-__all__ = ["Null"]
+__all__ = [
+    "LayerNorm",
+    "MRotaryEmbedding",
+    "Null",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "VisionRotaryEmbedding",
+]
