@@ -208,8 +208,11 @@ def _vision_to_dict(vision: Qwen2VLVisionConfig, raw: Json) -> Json:
     theta = out.pop("rope_theta")
     if "rope_parameters" in out:
         out["rope_parameters"] = out["rope_parameters"] | {"rope_theta": theta}
-    # Older readers look at these two names only.
-    return out | {"in_chans": vision.in_channels, "spatial_patch_size": vision.patch_size}
+    # The two older names, where the file has them or is new: some readers look at no other.
+    for old, value in (("in_chans", vision.in_channels), ("spatial_patch_size", vision.patch_size)):
+        if old in raw or not raw:
+            out[old] = value
+    return out
 
 
 def _check_divides(name: str, value: int, by_name: str, by: int) -> None:
