@@ -39,8 +39,6 @@ def ask(
     dtype: Annotated[str, typer.Option(help="bfloat16, ...; the checkpoint's if empty.")] = "",
 ) -> None:
     """Ask a question about images and videos; the answer appears as it is made."""
-    import torch
-
     from vlmkernels.models import load, load_processor
     from vlmkernels.models.generation import stream_text
 
@@ -49,7 +47,7 @@ def ask(
     content = [{"type": kind, kind: path} for kind, path in pictures]
     message = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
     inputs = processor.from_messages([message])
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = _device(device)
     loaded = load(model, dtype=_dtype(dtype), device=where)
     tensors: dict[str, Any] = {name: x.to(where) for name, x in inputs.items()}
     steps = loaded.generate_steps(
@@ -62,6 +60,16 @@ def ask(
     for piece in stream_text(processor.tokenizer, steps):
         print(piece, end="", flush=True)
     print()
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    gpus = torch.cuda.device_count()
+    device = torch.device(name or ("cuda" if gpus else "cpu"))
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ValueError(f"device: expected one that is there, got {name!r} with {gpus} GPUs")
+    return device
 
 
 def _dtype(name: str) -> torch.dtype | None:

@@ -54,7 +54,9 @@ def attention_decode(
 
 
 def _rotate(x: Tensor, angles: Tensor) -> Tensor:
-    cos, sin = (t.repeat(*([1] * (t.ndim - 1)), 2).unsqueeze(-2) for t in (angles.cos(), angles.sin()))
+    cos, sin = (
+        t.repeat(*([1] * (t.ndim - 1)), 2).unsqueeze(-2) for t in (angles.cos(), angles.sin())
+    )
     a, b = x.float().chunk(2, dim=-1)
     return (x.float() * cos + torch.cat((-b, a), -1) * sin).to(x.dtype)
 
@@ -86,7 +88,9 @@ def vision_rope(
     return _rotate(q, angles), _rotate(k, angles)
 
 
-def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: Tensor | None = None) -> Any:
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: Tensor | None = None
+) -> Any:
     h = x if residual is None else x + residual
     y = F.rms_norm(h, (h.shape[-1],), weight, eps)
     return y if residual is None else (y, h)

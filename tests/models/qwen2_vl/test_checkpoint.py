@@ -64,9 +64,7 @@ def test_round_trip_through_transformers(
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert config_of(tmp_path / "ours") == config_of(tmp_path / "theirs")
     inputs = cases.make("one_image", processor)
-    torch.testing.assert_close(
-        model(**inputs).logits, again(**inputs).logits, rtol=0, atol=1e-4
-    )
+    torch.testing.assert_close(model(**inputs).logits, again(**inputs).logits, rtol=0, atol=1e-4)
 
 
 def test_names_of_newer_transformers_in_memory_are_accepted(
@@ -97,9 +95,7 @@ def test_dtype_is_the_files_unless_asked(broken: Path) -> None:
     assert load(broken, dtype=torch.float32).dtype == torch.float32
 
 
-def test_weights_arrive_one_by_one(
-    checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_arrive_one_by_one(checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     still_meta: list[int] = []
     assign = checkpoint._assign
 
@@ -120,9 +116,7 @@ def test_a_loaded_model_outlives_its_files(broken: Path, model: Qwen2VL) -> None
     assert_same_state(loaded, model)
 
 
-def test_unknown_config_keys_and_generation_config_survive(
-    broken: Path, tmp_path: Path
-) -> None:
+def test_unknown_config_keys_and_generation_config_survive(broken: Path, tmp_path: Path) -> None:
     config = json.loads((broken / "config.json").read_text())
     config["new_key"], config["text_config"]["new_key"] = [1, {"a": None}], "kept"
     config["vision_config"]["new_key"] = 0.5

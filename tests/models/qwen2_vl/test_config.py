@@ -61,7 +61,9 @@ def test_a_saved_config_keeps_the_published_file_and_reads_back() -> None:
             assert saved[key] == value, key
     assert PUBLISHED_2B["vision_config"].items() <= saved["vision_config"].items()
     assert Qwen2VLConfig.from_dict(saved) == config
-    assert Qwen2VLConfig.from_dict(Qwen2VLConfig.preset("7B").to_dict()) == Qwen2VLConfig.preset("7B")
+    assert Qwen2VLConfig.from_dict(Qwen2VLConfig.preset("7B").to_dict()) == Qwen2VLConfig.preset(
+        "7B"
+    )
 
 
 def test_transformers_understands_a_preset_the_same_way() -> None:

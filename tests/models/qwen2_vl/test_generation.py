@@ -16,7 +16,9 @@ from vlmkernels.models.qwen2_vl import Qwen2VL, Qwen2VLProcessor
 NEW = 8
 
 
-@pytest.mark.parametrize("case", ["one_image", "two_images", "text", "padded_left", "image_and_video"])
+@pytest.mark.parametrize(
+    "case", ["one_image", "two_images", "text", "padded_left", "image_and_video"]
+)
 def test_greedy_tokens_match_transformers(
     case: str,
     model: Qwen2VL,

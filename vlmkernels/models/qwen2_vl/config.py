@@ -147,7 +147,11 @@ class Qwen2VLConfig:
         text: Json = {**raw, **(raw.get("text_config") or {})}
         rope: Json = text.get("rope_parameters") or text.get("rope_scaling") or {}
         _check_supported(text, rope)
-        known: Json = {k: text[k] for k in _names(cls) if text.get(k) is not None}
+        known: Json = {
+            k: text[k]
+            for k in _names(cls)
+            if k in text and (text[k] is not None or k.endswith("_token_id"))
+        }
         known["tie_word_embeddings"] = bool(
             raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")
         )
