@@ -25,6 +25,14 @@ app.add_typer(train_app, name="train")
 
 
 @app.command()
+def info() -> None:
+    """Show the version, how it was built, and which backend every op takes on this machine."""
+    from vlmkernels.info import report
+
+    print(report())
+
+
+@app.command()
 def ask(
     question: Annotated[str, typer.Argument(help="What to ask.")],
     model: Annotated[Path, typer.Option(help="Checkpoint directory.")],
@@ -38,8 +46,6 @@ def ask(
     dtype: Annotated[str, typer.Option(help="bfloat16, ...; the checkpoint's if empty.")] = "",
 ) -> None:
     """Ask a question about images and videos; the answer appears as it is made."""
-    import torch
-
     from vlmkernels.models import load, load_processor
     from vlmkernels.models.generation import stream_text
 
@@ -48,7 +54,7 @@ def ask(
     content = [{"type": kind, kind: path} for kind, path in pictures]
     message = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
     inputs = processor.from_messages([message])
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = _device(device)
     loaded = load(model, dtype=_dtype(dtype), device=where)
     tensors: dict[str, Any] = {name: x.to(where) for name, x in inputs.items()}
     steps = loaded.generate_steps(
@@ -61,6 +67,16 @@ def ask(
     for piece in stream_text(processor.tokenizer, steps):
         print(piece, end="", flush=True)
     print()
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    gpus = torch.cuda.device_count()
+    device = torch.device(name or ("cuda" if gpus else "cpu"))
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ValueError(f"device: expected one that is there, got {name!r} with {gpus} GPUs")
+    return device
 
 
 def _dtype(name: str) -> torch.dtype | None:

@@ -74,7 +74,7 @@ def _upper_byte(grey: NDArray[Any]) -> Pixels:
 def _array_to_rgb(array: NDArray[Any], name: str) -> Pixels:
     if array.dtype != np.uint8:
         raise ValueError(f"{name}: expected dtype uint8, got {array.dtype}")
-    if array.ndim == 3 and array.shape[0] in (1, 3, 4):
+    if array.ndim == 3 and array.shape[2] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
         array = np.moveaxis(array, 0, -1)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]

@@ -32,6 +32,12 @@ class Packing:
         return grid_of_rows
 
 
+def expect_grid(name: str, tensor: Tensor | None, x: Tensor) -> None:
+    """ValueError unless `tensor`, if there is one, has the (batch, seqlen) of x."""
+    if tensor is not None and tensor.shape != x.shape[:2]:
+        raise ValueError(f"{name}: expected shape {tuple(x.shape[:2])}, got {tuple(tensor.shape)}")
+
+
 def make_packing(
     batch: int,
     seqlen: int,
@@ -50,11 +56,6 @@ def make_packing(
         return Packing(batch, seqlen, cu_seqlens, seqlen, None)
     indices = None
     if attention_mask is not None:
-        if attention_mask.shape != (batch, seqlen):
-            raise ValueError(
-                f"attention_mask: expected shape {(batch, seqlen)}, "
-                f"got {tuple(attention_mask.shape)}"
-            )
         indices = attention_mask.to(device).flatten().nonzero().flatten()
         lengths = (attention_mask.to(device) != 0).sum(dim=1)
     else:

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from vlmkernels.models.qwen2_vl import Qwen2VL, Qwen2VLProcessor
 
-IMAGE, VIDEO = "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"
+IMAGE, VIDEO = (
+    "<|vision_start|><|image_pad|><|vision_end|>",
+    "<|vision_start|><|video_pad|><|vision_end|>",
+)
 Inputs = dict[str, Any]
 
 

@@ -17,7 +17,11 @@ SPECIAL = [
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),
     *("<|image_pad|>", "<|video_pad|>"),
 ]
-CORPUS = ["What is in the picture? Describe the two videos.", "user assistant system", "café 数字 ½"]
+CORPUS = [
+    "What is in the picture? Describe the two videos.",
+    "user assistant system",
+    "café 数字 ½",
+]
 # Published with Qwen2-VL-Instruct (chat_template.json), without its picture counters.
 TEMPLATE = (
     "{% for message in messages %}"

@@ -21,9 +21,8 @@ def assert_grads_match(model: torch.nn.Module, hf_model: HfModel, rtol: float = 
             assert grad is None, name
             continue
         assert grad is not None, name
-        # q and k biases that all keys share have a true gradient of zero: compare to the layer.
-        scale = max(float(expected.grad.norm()), 1e-5)
-        assert float((grad - expected.grad).norm()) <= rtol * scale, name
+        assert float(expected.grad.norm()) > 1e-3, name  # a comparison of zeros shows nothing
+        assert float((grad - expected.grad).norm()) <= rtol * float(expected.grad.norm()), name
 
 
 @pytest.mark.parametrize("case", cases.CASES)
@@ -62,7 +61,9 @@ def test_packed_documents_match_transformers_and_separate_rows(
         "input_ids": ids,
         "position_ids": torch.cat([text.view(1, 1, -1), rope]),
         "pixel_values": torch.cat([d["pixel_values"] for d in documents if "pixel_values" in d]),
-        "image_grid_thw": torch.cat([d["image_grid_thw"] for d in documents if "pixel_values" in d]),
+        "image_grid_thw": torch.cat(
+            [d["image_grid_thw"] for d in documents if "pixel_values" in d]
+        ),
     }
     logits = model(**packed).logits
     expected = hf_model(**packed, use_cache=False).logits  # a cache would hide the documents

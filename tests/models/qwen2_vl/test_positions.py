@@ -51,7 +51,9 @@ def rule_by_the_book(ids: list[int], blocks: list[tuple[int, int, int]]) -> list
             out.append((start, start, start))
             continue
         t, h, w = next(grids)
-        out += [(start + a, start + b, start + c) for a in range(t) for b in range(h) for c in range(w)]
+        out += [
+            (start + a, start + b, start + c) for a in range(t) for b in range(h) for c in range(w)
+        ]
     return out
 
 
@@ -65,7 +67,12 @@ def test_images_and_videos_in_any_order_follow_the_rule() -> None:
     for i in layout:
         kind, (t, h, w) = next(order) if i == 9 else (1, (1, 1, 1))
         ids += [kind] * (t * h * w)
-    grids = [torch.tensor([[t, 2 * h, 2 * w] for k, (t, h, w) in zip(kinds, blocks, strict=True) if k == x]) for x in (7, 8)]
+    grids = [
+        torch.tensor(
+            [[t, 2 * h, 2 * w] for k, (t, h, w) in zip(kinds, blocks, strict=True) if k == x]
+        )
+        for x in (7, 8)
+    ]
     position_ids, deltas = mrope_position_ids(
         torch.tensor([ids]),
         image_token_id=7,

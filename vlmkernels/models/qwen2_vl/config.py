@@ -147,7 +147,11 @@ class Qwen2VLConfig:
         text: Json = {**raw, **(raw.get("text_config") or {})}
         rope: Json = text.get("rope_parameters") or text.get("rope_scaling") or {}
         _check_supported(text, rope)
-        known: Json = {k: text[k] for k in _names(cls) if text.get(k) is not None}
+        known: Json = {
+            k: text[k]
+            for k in _names(cls)
+            if k in text and (text[k] is not None or k.endswith("_token_id"))
+        }
         known["tie_word_embeddings"] = bool(
             raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")
         )
@@ -208,8 +212,11 @@ def _vision_to_dict(vision: Qwen2VLVisionConfig, raw: Json) -> Json:
     theta = out.pop("rope_theta")
     if "rope_parameters" in out:
         out["rope_parameters"] = out["rope_parameters"] | {"rope_theta": theta}
-    # Older readers look at these two names only.
-    return out | {"in_chans": vision.in_channels, "spatial_patch_size": vision.patch_size}
+    # The two older names, where the file has them or is new: some readers look at no other.
+    for old, value in (("in_chans", vision.in_channels), ("spatial_patch_size", vision.patch_size)):
+        if old in raw or not raw:
+            out[old] = value
+    return out
 
 
 def _check_divides(name: str, value: int, by_name: str, by: int) -> None:

@@ -14,7 +14,7 @@ from vlmkernels.models import checkpoint
 from vlmkernels.models.cache import KVCache
 from vlmkernels.models.checkpoint import Json
 from vlmkernels.models.generation import DecodeState, Sampling, generate_steps, make_generator
-from vlmkernels.models.packing import Packing, make_packing
+from vlmkernels.models.packing import Packing, expect_grid, make_packing
 
 from .config import Qwen2VLConfig
 from .language import Qwen2VLLanguage, next_token_loss
@@ -113,6 +113,7 @@ class Qwen2VL(nn.Module):
             *(pixel_values, pixel_values_videos, image_grid_thw, video_grid_thw, mm_token_type_ids),
         )
         x, position_ids, text_positions = self._embed(inputs)
+        expect_grid("labels", labels, x)
         packing = make_packing(x.shape[0], x.shape[1], x.device, attention_mask, text_positions)
         h = self._hidden_states(x, position_ids, packing)
         if logits_to_keep:
@@ -120,7 +121,7 @@ class Qwen2VL(nn.Module):
         logits = self._head(h)
         loss = None
         if labels is not None:
-            loss = next_token_loss(logits, packing.pack(_shift(labels, x)), num_items_in_batch)
+            loss = next_token_loss(logits, packing.pack(_shift(labels)), num_items_in_batch)
         return Qwen2VLOutput(packing.unpack(logits), loss)
 
     def generate_steps(
@@ -248,6 +249,7 @@ class Qwen2VL(nn.Module):
         assert x is not None
         if x.ndim != 3 or x.numel() == 0:
             raise ValueError(f"inputs_embeds: expected 3 dimensions, got shape {tuple(x.shape)}")
+        expect_grid("attention_mask", inputs.attention_mask, x)
         position_ids = inputs.position_ids
         if position_ids is None:
             position_ids, _ = mrope_position_ids(
@@ -344,8 +346,6 @@ def _split_positions(position_ids: Tensor, x: Tensor) -> tuple[Tensor, Tensor | 
     return position_ids[-3:], position_ids[0] if len(position_ids) == 4 else None
 
 
-def _shift(labels: Tensor, x: Tensor) -> Tensor:
+def _shift(labels: Tensor) -> Tensor:
     """Each place gets the label of the next one, the last -100."""
-    if labels.shape != x.shape[:2]:
-        raise ValueError(f"labels: expected shape {tuple(x.shape[:2])}, got {tuple(labels.shape)}")
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)

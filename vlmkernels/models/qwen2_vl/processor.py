@@ -335,8 +335,9 @@ def _as_videos(videos: Any) -> list[Any]:
         return []
     if not isinstance(videos, (list, tuple)):
         return [videos]
-    is_frame = videos and (isinstance(videos[0], Image.Image) or np.ndim(videos[0]) in (2, 3))
-    return [videos] if is_frame and not isinstance(videos[0], (list, tuple)) else list(videos)
+    first = videos[0] if videos else None
+    is_frame = isinstance(first, Image.Image) or getattr(first, "ndim", 0) in (2, 3)
+    return [videos] if is_frame else list(videos)
 
 
 def _frames(video: Any) -> Iterable[Any]:
