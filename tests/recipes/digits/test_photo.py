@@ -44,12 +44,9 @@ def cells(canvas: NDArray[np.uint8]) -> list[NDArray[np.float64]]:
 def test_each_digit_lands_in_its_cell(rows: list[list[int]], dark_ink: bool) -> None:
     canvas = normalise(page(rows, dark_ink=dark_ink))
     assert canvas.shape == (8 * len(rows), 8 * len(rows[0]))
-    train, held_out = load_scans()
+    scans = load_scans()[1].pixels.astype(float)
     for cell, scan in zip(cells(canvas), sum(rows, []), strict=True):
-        # It looks like its digit: most of the nearest training scans are the same one.
-        distance = np.abs(train.pixels - cell).mean(axis=(1, 2))
-        nearest = train.labels[np.argsort(distance)[:9]]
-        assert np.bincount(nearest).argmax() == held_out.labels[scan]
+        assert np.corrcoef(cell.ravel(), scans[scan].ravel())[0, 1] > 0.6
 
 
 def test_a_short_row_leaves_black_cells() -> None:
