@@ -86,9 +86,7 @@ def test_scans_lie_whole_on_the_grid_in_reading_order(seed: int) -> None:
     assert canvas.digits == tuple(range(count))
 
 
-@pytest.mark.parametrize(
-    ("kind", "expected"), [("read", "3071"), ("count", "4"), ("largest", "7")]
-)
+@pytest.mark.parametrize(("kind", "expected"), [("read", "3071"), ("count", "4"), ("largest", "7")])
 def test_answers(kind: str, expected: str) -> None:
     assert data.answer(kind, (3, 0, 7, 1)) == expected
 

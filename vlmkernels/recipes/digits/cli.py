@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 train_app = typer.Typer(help="Train a model.", no_args_is_help=True)
 REPORT_EVERY = 100  # steps
 SAVE_EVERY = 200
+CANVASES = 200  # held-out, with three questions each
 SHOWN = 6  # questions printed by the demo
 
 
@@ -47,7 +48,7 @@ def train_digits(
     console.print(f"wrote {out}")
     from .demo import Reader, held_out_questions
 
-    _answers(Reader.load(out), held_out_questions(200), console)
+    _answers(Reader.load(out), held_out_questions(CANVASES), console)
 
 
 def _run(run: Run, console: Console) -> None:
