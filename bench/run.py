@@ -1,4 +1,4 @@
-"""Runs the benches: `python -m bench.run [op ...]`, all variants of a case interleaved in one run."""
+"""Runs the benches: `python -m bench.run [op ...]`; the variants of a case are interleaved."""
 
 import argparse
 import importlib

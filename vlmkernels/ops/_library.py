@@ -1,11 +1,10 @@
 """How an op meets PyTorch: one call of `define` in each room.
 
-The dispatcher knows every op (torch.compile, export, opcheck, subclasses); a call with plain tensors
-outside of any of these goes straight to the kernel, which saves several microseconds.
+The dispatcher knows every op (torch.compile, export, opcheck, subclasses); a call with plain
+tensors outside of any of these goes straight to the kernel, which saves several microseconds.
 """
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,17 +20,13 @@ _references_only = False
 
 @dataclass(frozen=True)
 class Op:
-    """An op as `define` made it. Calling it with positional arguments runs it."""
+    """An op as `define` made it, for whoever lists the ops (info, tests)."""
 
     name: str
     schema: str
-    call: Callable[..., Any]
     kernel: Callable[..., Any]
     reference: Callable[..., Any]
     cpu: str
-
-    def __call__(self, *args: Any) -> Any:
-        return self.call(*args)
 
 
 def define(
@@ -43,8 +38,8 @@ def define(
     setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
     backward: Callable[..., Any] | None = None,
     cpu: str = "C++",
-) -> Op:
-    """Registers `vlmkernels::<schema>`.
+) -> Callable[..., Any]:
+    """Registers `vlmkernels::<schema>`; returns the function that runs it on positional arguments.
 
     kernel: runs it on CPU and CUDA tensors. fake: gives empty outputs of the right shape.
     reference: the same in plain differentiable PyTorch. setup_context, backward: as in
@@ -72,12 +67,11 @@ def define(
         if not _is_plain(args):
             return overload(*args)
         if function is not None and torch.is_grad_enabled() and _requires_grad(args):
-            return function.apply(*args)  # type: ignore[no-untyped-call]
+            return function.apply(*args)
         return kernel(*args)
 
-    op = Op(name, schema, call, kernel, reference, cpu)
-    ops[name] = op
-    return op
+    ops[name] = Op(name, schema, kernel, reference, cpu)
+    return call
 
 
 def _autograd_function(
@@ -99,16 +93,20 @@ def _autograd_function(
     return type(name, (torch.autograd.Function,), members)
 
 
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms_active = torch._C._are_functorch_transforms_active
+_Parameter = torch.nn.Parameter
+
+
 def _is_plain(args: Sequence[Any]) -> bool:
     """True when nothing but the kernel needs to see this call."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    if torch._C._are_functorch_transforms_active():
+    if _is_compiling() or _dispatch_modes() or _transforms_active():
         return False
     for arg in args:
         kind = type(arg)
-        if kind is Tensor or kind is torch.nn.Parameter:
-            if arg.device.type == "meta":
+        if kind is Tensor or kind is _Parameter:
+            if arg.is_meta:
                 return False
         elif isinstance(arg, Tensor):
             return False
@@ -147,6 +145,11 @@ def reference_gradients(
     return gradients
 
 
+def references_only() -> bool:
+    """True inside `reference_ops()`."""
+    return _references_only
+
+
 @contextlib.contextmanager
 def reference_ops() -> Iterator[None]:
     """Within the context every op runs as its plain PyTorch reference."""
@@ -156,8 +159,3 @@ def reference_ops() -> Iterator[None]:
         yield
     finally:
         _references_only = before
-
-
-def arguments(op: Op) -> list[str]:
-    """The argument names of an op's reference, in order."""
-    return list(inspect.signature(op.reference).parameters)
