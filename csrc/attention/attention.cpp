@@ -175,7 +175,7 @@ static bool attention(py::handle q_, py::handle k_, py::handle v_, py::handle ou
         check_inputs(q, k, v, cu_q, cu_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale);
     set_outputs(p, q, out, lse);
     if (!has_kernel(q)) return false;
-    return run(q, nullptr, nullptr);
+    return run(q, [&](Stream stream) { return launch_attention(p, stream); }, nullptr);
 }
 
 static bool attention_backward(py::handle dout_, py::handle dlse_, py::handle q_, py::handle k_,
@@ -195,7 +195,10 @@ static bool attention_backward(py::handle dout_, py::handle dlse_, py::handle q_
     for (const Tensor* t : {&dout, &dq}) expect_same_shape(*t, q);
     for (const Tensor* t : {&dk, &dv}) expect_same_shape(*t, k);
     for (const Tensor* t : {&dout, &dq, &dk, &dv}) expect_like(*t, q);
-    expect_lse(delta, q);
+    if (delta.numel() != 2 * lse.numel()) value_error(delta, "must hold 2 lse", shape_text(delta));
+    expect_same_dtype(delta, lse);
+    expect_same_device(delta, lse);
+    expect_contiguous(delta);
     if (dlse.given) expect_lse(dlse, q);
     p.dout = heads_view(dout);
     p.dlse = dlse.ptr<float>();
