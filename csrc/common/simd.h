@@ -140,5 +140,20 @@ VLMKERNELS_INLINE void transpose(Vec (&rows)[kWidth]) {
     }
 }
 
+// Lane i is the sum of rows[i].
+template <int half = 1>
+VLMKERNELS_INLINE Vec row_sums(Vec (&rows)[kWidth]) {
+    if constexpr (half == kWidth) {
+        return rows[0];
+    } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; i += 2 * half) {
+            exchange<half>(rows[i], rows[i + half], std::make_integer_sequence<int, kWidth>());
+            rows[i] += rows[i + half];
+        }
+        return row_sums<half * 2>(rows);
+    }
+}
+
 }  // namespace
 }  // namespace vlmkernels
