@@ -2,12 +2,15 @@
 
 from vlmkernels.nn.norm import LayerNorm, RMSNorm
 from vlmkernels.nn.null import Null
+from vlmkernels.nn.patch_embed import PatchEmbed2d, PatchEmbed3d
 from vlmkernels.nn.rope import MRotaryEmbedding, RotaryEmbedding, VisionRotaryEmbedding
 
 __all__ = [
     "LayerNorm",
     "MRotaryEmbedding",
     "Null",
+    "PatchEmbed2d",
+    "PatchEmbed3d",
     "RMSNorm",
     "RotaryEmbedding",
     "VisionRotaryEmbedding",
