@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmkernels import _core
 from vlmkernels.ops import _library
 
 
