@@ -1,6 +1,7 @@
 // A row at a time, in fp32 buffers that stay in the first-level cache.
 #include <cmath>
 #include <cstdlib>
+#include <type_traits>
 
 #include "common/cpu.h"
 #include "norm/norm.h"
@@ -27,29 +28,38 @@ void to_floats(DType dtype, const void* from, int n, float* to) {
     dispatch_float(dtype, [&]<class T>() { to_floats<T>(from, n, to); });
 }
 
-// z = h in fp32; returns its sum (kCentered) or the sum of its squares.
-template <class T, bool kCentered>
-float load_row(const NormParams& p, int64_t row, float* z) {
+// The sum of f(i) over [0, n), with enough independent accumulators to hide the latency of an add.
+template <class F>
+float sum(int n, F&& f) {
+    constexpr int kAccumulators = 64;
+    float acc[kAccumulators] = {}, total = 0;
+    int i = 0;
+    for (; i + kAccumulators <= n; i += kAccumulators)
+        for (int j = 0; j < kAccumulators; ++j) acc[j] += f(i + j);
+    for (; i < n; ++i) total += f(i);
+#pragma omp simd reduction(+ : total)
+    for (int j = 0; j < kAccumulators; ++j) total += acc[j];
+    return total;
+}
+
+// h of a row in fp32: in `buffer`, or x itself.
+template <class T>
+const float* load_row(const NormParams& p, int64_t row, float* buffer) {
     const int n = p.hidden_dim;
     const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
-    float sum = 0;
     if (p.residual) {
         const T* residual = static_cast<const T*>(p.residual) + row * p.residual_stride;
         T* h = static_cast<T*>(p.h) + row * n;
-#pragma omp simd reduction(+ : sum)
+#pragma omp simd
         for (int i = 0; i < n; ++i) {
             h[i] = from_float<T>(to_float(x[i]) + to_float(residual[i]));
-            z[i] = to_float(h[i]);
-            sum += kCentered ? z[i] : z[i] * z[i];
+            buffer[i] = to_float(h[i]);
         }
-    } else {
-#pragma omp simd reduction(+ : sum)
-        for (int i = 0; i < n; ++i) {
-            z[i] = to_float(x[i]);
-            sum += kCentered ? z[i] : z[i] * z[i];
-        }
+        return buffer;
     }
-    return sum;
+    if constexpr (std::is_same_v<T, float>) return x;
+    to_floats<T>(x, n, buffer);
+    return buffer;
 }
 
 template <class T>
@@ -71,17 +81,13 @@ void forward_rows(const NormParams& p, int64_t begin, int64_t end) {
     to_floats(p.weight_dtype, p.weight, n, weight.x);
     if (p.bias) to_floats(p.weight_dtype, p.bias, n, bias.x);
     for (int64_t row = begin; row < end; ++row) {
-        float sum = load_row<T, kCentered>(p, row, z.x), mean = 0;
-        if (kCentered) {
-            mean = sum / n;
-            sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (int i = 0; i < n; ++i) sum += (z.x[i] - mean) * (z.x[i] - mean);
-            p.mean[row] = mean;
-        }
-        const float rstd = 1.0f / std::sqrt(sum / n + p.eps);
+        const float* x = load_row<T>(p, row, z.x);
+        const float mean = kCentered ? sum(n, [&](int i) { return x[i]; }) / n : 0;
+        const float squares = sum(n, [&](int i) { return (x[i] - mean) * (x[i] - mean); });
+        const float rstd = 1.0f / std::sqrt(squares / n + p.eps);
+        if (kCentered) p.mean[row] = mean;
         p.rstd[row] = rstd;
-        normalize(static_cast<T*>(p.y) + row * n, z.x, weight.x, p.bias ? bias.x : nullptr, mean,
+        normalize(static_cast<T*>(p.y) + row * n, x, weight.x, p.bias ? bias.x : nullptr, mean,
                   rstd, n);
     }
 }
