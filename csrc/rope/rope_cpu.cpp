@@ -57,7 +57,7 @@ void rotate_heads(const RopeHeads& h, const RopeParams& p, int64_t b, int64_t s,
 template <class Isa>
 void rope_cpu(const RopeParams& p) {
     const int64_t row = int64_t(p.q.num_heads + p.k.num_heads) * p.head_dim;
-    parallel_for(p.num_tokens, 1 + (1 << 14) / (row + 1), [&](int64_t begin, int64_t end) {
+    parallel_for(p.num_tokens, 1 + (1 << 16) / (row + 1), [&](int64_t begin, int64_t end) {
         alignas(64) float cosines[kMaxPairs], sines[kMaxPairs];
         for (int64_t token = begin; token < end; ++token) {
             const int64_t b = token / p.seqlen, s = token % p.seqlen;

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmkernels import _core
 from vlmkernels.ops import _library
 
 
@@ -97,6 +98,44 @@ def reference_backward(
     return dx.to(h.dtype), dweight, dbias
 
 
+def _kernel(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    centered: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, h, mean, rstd = _fake(x, residual, weight, bias, eps, centered)
+    outputs = (y, None if residual is None else h, mean if centered else None, rstd)
+    if not _core.C.norm(x, residual, weight, bias, *outputs, eps):
+        return reference(x, residual, weight, bias, eps, centered)
+    return y, h, mean, rstd
+
+
+def _kernel_backward(
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    args = (dy, dh, h, weight, mean, rstd)
+    dx, dweight, dbias = _fake_backward(*args, weight_grad, bias_grad)
+    outputs: list[Tensor | None] = [None] * 4
+    for i, (wanted, gradient) in enumerate(((weight_grad, dweight), (bias_grad, dbias))):
+        if wanted:
+            shape = (_core.C.norm_num_partials(h), h.shape[-1])
+            outputs[i] = gradient
+            outputs[i + 2] = torch.empty(shape, dtype=torch.float32, device=h.device)
+    if not _core.C.norm_backward(*args, dx, *outputs):
+        return reference_backward(*args, weight_grad, bias_grad)
+    return dx, dweight, dbias
+
+
 def _fake(
     x: Tensor,
     residual: Tensor | None,
@@ -161,7 +200,7 @@ def _backward(
 _norm = _library.define(
     "norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool centered)"
     " -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",
-    kernel=reference,
+    kernel=_kernel,
     fake=_fake,
     reference=reference,
     setup_context=_setup_context,
@@ -170,7 +209,7 @@ _norm = _library.define(
 _norm_backward = _library.define(
     "norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor? mean, Tensor rstd, "
     "bool weight_grad, bool bias_grad) -> (Tensor dx, Tensor dweight, Tensor dbias)",
-    kernel=reference_backward,
+    kernel=_kernel_backward,
     fake=_fake_backward,
     reference=reference_backward,
 )
