@@ -1,4 +1,4 @@
-"""norm against transformers' Qwen2RMSNorm and torch's layer_norm, with and without a residual add."""
+"""norm against transformers' Qwen2RMSNorm and torch's layer_norm, with and without a residual."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

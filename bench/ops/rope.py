@@ -1,4 +1,4 @@
-"""rope against transformers' code, which reads cos and sin tables that it made once per forward pass.
+"""rope against transformers' code, which reads tables of cos and sin made once per forward pass.
 
 `vlmkernels` computes cos and sin in every call, `vlmkernels from tables` reads the same tables.
 """

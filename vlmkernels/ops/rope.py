@@ -24,8 +24,8 @@ def rope(
     rotary_dim: int | None = None,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """out[i], out[i+r] = x[i] cos(a) - x[i+r] sin(a), x[i+r] cos(a) + x[i] sin(a), r = rotary_dim/2,
-    a = position * theta^(-i/r); elements beyond rotary_dim are copied.
+    """out[i], out[i+r] = x[i] cos(a) - x[i+r] sin(a), x[i+r] cos(a) + x[i] sin(a), for each head,
+    with r = rotary_dim/2, a = position * theta^(-i/r); elements beyond rotary_dim are copied.
 
     Args:
         q: (num_tokens, num_heads, head_dim) or (batch, seqlen, num_heads, head_dim), floating
