@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ def cases_of(
         "vlmkernels from tables": lambda q, k: ops.rope_from_tables(q, k, cos, sin),
         "eager": lambda q, k: eager(q, k, cos, sin),
     }
-    directions = {
+    directions: dict[str, dict[str, Callable[[], Any]]] = {
         "fwd": {name: partial(rotate, q, k) for name, rotate in rotations.items()},
         "bwd": {name: gradient(rotate, q, k) for name, rotate in rotations.items()},
     }

@@ -1,4 +1,4 @@
-"""rope, mrope, vision_rope, rope_from_tables: the six tests of a room, and transformers' semantics."""
+"""rope, mrope, vision_rope, rope_from_tables: the six tests of a room, and transformers'."""
 
 import math
 from collections.abc import Callable
@@ -266,7 +266,7 @@ def test_bad_input(backend: Backend) -> None:
         TypeError, match=r"rope: k must have the dtype of q \(float32\), got float16"
     ):
         ops.rope(q, k.half(), ids)
-    with pytest.raises(TypeError, match="rope: q must be float64, .* got int32"):
+    with pytest.raises(TypeError, match=r"rope: q must be float64, .* got int32"):
         ops.rope(q.int(), k.int(), ids)
     with pytest.raises(TypeError, match="rope: position_ids must be int32, int64, got float32"):
         ops.rope(q, k, ids.float())
@@ -280,7 +280,7 @@ def test_bad_input(backend: Backend) -> None:
         ops.mrope(q, k, ids.expand(3, 4), [4, 2, 3])
     with pytest.raises(ValueError, match=r"sections \[1, 5, 2\] cannot be interleaved"):
         ops.mrope(q, k, ids.expand(3, 4), [1, 5, 2], interleaved=True)
-    with pytest.raises(ValueError, match="rotary_dim must be even and in 2..256, got 7"):
+    with pytest.raises(ValueError, match=r"rotary_dim must be even and in 2\.\.256, got 7"):
         ops.rope(q, k, ids, rotary_dim=7)
     with pytest.raises(ValueError, match=r"at most head_dim \(16\), got 32"):
         ops.rope(q, k, ids, rotary_dim=32)
