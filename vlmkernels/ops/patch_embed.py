@@ -1,0 +1,196 @@
+"""patch_embed: images or patch rows to tokens, the patch embedding of every vision transformer."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmkernels import _core
+from vlmkernels.ops import _library
+
+
+def patch_embed(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, pos_embed: Tensor | None = None
+) -> Tensor:
+    """tokens[n, i] = weight · patch_i(x[n]) + bias + pos_embed[i]
+
+    A convolution whose stride is its kernel size, as one matrix product that reads the patches
+    straight from the image. Sums are in fp32 and rounded once. Rows and columns of pixels (and
+    frames) that do not fill a patch are dropped, as by Conv2d and Conv3d. Under autocast the
+    arguments are cast as theirs would be.
+
+    Args:
+        x: (num_patches, K) patch rows; or images (N, C, H, W); or video (N, C, T, H, W).
+            fp16, bf16, fp32 or fp64. A last dimension that isn't contiguous costs a copy.
+        weight: (D, K); or Conv2d's (D, C, patch_h, patch_w); or Conv3d's (D, C, patch_t, patch_h,
+            patch_w). K is the product of all sizes but the first. For images and video the weight
+            has the rank of x; for rows it may have any of these shapes, the columns of a row then
+            being in the order of its dimensions.
+        bias: (D,).
+        pos_embed: (num_patches, D), the same for every image; num_patches counts one image's.
+
+    Returns:
+        (num_patches, D) for rows; else (N, num_patches, D), patches in raster order (t, h, w).
+        Unlike a convolution's output, D comes last and the patches are one dimension. No rows or
+        no images give an empty result.
+
+    Raises:
+        ValueError: shapes that do not fit together, an image smaller than a patch.
+        TypeError: dtypes or devices that differ, or x isn't floating point.
+
+    Source: Dosovitskiy et al., "An image is worth 16x16 words", 2021, eq. 1.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight, bias, pos_embed = _autocast(x, weight, bias, pos_embed)
+    return _op(x, weight, bias, pos_embed)  # type: ignore[no-any-return]
+
+
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, pos_embed: Tensor | None = None
+) -> Tensor:
+    y = F.linear(_rows(x, weight), weight.flatten(1), bias)
+    return y if pos_embed is None else y + pos_embed
+
+
+def _autocast(x: Tensor, *others: Tensor | None) -> list[Any]:
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return [
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in (x, *others)
+    ]
+
+
+def _grid(x: Tensor, weight: Tensor) -> list[int]:
+    """Patches along each of (t,) h, w. A size 0 is for the kernel's checks to refuse."""
+    return [
+        size // (patch or 1) for size, patch in zip(x.shape[2:], weight.shape[2:], strict=False)
+    ]
+
+
+def _rows(x: Tensor, weight: Tensor) -> Tensor:
+    """(num_patches, K) as it is; images and video as (N, num_patches, K)."""
+    if x.ndim == 2:
+        return x
+    grid, patch = _grid(x, weight), weight.shape[2:]
+    for dim, (count, size) in enumerate(zip(grid, patch, strict=True), 2):
+        x = x.narrow(dim, 0, count * size)
+    split = [size for pair in zip(grid, patch, strict=True) for size in pair]
+    axes = range(2, 2 + 2 * len(grid), 2)  # of the grid; each has its patch axis behind it
+    x = x.reshape(*x.shape[:2], *split).permute(0, *axes, 1, *(axis + 1 for axis in axes))
+    return x.reshape(x.shape[0], math.prod(grid), math.prod(weight.shape[1:]))
+
+
+def _unrows(rows: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of _rows: an x of this shape, zero where _rows drops."""
+    if len(shape) == 2:
+        return rows
+    patch = weight.shape[2:]
+    grid = [size // p for size, p in zip(shape[2:], patch, strict=True)]
+    rank = len(grid)
+    pairs = (axis for i in range(rank) for axis in (1 + i, 2 + rank + i))
+    x = rows.reshape(shape[0], *grid, shape[1], *patch).permute(0, 1 + rank, *pairs)
+    x = x.reshape(*shape[:2], *(count * p for count, p in zip(grid, patch, strict=True)))
+    border = [shape[dim] - x.shape[dim] for dim in range(len(shape) - 1, 1, -1)]
+    return F.pad(x, [pad for size in border for pad in (0, size)]) if any(border) else x
+
+
+def _output(x: Tensor, weight: Tensor) -> Tensor:
+    dim = weight.shape[:1]
+    if x.ndim <= 2:
+        return x.new_empty(x.shape[:1] + dim)
+    return x.new_empty((x.shape[0], math.prod(_grid(x, weight)), *dim))
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.ndim == 0 or x.stride(-1) == 1 else x.contiguous()
+
+
+def _kernel(x: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None) -> Tensor:
+    y = _output(x, weight)
+    if _core.C.patch_embed(_dense(x), weight.contiguous(), bias, pos_embed, y):
+        return y
+    y = F.linear(_rows(x, weight), weight.flatten(1), bias)
+    return y if pos_embed is None else y.add_(pos_embed)
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None) -> Tensor:
+    return _output(x, weight)
+
+
+def _dx_kernel(dy: Tensor, weight: Tensor, shape: list[int]) -> Tensor:
+    # Pixels that no patch reads have a zero gradient.
+    dropped = any(size % patch for size, patch in zip(shape[2:], weight.shape[2:], strict=False))
+    dx = dy.new_zeros(shape) if dropped else dy.new_empty(shape)
+    if _core.C.patch_embed_dx(dy, weight.contiguous(), dx):
+        return dx
+    return _unrows(dy.matmul(weight.flatten(1)), weight, torch.Size(shape))
+
+
+def _dx_fake(dy: Tensor, weight: Tensor, shape: list[int]) -> Tensor:
+    return dy.new_empty(shape)
+
+
+def _dweight_kernel(dy: Tensor, x: Tensor, weight: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    dweight, dbias = _dweight_fake(dy, x, weight, bias)
+    dim, num_columns = weight.shape[0], math.prod(weight.shape[1:])
+    splits = _core.C.patch_embed_splits(dy.numel() // dim, dim, num_columns)
+    workspace = None
+    if splits > 1:
+        workspace = dy.new_empty((splits, dim, num_columns + 1), dtype=torch.float32)
+    if _core.C.patch_embed_dweight(dy, _dense(x), dweight, dbias if bias else None, workspace):
+        return dweight, dbias
+    dy = dy.flatten(0, -2)
+    dweight = dy.t().matmul(_rows(x, weight).flatten(0, -2)).reshape(weight.shape)
+    return dweight, dy.sum(0) if bias else dbias
+
+
+def _dweight_fake(dy: Tensor, x: Tensor, weight: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    return dy.new_empty(weight.shape), dy.new_empty(weight.shape[:1] if bias else 0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, _ = inputs
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+    ctx.shape = x.shape
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    need_dx, need_dweight, need_dbias, need_dpos = ctx.needs_input_grad
+    dy = dy.contiguous()
+    dx = _dx_op(dy, weight, ctx.shape) if need_dx else None
+    dweight = dbias = dpos = None
+    if need_dweight:
+        dweight, dbias = _dweight_op(dy, x, weight, need_dbias)
+    elif need_dbias:
+        dbias = dy.flatten(0, -2).sum(0)
+    if need_dpos:
+        dpos = dy if len(ctx.shape) == 2 else dy.sum(0)
+    return dx, dweight, dbias if need_dbias else None, dpos
+
+
+_dx_op = _library.define(
+    "patch_embed_dx(Tensor dy, Tensor weight, SymInt[] shape) -> Tensor",
+    kernel=_dx_kernel,
+    fake=_dx_fake,
+    reference=_dx_kernel,
+    cpu="aten",
+)
+_dweight_op = _library.define(
+    "patch_embed_dweight(Tensor dy, Tensor x, Tensor weight, bool bias) -> (Tensor, Tensor)",
+    kernel=_dweight_kernel,
+    fake=_dweight_fake,
+    reference=_dweight_kernel,
+    cpu="aten",
+)
+_op = _library.define(
+    "patch_embed(Tensor x, Tensor weight, Tensor? bias, Tensor? pos_embed) -> Tensor",
+    kernel=_kernel,
+    fake=_fake,
+    reference=reference,
+    setup_context=_setup_context,
+    backward=_backward,
+    cpu="aten",
+)
