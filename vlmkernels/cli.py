@@ -20,9 +20,12 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _group() -> None:
-    """Keeps `vlmkernels ask ...` a subcommand while there is only one."""
+@app.command()
+def info() -> None:
+    """Show the version, how it was built, and which backend every op takes on this machine."""
+    from vlmkernels.info import report
+
+    print(report())
 
 
 @app.command()

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmkernels import _core
 from vlmkernels.ops import _library
 
 
