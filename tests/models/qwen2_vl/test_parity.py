@@ -118,3 +118,18 @@ def test_gradient_checkpointing_changes_no_gradient(
     model.gradient_checkpointing_enable(False)
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, msg=name)
+
+
+def test_autocast_trains_close_to_float32(model: Qwen2VL, processor: Qwen2VLProcessor) -> None:
+    inputs = cases.make("two_images", processor)
+    labels = cases.labels_for(inputs)
+    grads = []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = model(**inputs, labels=labels)
+        assert out.logits.dtype == (torch.bfloat16 if enabled else torch.float32)
+        out.loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    for name, expected in grads[0].items():
+        assert (grads[1][name] - expected).norm() < 0.05 * expected.norm(), name
