@@ -133,3 +133,16 @@ def test_autocast_trains_close_to_float32(model: Qwen2VL, processor: Qwen2VLProc
         grads.append({name: p.grad for name, p in model.named_parameters()})
     for name, expected in grads[0].items():
         assert (grads[1][name] - expected).norm() < 0.05 * expected.norm(), name
+
+
+def test_a_dense_text_batch_never_waits_for_the_gpu(model: Qwen2VL) -> None:
+    """Meta tensors have no values: whatever asks for one on the host raises, forward or backward."""
+    with torch.device("meta"):
+        valueless = Qwen2VL(model.config)
+        ids = torch.zeros(2, 5, dtype=torch.int64)
+        out = valueless(ids, labels=ids)
+        assert out.logits.shape == (2, 5, model.config.vocab_size)
+        out.loss.backward()
+        assert valueless.model.embed_tokens.weight.grad.is_meta
+        with pytest.raises((NotImplementedError, RuntimeError)):
+            valueless(ids, attention_mask=ids)  # a mask decides the number of tokens
