@@ -136,7 +136,7 @@ def test_autocast_trains_close_to_float32(model: Qwen2VL, processor: Qwen2VLProc
 
 
 def test_a_dense_text_batch_never_waits_for_the_gpu(model: Qwen2VL) -> None:
-    """Meta tensors have no values: whatever asks for one on the host raises, forward or backward."""
+    """Meta tensors have no values: whatever asks for one on the host raises."""
     with torch.device("meta"):
         valueless = Qwen2VL(model.config)
         ids = torch.zeros(2, 5, dtype=torch.int64)
