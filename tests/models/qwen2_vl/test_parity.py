@@ -105,17 +105,23 @@ def test_logits_to_keep_are_the_last_columns(model: Qwen2VL, processor: Qwen2VLP
     torch.testing.assert_close(model(**inputs, logits_to_keep=2).logits, expected)
 
 
-def test_gradient_checkpointing_changes_no_gradient(
+def test_gradient_checkpointing_runs_layers_again_for_the_same_gradient(
     model: Qwen2VL, processor: Qwen2VLProcessor
 ) -> None:
     inputs = cases.make("two_images", processor)
+    runs: list[torch.nn.Module] = []
+    layers = [model.visual.blocks[0], model.model.layers[0]]
+    hooks = [x.register_forward_pre_hook(lambda layer, _: runs.append(layer)) for x in layers]
     grads = []
     for enable in (False, True):
         model.gradient_checkpointing_enable(enable)
         model.zero_grad()
         model(**inputs, labels=cases.labels_for(inputs)).loss.backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
+        assert [runs.count(layer) for layer in layers] == ([3, 3] if enable else [1, 1])
     model.gradient_checkpointing_enable(False)
+    for hook in hooks:
+        hook.remove()
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, msg=name)
 
