@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vlmkernels.recipes.digits.cli import demo, train_app
+
 if TYPE_CHECKING:
     import torch
 
@@ -18,6 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command()(demo)
+app.add_typer(train_app, name="train")
 
 
 @app.command()

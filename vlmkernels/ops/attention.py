@@ -255,7 +255,7 @@ def _backward_kernel(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     gradients = _backward_fake(dout, dlse, q, k, v)
-    delta = torch.empty_like(lse)
+    delta = lse.new_empty((2, *lse.shape))
     if not _core.C.attention_backward(dout, dlse, q, k, v, out, lse, delta, *gradients, *options):
         return _backward_reference(dout, dlse, q, k, v, out, lse, *options)
     return gradients
