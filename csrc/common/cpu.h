@@ -2,6 +2,7 @@
 // Everything is in an unnamed namespace on purpose (see isa.h).
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 
@@ -85,14 +86,21 @@ void dispatch_float(DType dtype, F&& f) {
     if (dtype == DType::kBFloat16) return f.template operator()<BFloat16>();
 }
 
+inline int64_t max_threads() {
+#ifdef _OPENMP
+    return omp_in_parallel() ? 1 : omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
 // Runs f(begin, end) over [0, n) on all threads, in chunks of at least `grain`.
 template <class F>
 void parallel_for(int64_t n, int64_t grain, F&& f) {
 #ifdef _OPENMP
-    int64_t threads = omp_get_max_threads();
-    int64_t useful = (n + grain - 1) / grain;
+    int64_t threads = max_threads(), useful = (n + grain - 1) / grain;
     if (useful < threads) threads = useful;
-    if (threads > 1 && !omp_in_parallel()) {
+    if (threads > 1) {
 #pragma omp parallel num_threads(int(threads))
         {
             int64_t count = omp_get_num_threads(), id = omp_get_thread_num();
@@ -103,6 +111,18 @@ void parallel_for(int64_t n, int64_t grain, F&& f) {
     }
 #endif
     if (n > 0) f(int64_t(0), n);
+}
+
+// For items of uneven cost: runs f(take) once on each thread, on at most n / grain of them; take()
+// gives the next item of [0, n), in order, and -1 when all are taken.
+template <class F>
+void parallel_take(int64_t n, int64_t grain, F&& f) {
+    std::atomic<int64_t> next{0};
+    auto take = [&] {
+        int64_t item = next.fetch_add(1, std::memory_order_relaxed);
+        return item < n ? item : -1;
+    };
+    parallel_for(n, grain, [&](int64_t, int64_t) { f(take); });
 }
 
 }  // namespace
