@@ -1,0 +1,220 @@
+// c (m, n) = a (m, k) b (k, n) of 16-bit elements on tensor cores, summed in fp32, for operands
+// that are read in place. A CTA computes one kM x kN tile. kStages tiles of k are in flight
+// (cp.async); each warp multiplies from swizzled shared memory.
+//   view     where element (row, column) of an operand lies, and how many bytes lie together
+//   load     copies a tile of a view to shared memory
+//   gemm     the loop over k
+//   store    hands the result out in runs of 8 columns
+#pragma once
+
+#include <initializer_list>
+
+#include "common/mma.cuh"
+
+namespace vlmkernels {
+
+template <class Element, int m, int n, int k, int warps_m, int warps_n, int stages>
+struct GemmTile {
+    using T = Element;
+    static constexpr int kM = m, kN = n, kK = k, kStages = stages;
+    static constexpr int kWarpsM = warps_m, kWarpsN = warps_n;
+    static constexpr int kThreads = 32 * warps_m * warps_n;
+    static constexpr int kWarpM = m / warps_m, kWarpN = n / warps_n;
+    static constexpr int kBytesA = m * k * 2, kBytesB = n * k * 2;
+    static constexpr int kSharedBytes = stages * (kBytesA + kBytesB);
+    static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0 && k % 16 == 0);
+    static_assert(kSharedBytes >= kThreads / 32 * 16 * kWarpN * 4, "room for store()");
+    // kWarpM x kWarpN of c, as 16 x 8 fragments.
+    using Accumulators = float[kWarpM / 16][kWarpN / 8][4];
+};
+
+// A row-major matrix. Its elements lie together in aligned runs of `run_bytes` (2, 4, 8 or 16),
+// which is how it is copied.
+template <class Element>
+struct MatrixView {
+    using T = Element;
+    T* data;
+    int64_t stride;
+    int num_rows, num_columns;
+    int run_bytes;
+
+    MatrixView(T* data, int64_t stride, int num_rows, int num_columns)
+        : data(data),
+          stride(stride),
+          num_rows(num_rows),
+          num_columns(num_columns),
+          run_bytes(common_alignment(data, {stride, num_columns})) {}
+    __device__ int64_t row(int row) const { return row * stride; }
+    __device__ int column(int column) const { return column; }
+
+    // The largest power of two up to 16 that divides an address and these counts of elements.
+    static int common_alignment(const void* data, std::initializer_list<int64_t> counts) {
+        uint64_t bits = reinterpret_cast<uintptr_t>(data) | 16;
+        for (int64_t count : counts) bits |= uint64_t(count) * sizeof(T);
+        return int(bits & -bits);
+    }
+};
+
+// Copies one row's chunk of 8 elements in runs of kRunBytes. offsets: of the runs within the row.
+template <int kRunBytes, class T>
+__device__ void load_chunk(uint32_t shared, const T* row, const int (&offsets)[16 / kRunBytes],
+                           const bool (&valid)[16 / kRunBytes]) {
+    constexpr int kRuns = 16 / kRunBytes;
+    if constexpr (kRunBytes == 2) {  // too narrow for cp.async
+        uint32_t pairs[4] = {};
+        const auto* source = reinterpret_cast<const uint16_t*>(row);
+#pragma unroll
+        for (int i = 0; i < kRuns; ++i)
+            if (valid[i]) pairs[i / 2] |= uint32_t(source[offsets[i]]) << i % 2 * 16;
+        store_shared(shared, pairs);
+    } else {
+#pragma unroll
+        for (int i = 0; i < kRuns; ++i)
+            cp_async<kRunBytes>(shared + i * kRunBytes, row + (valid[i] ? offsets[i] : 0),
+                                valid[i]);
+    }
+}
+
+template <int kRows, int kColumns, int kThreads, int kRunBytes, class View, int kCount>
+__device__ void load_runs(uint32_t tile, const View& view, const int64_t (&rows)[kCount], int row0,
+                          int column0, int thread) {
+    using Layout = TileLayout<kColumns>;
+    constexpr int kRuns = 16 / kRunBytes;
+    const int chunk = thread % Layout::kChunks, first = thread / Layout::kChunks;
+    int offsets[kRuns];
+    bool inside[kRuns];
+#pragma unroll
+    for (int i = 0; i < kRuns; ++i) {
+        const int column = column0 + chunk * 8 + i * (8 / kRuns);
+        offsets[i] = view.column(column);
+        inside[i] = column < view.num_columns;
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+        const int row = first + i * (kThreads / Layout::kChunks);
+        const bool row_inside = row0 + row < view.num_rows;
+        bool valid[kRuns];
+#pragma unroll
+        for (int j = 0; j < kRuns; ++j) valid[j] = row_inside && inside[j];
+        load_chunk<kRunBytes>(tile + Layout::offset(row, chunk),
+                              view.data + (row_inside ? rows[i] : 0), offsets, valid);
+    }
+}
+
+// Starts copying rows row0.. and columns column0.. of a view into a tile; what lies outside of the
+// view is not read: it becomes zero.
+template <int kRows, int kColumns, int kThreads, class View>
+__device__ void load(uint32_t tile, const View& view, int row0, int column0, int thread) {
+    constexpr int kChunks = kColumns / 8, kStep = kThreads / kChunks;
+    static_assert(kThreads % kChunks == 0 && kRows % kStep == 0);
+    int64_t rows[kRows / kStep];
+#pragma unroll
+    for (int i = 0; i < kRows / kStep; ++i) rows[i] = view.row(row0 + thread / kChunks + i * kStep);
+    switch (view.run_bytes) {
+        case 16:
+            return load_runs<kRows, kColumns, kThreads, 16>(tile, view, rows, row0, column0,
+                                                            thread);
+        case 8:
+            return load_runs<kRows, kColumns, kThreads, 8>(tile, view, rows, row0, column0, thread);
+        case 4:
+            return load_runs<kRows, kColumns, kThreads, 4>(tile, view, rows, row0, column0, thread);
+        default:
+            return load_runs<kRows, kColumns, kThreads, 2>(tile, view, rows, row0, column0, thread);
+    }
+}
+
+// c += the product of num_steps tiles of k. load_a(shared, step) and load_b copy tile `step` of an
+// operand, laid out as the operand says: kA m x k, kATransposed k x m, kB n x k, kBTransposed k x
+// n. on_a(i, fragment) sees each fragment of a that this warp multiplies, rows 16 * i.. of its
+// part.
+template <class Tile, Operand kOperandA, Operand kOperandB, class LoadA, class LoadB, class OnA>
+__device__ void gemm(typename Tile::Accumulators& c, uint32_t shared, int num_steps, int thread,
+                     LoadA&& load_a, LoadB&& load_b, OnA&& on_a) {
+    using T = typename Tile::T;
+    constexpr bool kTransA = kOperandA == Operand::kATransposed,
+                   kTransB = kOperandB == Operand::kBTransposed;
+    constexpr int kStages = Tile::kStages, kStageBytes = Tile::kBytesA + Tile::kBytesB;
+    const int lane = thread % 32, warp = thread / 32;
+    const int m0 = warp / Tile::kWarpsN * Tile::kWarpM, n0 = warp % Tile::kWarpsN * Tile::kWarpN;
+    const FragmentLoader<kTransA ? Tile::kM : Tile::kK, kOperandA> fragment_a(lane);
+    const FragmentLoader<kTransB ? Tile::kN : Tile::kK, kOperandB> fragment_b(lane);
+    auto load_stage = [&](int step) {
+        if (step < num_steps) {
+            const uint32_t stage = shared + step % kStages * kStageBytes;
+            load_a(stage, step);
+            load_b(stage + Tile::kBytesA, step);
+        }
+        cp_async_commit();
+    };
+    for (int step = 0; step < kStages - 1; ++step) load_stage(step);
+    for (int step = 0; step < num_steps; ++step) {
+        cp_async_wait<kStages - 2>();
+        __syncthreads();
+        load_stage(step + kStages - 1);
+        const uint32_t tile_a = shared + step % kStages * kStageBytes;
+        const uint32_t tile_b = tile_a + Tile::kBytesA;
+#pragma unroll
+        for (int k = 0; k < Tile::kK; k += 16) {
+            uint32_t a[Tile::kWarpM / 16][4], b[Tile::kWarpN / 16][4];
+#pragma unroll
+            for (int i = 0; i < Tile::kWarpM / 16; ++i) {
+                const int m = m0 + i * 16;
+                fragment_a(a[i], tile_a, kTransA ? k : m, (kTransA ? m : k) / 8);
+                on_a(i, a[i]);
+            }
+#pragma unroll
+            for (int j = 0; j < Tile::kWarpN / 16; ++j) {
+                const int n = n0 + j * 16;
+                fragment_b(b[j], tile_b, kTransB ? k : n, (kTransB ? n : k) / 8);
+            }
+#pragma unroll
+            for (int i = 0; i < Tile::kWarpM / 16; ++i)
+#pragma unroll
+                for (int j = 0; j < Tile::kWarpN / 8; ++j)
+                    mma(c[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1], T());
+        }
+    }
+    __syncthreads();  // the shared memory is free again
+}
+
+template <class Tile, Operand kOperandA, Operand kOperandB, class LoadA, class LoadB>
+__device__ void gemm(typename Tile::Accumulators& c, uint32_t shared, int num_steps, int thread,
+                     LoadA&& load_a, LoadB&& load_b) {
+    gemm<Tile, kOperandA, kOperandB>(c, shared, num_steps, thread, load_a, load_b,
+                                     [](int, const uint32_t (&)[4]) {});
+}
+
+// Calls store(row, column, values) with rows and columns within the CTA's tile and 8 values each,
+// neighbouring lanes with neighbouring columns. Goes through shared memory, 16 rows at a time.
+template <class Tile, class Store>
+__device__ void store(const typename Tile::Accumulators& c, float* shared, int thread,
+                      Store&& store) {
+    constexpr int kChunks = Tile::kWarpN / 8;  // permuted within a row against bank conflicts
+    const int lane = thread % 32, warp = thread / 32;
+    const int m0 = warp / Tile::kWarpsN * Tile::kWarpM, n0 = warp % Tile::kWarpsN * Tile::kWarpN;
+    float* part = shared + warp * 16 * Tile::kWarpN;
+    auto at = [&](int row, int chunk) {
+        return part + row * Tile::kWarpN + (chunk ^ row % kChunks) * 8;
+    };
+#pragma unroll
+    for (int i = 0; i < Tile::kWarpM / 16; ++i) {
+#pragma unroll
+        for (int j = 0; j < kChunks; ++j)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                *reinterpret_cast<float2*>(at(lane / 4 + half * 8, j) + lane % 4 * 2) =
+                    make_float2(c[i][j][half * 2], c[i][j][half * 2 + 1]);
+        __syncwarp();
+        for (int index = lane; index < 16 * kChunks; index += 32) {
+            const int row = index / kChunks, chunk = index % kChunks;
+            float values[8];
+            const float* from = at(row, chunk);
+            *reinterpret_cast<float4*>(values) = *reinterpret_cast<const float4*>(from);
+            *reinterpret_cast<float4*>(values + 4) = *reinterpret_cast<const float4*>(from + 4);
+            store(m0 + i * 16 + row, n0 + chunk * 8, values);
+        }
+        __syncwarp();
+    }
+}
+
+}  // namespace vlmkernels
