@@ -1,15 +1,84 @@
-# make demo   set everything up, then show the package at work: train-free, under a minute
-# make test   set everything up, then run all tests
+# Two commands do everything on a fresh clone (Python >= 3.11 and a C++ compiler are enough):
+#   make demo                the package at work: a small VLM reads scanned digits (IMAGE=path: your own image)
+#   make test                all tests; the CUDA kernels run too, emulated, where an emulator is found
+# More: make lint, bench, train, emulated, isolated, wheel, core, clean.
+
 PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+# Folder of an emulated CUDA runtime: its build.sh makes a libcudart.so that runs our kernels on the CPU.
 PTXEMU ?= ../shared/ptxemu
 PTXEMU_BUILD ?= $(CURDIR)/build/ptxemu
+EMULATED := $(wildcard $(PTXEMU)/build.sh)
+SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
-# In-tree build for work on kernels: incremental, needs the build requirements in $(PYTHON).
-core:
-	test -e $(PTXEMU_BUILD)/libcudart.so || sh $(PTXEMU)/build.sh $(PTXEMU_BUILD)
-	PATH=$(dir $(PYTHON)):$$PATH cmake -S . -B build/core -G Ninja -DPython_EXECUTABLE=$(PYTHON) \
+.PHONY: demo test lint bench train emulated isolated wheel core clean format
+
+demo: $(VENV)/installed
+	$(BIN)/vlmkernels demo $(if $(IMAGE),--image "$(IMAGE)") $(if $(QUESTION),--question "$(QUESTION)")
+
+# Threads beyond the cores would spin; the second run repeats the parity tests on the oldest tested transformers.
+test: export OMP_WAIT_POLICY = passive
+test: export PTXEMU_THREADS ?= 1
+test: $(VENV)/installed build/transformers-oldest
+	$(BIN)/python -m pytest -n $(JOBS) tests
+	PYTHONPATH=build/transformers-oldest $(BIN)/python -m pytest -n $(JOBS) tests/models
+
+lint: $(VENV)/requirements
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*')
+
+format: $(VENV)/requirements
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*')
+
+bench: $(VENV)/installed
+	$(BIN)/python -m bench.run $(OPS) --json build/bench.json
+
+train: $(VENV)/installed
+	$(BIN)/vlmkernels train digits
+
+# The editable install, with the core linked a second time to the emulated CUDA runtime.
+emulated: $(VENV)/installed
+	$(BIN)/python -c "from vlmkernels.testing import has_emulated_core as has; assert has(), 'no emulator in $(PTXEMU)'"
+
+# `pip install .` as an outsider meets it: isolated, no torch, no CUDA toolkit. Prints time and wheel size.
+isolated:
+	$(PYTHON) tools/isolated_build.py
+
+wheel: $(VENV)/requirements
+	$(BIN)/pip wheel --no-deps --no-build-isolation -w dist .
+
+# In-tree build for work on kernels: incremental; puts the core beside the Python files.
+core: $(if $(EMULATED),$(PTXEMU_BUILD)/libcudart.so)
+	mkdir -p build
+	PATH="$(dir $(abspath $(PYTHON))):$$PATH" cmake -S . -B build/core -G Ninja -DPython_EXECUTABLE=$(PYTHON) \
 		-Dpybind11_DIR=$$($(PYTHON) -m pybind11 --cmakedir) -DVLMKERNELS_CUDA_ARCHS=90a \
-		-DVLMKERNELS_EMULATED_CUDART=$(PTXEMU_BUILD) -DCMAKE_INSTALL_PREFIX=. > build/core.log || (cat build/core.log; false)
-	PATH=$(dir $(PYTHON)):$$PATH ninja -C build/core
+		$(if $(EMULATED),-DVLMKERNELS_EMULATED_CUDART=$(PTXEMU_BUILD)) > build/core.log || (cat build/core.log; false)
+	cmake --build build/core
 	cmake --install build/core --prefix . > /dev/null
-.PHONY: core
+
+$(VENV)/requirements: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python tools/requirements.py test lint > $(VENV)/requirements.in
+	$(BIN)/pip install --quiet -c constraints.txt -r $(VENV)/requirements.in
+	touch $@
+
+$(VENV)/installed: $(VENV)/requirements $(SOURCES) $(if $(EMULATED),$(PTXEMU_BUILD)/libcudart.so)
+	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(BIN)/pip install --quiet --no-deps --no-build-isolation -e . \
+		$(if $(EMULATED),-Ccmake.define.VLMKERNELS_EMULATED_CUDART=$(PTXEMU_BUILD))
+	touch $@
+
+$(PTXEMU_BUILD)/libcudart.so:
+	sh $(PTXEMU)/build.sh $(PTXEMU_BUILD)
+
+build/transformers-oldest: constraints.txt | $(VENV)/requirements
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ transformers==5.17.0
+	touch $@
+
+clean:
+	rm -rf build dist $(VENV)

@@ -9,9 +9,36 @@
 namespace vlmkernels {
 
 #ifdef VLMKERNELS_EMULATED
+
 bool takes_cuda(const Tensor&) { return true; }
-#else
-bool takes_cuda(const Tensor& t) { return t.device.type == dlpack::kCUDA; }
+
+#elif defined(VLMKERNELS_WITH_CUDA)
+
+// Asked once per GPU; one without code in this build takes the PyTorch references, with a warning.
+static bool has_kernels(int device) {
+    constexpr int kMaxDevices = 64;
+    static signed char known[kMaxDevices] = {};  // 0: not asked yet
+    if (device >= kMaxDevices) return false;
+    if (!known[device]) {
+        int previous = 0;
+        cudaGetDevice(&previous);
+        cudaSetDevice(device);
+        known[device] = probe_kernels() == cudaSuccess ? 1 : -1;
+        cudaSetDevice(previous);
+        if (known[device] < 0 &&
+            PyErr_WarnEx(PyExc_RuntimeWarning,
+                         "vlmkernels: this build has no CUDA code for this GPU; its ops run as "
+                         "plain PyTorch (see `vlmkernels info`)",
+                         1))
+            throw py::error_already_set();
+    }
+    return known[device] > 0;
+}
+
+bool takes_cuda(const Tensor& t) {
+    return t.device.type == dlpack::kCUDA && has_kernels(t.device.id);
+}
+
 #endif
 
 #ifdef VLMKERNELS_WITH_CUDA

@@ -32,12 +32,15 @@ class CudaScope {
 // the PyTorch reference.
 template <class Cuda, class Cpu>
 bool run(const Tensor& t, Cuda&& cuda, Cpu&& cpu) {
+    constexpr bool has_cuda = !std::is_same_v<std::decay_t<Cuda>, std::nullptr_t>;
     constexpr bool has_cpu = !std::is_same_v<std::decay_t<Cpu>, std::nullptr_t>;
 #ifdef VLMKERNELS_WITH_CUDA
-    if (takes_cuda(t)) {
-        CudaScope scope(t);
-        scope.finish(cuda(scope.stream()));
-        return true;
+    if constexpr (has_cuda) {
+        if (takes_cuda(t)) {
+            CudaScope scope(t);
+            scope.finish(cuda(scope.stream()));
+            return true;
+        }
     }
 #endif
     if constexpr (has_cpu) {

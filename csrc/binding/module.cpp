@@ -1,6 +1,5 @@
 // The Python module: what was built, and the functions of every room.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include "binding/device.h"
 #include "binding/tensor.h"
@@ -30,9 +29,19 @@ static py::dict build_info() {
     return info;
 }
 
+// Whether tensors on this tensor's device go to CUDA kernels.
+static bool has_cuda_kernels_for(py::handle tensor) {
+#ifdef VLMKERNELS_WITH_CUDA
+    return takes_cuda(Tensor("takes_cuda", "tensor", tensor));
+#else
+    return false;
+#endif
+}
+
 static void define(py::module_& m) {
     m.def("register_tensor_types", &register_tensor_types);
     m.def("build_info", &build_info);
+    m.def("takes_cuda", &has_cuda_kernels_for);
     for (Binding* binding = Binding::first; binding; binding = binding->next) binding->define(m);
 }
 

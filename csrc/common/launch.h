@@ -8,4 +8,7 @@ namespace vlmkernels {
 using Stream = CUstream_st*;  // cudaStream_t
 using Error = int;            // cudaError_t; 0 is success
 
+// Success when this build holds code for the current GPU (probe.cu).
+Error probe_kernels();
+
 }  // namespace vlmkernels

@@ -1,6 +1,17 @@
 """Drop-in modules: parameters and a call, with the state_dict keys of what they replace."""
 
+from vlmkernels.nn.norm import LayerNorm, RMSNorm
 from vlmkernels.nn.null import Null
 from vlmkernels.nn.patch_embed import PatchEmbed2d, PatchEmbed3d
+from vlmkernels.nn.rope import MRotaryEmbedding, RotaryEmbedding, VisionRotaryEmbedding
 
-__all__ = ["Null", "PatchEmbed2d", "PatchEmbed3d"]
+__all__ = [
+    "LayerNorm",
+    "MRotaryEmbedding",
+    "Null",
+    "PatchEmbed2d",
+    "PatchEmbed3d",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "VisionRotaryEmbedding",
+]

@@ -145,6 +145,11 @@ def reference_gradients(
     return gradients
 
 
+def references_only() -> bool:
+    """True inside `reference_ops()`."""
+    return _references_only
+
+
 @contextlib.contextmanager
 def reference_ops() -> Iterator[None]:
     """Within the context every op runs as its plain PyTorch reference."""

@@ -1,0 +1,176 @@
+"""norm: RMSNorm and LayerNorm over the last dimension, with an optional fused residual add."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmkernels.ops import _library
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: Tensor | None = None
+) -> Any:
+    """y = h / sqrt(mean(h^2) + eps) * weight, with h = x or, given a residual, h = x + residual.
+
+    Args:
+        x: (..., hidden_dim), floating point; rows may have any stride, hidden_dim is contiguous.
+        weight: (hidden_dim,), of x's dtype or float32.
+        residual: as x, of its shape and dtype; its gradient is that of x.
+
+    Returns:
+        y, or (y, h) with a residual; new contiguous tensors of x's dtype. h is rounded to x's
+        dtype before it is normalised; from there all is fp32 and y is rounded once (transformers
+        rounds before it multiplies by the weight, and returns fp32 for an fp32 weight).
+
+    Raises:
+        ValueError: wrong shapes or strides. TypeError: wrong dtypes or devices.
+
+    Zhang and Sennrich, arXiv 1910.07467. Drop-in for transformers' Qwen2RMSNorm.
+    """
+    y, h, _, _ = _norm(x, residual, weight, None, eps, False)
+    return y if residual is None else (y, h)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+) -> Any:
+    """y = (h - mean(h)) / sqrt(var(h) + eps) * weight + bias, with h = x or h = x + residual.
+
+    Args:
+        bias: (hidden_dim,), of weight's dtype, or None.
+        x, weight, residual: as in `rms_norm`, which also says what is returned and raised.
+
+    Ba et al., arXiv 1607.06450. Drop-in for torch.nn.functional.layer_norm over one dimension.
+    """
+    y, h, _, _ = _norm(x, residual, weight, bias, eps, True)
+    return y if residual is None else (y, h)
+
+
+def reference(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    centered: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    compute = torch.promote_types(x.dtype, torch.float32)
+    h = x if residual is None else x + residual
+    z = h.to(compute)
+    mean = z.mean(-1) if centered else z.new_empty(0)
+    z = z - mean.unsqueeze(-1) if centered else z
+    rstd = (z.square().mean(-1) + eps).rsqrt()
+    y = z * rstd.unsqueeze(-1) * weight.to(compute)
+    y = y if bias is None else y + bias.to(compute)
+    return y.to(x.dtype), x.new_empty(0) if residual is None else h, mean, rstd
+
+
+def reference_backward(
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    compute = torch.promote_types(h.dtype, torch.float32)
+    z, g = h.to(compute), dy.to(compute)
+    xhat = (z if mean is None else z - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
+    wg = g * weight.to(compute)
+    dz = wg - xhat * (wg * xhat).mean(-1, keepdim=True)
+    if mean is not None:
+        dz = dz - wg.mean(-1, keepdim=True)
+    dx = dz * rstd.unsqueeze(-1)
+    dx = dx if dh is None else dx + dh.to(compute)
+    leading = list(range(h.ndim - 1))
+    none = weight.new_empty(0)
+    dweight = (g * xhat).sum(leading).to(weight.dtype) if weight_grad else none
+    dbias = g.sum(leading).to(weight.dtype) if bias_grad else none.clone()
+    return dx.to(h.dtype), dweight, dbias
+
+
+def _fake(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    centered: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    h = x.new_empty(0) if residual is None else torch.empty_like(y)
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
+    mean = torch.empty_like(rstd) if centered else rstd.new_empty(0)
+    return y, h, mean, rstd
+
+
+def _fake_backward(
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = torch.empty_like(h, memory_format=torch.contiguous_format)
+    dweight = weight.new_empty(weight.shape if weight_grad else 0)
+    return dx, dweight, weight.new_empty(weight.shape if bias_grad else 0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, residual, weight, bias, _, centered = inputs
+    _, h, mean, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x if residual is None else h, weight, mean if centered else None, rstd)
+    ctx.has_residual, ctx.has_bias = residual is not None, bias is not None
+
+
+def _backward(
+    ctx: Any, dy: Tensor | None, dh: Tensor | None, dmean: None, drstd: None
+) -> tuple[Tensor | None, ...]:
+    h, weight, mean, rstd = ctx.saved_tensors
+    dh = dh if ctx.has_residual else None
+    if dy is None:
+        return dh, dh, None, None, None, None
+    weight_grad, bias_grad = ctx.needs_input_grad[2], ctx.has_bias and ctx.needs_input_grad[3]
+    dh = None if dh is None else dh.contiguous()
+    dx, dweight, dbias = _norm_backward(
+        dy.contiguous(), dh, h, weight, mean, rstd, weight_grad, bias_grad
+    )
+    return (
+        dx,
+        dx if ctx.has_residual else None,
+        dweight if weight_grad else None,
+        dbias if bias_grad else None,
+        None,
+        None,
+    )
+
+
+_norm = _library.define(
+    "norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool centered)"
+    " -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",
+    kernel=reference,
+    fake=_fake,
+    reference=reference,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+_norm_backward = _library.define(
+    "norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor? mean, Tensor rstd, "
+    "bool weight_grad, bool bias_grad) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    kernel=reference_backward,
+    fake=_fake_backward,
+    reference=reference_backward,
+)
