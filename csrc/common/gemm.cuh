@@ -22,7 +22,7 @@ struct GemmTile {
     static constexpr int kWarpM = m / warps_m, kWarpN = n / warps_n;
     static constexpr int kBytesA = m * k * 2, kBytesB = n * k * 2;
     static constexpr int kSharedBytes = stages * (kBytesA + kBytesB);
-    static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0 && k % 16 == 0);
+    static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0 && k % 32 == 0);
     static_assert(kSharedBytes >= kThreads / 32 * 16 * kWarpN * 4, "room for store()");
     // kWarpM x kWarpN of c, as 16 x 8 fragments.
     using Accumulators = float[kWarpM / 16][kWarpN / 8][4];
@@ -33,6 +33,7 @@ struct GemmTile {
 template <class Element>
 struct MatrixView {
     using T = Element;
+    static constexpr bool kAffine = true;  // rows are as cheap to find as to remember
     T* data;
     int64_t stride;
     int num_rows, num_columns;
@@ -55,7 +56,8 @@ struct MatrixView {
     }
 };
 
-// Copies one row's chunk of 8 elements in runs of kRunBytes. offsets: of the runs within the row.
+// Copies one row's chunk of 8 elements in runs of kRunBytes, zeros for those that aren't valid.
+// offsets: of the runs within the row.
 template <int kRunBytes, class T>
 __device__ void load_chunk(uint32_t shared, const T* row, const int (&offsets)[16 / kRunBytes],
                            const bool (&valid)[16 / kRunBytes]) {
@@ -70,57 +72,87 @@ __device__ void load_chunk(uint32_t shared, const T* row, const int (&offsets)[1
     } else {
 #pragma unroll
         for (int i = 0; i < kRuns; ++i)
-            cp_async<kRunBytes>(shared + i * kRunBytes, row + (valid[i] ? offsets[i] : 0),
-                                valid[i]);
+            cp_async<kRunBytes>(shared + i * kRunBytes, row + offsets[i], valid[i]);
     }
 }
 
-template <int kRows, int kColumns, int kThreads, int kRunBytes, class View, int kCount>
-__device__ void load_runs(uint32_t tile, const View& view, const int64_t (&rows)[kCount], int row0,
-                          int column0, int thread) {
+// Copies tiles of kRows x kColumns of a view to shared memory; holds what stays from tile to tile.
+// Tiles follow each other along the columns (kAlongRows false: operands kA and kB) or along the
+// rows (kATransposed, kBTransposed). What lies outside of the view is not read: in the direction of
+// k it becomes zero; across, any values that only reach results outside.
+template <int kRows, int kColumns, int kThreads, bool kAlongRows, class View>
+class TileLoader {
+  public:
+    // start: of the tiles across k. first_step: of this CTA's part of k.
+    __device__ TileLoader(const View& view, int start, int first_step, int thread)
+        : view_(view), first_step_(first_step), row_(thread / kChunks) {
+        const int chunk = thread % kChunks;
+        shared_offset_ = Layout::offset(row_, chunk);
+        column_ = chunk * 8 + (kAlongRows ? start : 0);
+        if constexpr (!kAlongRows) {
+            row_ += start;
+            if constexpr (kCached)
+#pragma unroll
+                for (int i = 0; i < kCount; ++i) rows_[i] = view.row(row_ + i * kStep);
+        }
+    }
+    __device__ void operator()(uint32_t tile, int step) {
+        step += first_step_;
+        switch (view_.run_bytes) {
+            case 16: return load_runs<16>(tile, step);
+            case 8: return load_runs<8>(tile, step);
+            case 4: return load_runs<4>(tile, step);
+            default: return load_runs<2>(tile, step);
+        }
+    }
+
+  private:
     using Layout = TileLayout<kColumns>;
-    constexpr int kRuns = 16 / kRunBytes;
-    const int chunk = thread % Layout::kChunks, first = thread / Layout::kChunks;
-    int offsets[kRuns];
-    bool inside[kRuns];
-#pragma unroll
-    for (int i = 0; i < kRuns; ++i) {
-        const int column = column0 + chunk * 8 + i * (8 / kRuns);
-        offsets[i] = view.column(column);
-        inside[i] = column < view.num_columns;
-    }
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-        const int row = first + i * (kThreads / Layout::kChunks);
-        const bool row_inside = row0 + row < view.num_rows;
-        bool valid[kRuns];
-#pragma unroll
-        for (int j = 0; j < kRuns; ++j) valid[j] = row_inside && inside[j];
-        load_chunk<kRunBytes>(tile + Layout::offset(row, chunk),
-                              view.data + (row_inside ? rows[i] : 0), offsets, valid);
-    }
-}
+    static constexpr int kChunks = kColumns / 8, kStep = kThreads / kChunks, kCount = kRows / kStep;
+    // Then neighbouring rows of a thread are swizzled alike.
+    static_assert(kThreads % kChunks == 0 && kRows % kStep == 0 && kStep % 8 == 0);
 
-// Starts copying rows row0.. and columns column0.. of a view into a tile; what lies outside of the
-// view is not read: it becomes zero.
-template <int kRows, int kColumns, int kThreads, class View>
-__device__ void load(uint32_t tile, const View& view, int row0, int column0, int thread) {
-    constexpr int kChunks = kColumns / 8, kStep = kThreads / kChunks;
-    static_assert(kThreads % kChunks == 0 && kRows % kStep == 0);
-    int64_t rows[kRows / kStep];
+    static constexpr bool kCached = !kAlongRows && !View::kAffine;
+
+    template <int kRunBytes>
+    __device__ void load_runs(uint32_t tile, int step) const {
+        constexpr int kRuns = 16 / kRunBytes;
+        const int column0 = column_ + (kAlongRows ? 0 : step * kColumns);
+        int offsets[kRuns];
+        bool inside[kRuns];
 #pragma unroll
-    for (int i = 0; i < kRows / kStep; ++i) rows[i] = view.row(row0 + thread / kChunks + i * kStep);
-    switch (view.run_bytes) {
-        case 16:
-            return load_runs<kRows, kColumns, kThreads, 16>(tile, view, rows, row0, column0,
-                                                            thread);
-        case 8:
-            return load_runs<kRows, kColumns, kThreads, 8>(tile, view, rows, row0, column0, thread);
-        case 4:
-            return load_runs<kRows, kColumns, kThreads, 4>(tile, view, rows, row0, column0, thread);
-        default:
-            return load_runs<kRows, kColumns, kThreads, 2>(tile, view, rows, row0, column0, thread);
+        for (int i = 0; i < kRuns; ++i) {
+            const int column = column0 + i * (8 / kRuns);
+            inside[i] = column < view_.num_columns;
+            offsets[i] = view_.column(column);
+        }
+        const int row0 = row_ + (kAlongRows ? step * kRows : 0);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            const int row = row0 + i * kStep;
+            const int64_t row_offset = kCached ? rows_[i] : view_.row(row);
+            bool valid[kRuns];
+#pragma unroll
+            for (int j = 0; j < kRuns; ++j) valid[j] = row < view_.num_rows && inside[j];
+            load_chunk<kRunBytes>(tile + shared_offset_ + i * kStep * Layout::kRowBytes,
+                                  view_.data + row_offset, offsets, valid);
+        }
     }
+
+    const View& view_;
+    int first_step_, row_, column_;
+    uint32_t shared_offset_;
+    int64_t rows_[kCached ? kCount : 1];
+};
+
+// The loader of an operand of gemm(): its tiles begin at `start` across k and step first_step of k.
+template <class Tile, Operand kOperand, class View>
+__device__ auto operand_loader(const View& view, int start, int thread, int first_step = 0) {
+    constexpr bool kTrans = kOperand == Operand::kATransposed || kOperand == Operand::kBTransposed;
+    constexpr bool kIsA = kOperand == Operand::kA || kOperand == Operand::kATransposed;
+    constexpr int kAcross = kIsA ? Tile::kM : Tile::kN;
+    return TileLoader<kTrans ? Tile::kK : kAcross, kTrans ? kAcross : Tile::kK, Tile::kThreads,
+                      kTrans, View>(view, start, first_step, thread);
 }
 
 // c += the product of num_steps tiles of k. load_a(shared, step) and load_b copy tile `step` of an
@@ -146,32 +178,54 @@ __device__ void gemm(typename Tile::Accumulators& c, uint32_t shared, int num_st
         }
         cp_async_commit();
     };
+    // Fragments arrive just ahead of their products: b one fragment ahead, a one slice of 16 of k.
+    constexpr int kI = Tile::kWarpM / 16, kJ = Tile::kWarpN / 16;
+    static_assert(kJ % 2 == 0 && kI % kJ == 0);
+    uint32_t a[2][kI][4], b[2][4];
+    auto load_fragment_a = [&](int slot, int i, int step, int k) {
+        const int m = m0 + i * 16;
+        fragment_a(a[slot][i], shared + step % kStages * kStageBytes, kTransA ? k : m,
+                   (kTransA ? m : k) / 8);
+    };
+    auto load_fragment_b = [&](int slot, int j, int step, int k) {
+        const int n = n0 + j * 16;
+        fragment_b(b[slot], shared + step % kStages * kStageBytes + Tile::kBytesA, kTransB ? k : n,
+                   (kTransB ? n : k) / 8);
+    };
+    if (num_steps <= 0) return;
     for (int step = 0; step < kStages - 1; ++step) load_stage(step);
+    cp_async_wait<kStages - 2>();
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kI; ++i) load_fragment_a(0, i, 0, 0);
+    load_fragment_b(0, 0, 0, 0);
     for (int step = 0; step < num_steps; ++step) {
-        cp_async_wait<kStages - 2>();
-        __syncthreads();
-        load_stage(step + kStages - 1);
-        const uint32_t tile_a = shared + step % kStages * kStageBytes;
-        const uint32_t tile_b = tile_a + Tile::kBytesA;
 #pragma unroll
         for (int k = 0; k < Tile::kK; k += 16) {
-            uint32_t a[Tile::kWarpM / 16][4], b[Tile::kWarpN / 16][4];
-#pragma unroll
-            for (int i = 0; i < Tile::kWarpM / 16; ++i) {
-                const int m = m0 + i * 16;
-                fragment_a(a[i], tile_a, kTransA ? k : m, (kTransA ? m : k) / 8);
-                on_a(i, a[i]);
+            constexpr int kLast = Tile::kK - 16;
+            const int slot = k / 16 % 2, next_k = k == kLast ? 0 : k + 16;
+            const int next_step = k == kLast ? min(step + 1, num_steps - 1) : step;
+            if (k == 0) load_stage(step + kStages - 1);
+            if (k == kLast) {
+                cp_async_wait<kStages - 2>();
+                __syncthreads();
             }
 #pragma unroll
-            for (int j = 0; j < Tile::kWarpN / 16; ++j) {
-                const int n = n0 + j * 16;
-                fragment_b(b[j], tile_b, kTransB ? k : n, (kTransB ? n : k) / 8);
+            for (int j = 0; j < kJ; ++j) {
+                if (j + 1 < kJ)
+                    load_fragment_b((j + 1) % 2, j + 1, step, k);
+                else
+                    load_fragment_b(0, 0, next_step, next_k);
+#pragma unroll
+                for (int i = j * (kI / kJ); i < (j + 1) * (kI / kJ); ++i)
+                    load_fragment_a(1 - slot, i, next_step, next_k);
+#pragma unroll
+                for (int i = 0; i < kI; ++i) {
+                    if (j == 0) on_a(i, a[slot][i]);
+                    mma(c[i][2 * j], a[slot][i], b[j % 2][0], b[j % 2][1], T());
+                    mma(c[i][2 * j + 1], a[slot][i], b[j % 2][2], b[j % 2][3], T());
+                }
             }
-#pragma unroll
-            for (int i = 0; i < Tile::kWarpM / 16; ++i)
-#pragma unroll
-                for (int j = 0; j < Tile::kWarpN / 8; ++j)
-                    mma(c[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1], T());
         }
     }
     __syncthreads();  // the shared memory is free again

@@ -39,14 +39,10 @@ __global__ void __launch_bounds__(Tile::kThreads)
     const int thread = threadIdx.x, tiles_n = (weight.num_rows + Tile::kN - 1) / Tile::kN;
     const int m0 = blockIdx.x / tiles_n * Tile::kM, n0 = blockIdx.x % tiles_n * Tile::kN;
     typename Tile::Accumulators c = {};
-    gemm<Tile, Operand::kA, Operand::kB>(
-        c, shared_address(shared), (x.num_columns + Tile::kK - 1) / Tile::kK, thread,
-        [&](uint32_t tile, int step) {
-            load<Tile::kM, Tile::kK, Tile::kThreads>(tile, x, m0, step * Tile::kK, thread);
-        },
-        [&](uint32_t tile, int step) {
-            load<Tile::kN, Tile::kK, Tile::kThreads>(tile, weight, n0, step * Tile::kK, thread);
-        });
+    gemm<Tile, Operand::kA, Operand::kB>(c, shared_address(shared),
+                                         (x.num_columns + Tile::kK - 1) / Tile::kK, thread,
+                                         operand_loader<Tile, Operand::kA>(x, m0, thread),
+                                         operand_loader<Tile, Operand::kB>(weight, n0, thread));
     store<Tile>(
         c, reinterpret_cast<float*>(shared), thread,
         [&](int row, int column, float (&values)[8]) { epilogue(m0 + row, n0 + column, values); });
@@ -63,12 +59,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
     typename Tile::Accumulators c = {};
     gemm<Tile, Operand::kA, Operand::kBTransposed>(
         c, shared_address(shared), (dy.num_columns + Tile::kK - 1) / Tile::kK, thread,
-        [&](uint32_t tile, int step) {
-            load<Tile::kM, Tile::kK, Tile::kThreads>(tile, dy, m0, step * Tile::kK, thread);
-        },
-        [&](uint32_t tile, int step) {
-            load<Tile::kK, Tile::kN, Tile::kThreads>(tile, weight, step * Tile::kK, n0, thread);
-        });
+        operand_loader<Tile, Operand::kA>(dy, m0, thread),
+        operand_loader<Tile, Operand::kBTransposed>(weight, n0, thread));
     store<Tile>(c, reinterpret_cast<float*>(shared), thread,
                 [&](int row, int column, float (&values)[8]) {
                     store_values(dx, m0 + row, n0 + column, values);
@@ -121,14 +113,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
         {};  // dy^T times a matrix of ones: its columns are equal
     gemm<Tile, Operand::kATransposed, Operand::kBTransposed>(
         c, shared_address(shared), num_steps, thread,
-        [&](uint32_t tile, int step) {
-            load<Tile::kK, Tile::kM, Tile::kThreads>(tile, dy, (first + step) * Tile::kK, m0,
-                                                     thread);
-        },
-        [&](uint32_t tile, int step) {
-            load<Tile::kK, Tile::kN, Tile::kThreads>(tile, x, (first + step) * Tile::kK, n0,
-                                                     thread);
-        },
+        operand_loader<Tile, Operand::kATransposed>(dy, m0, thread, first),
+        operand_loader<Tile, Operand::kBTransposed>(x, n0, thread, first),
         [&](int i, const uint32_t (&a)[4]) {
             if (sums) mma(row_sums[i], a, kOnes, kOnes, T());
         });

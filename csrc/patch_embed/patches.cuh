@@ -11,6 +11,7 @@ namespace vlmkernels {
 template <class Element>
 struct PatchView {
     using T = Element;
+    static constexpr bool kAffine = false;
     T* data;
     FastDivide grid_w, grid_h, grid_t;
     FastDivide patch_w, patch_h, patch_t;
