@@ -22,7 +22,7 @@ struct GemmTile {
     static constexpr int kWarpM = m / warps_m, kWarpN = n / warps_n;
     static constexpr int kBytesA = m * k * 2, kBytesB = n * k * 2;
     static constexpr int kSharedBytes = stages * (kBytesA + kBytesB);
-    static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0 && k % 32 == 0);
+    static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0 && k % 32 == 0 && stages >= 3);
     static_assert(kSharedBytes >= kThreads / 32 * 16 * kWarpN * 4, "room for store()");
     // kWarpM x kWarpN of c, as 16 x 8 fragments.
     using Accumulators = float[kWarpM / 16][kWarpN / 8][4];
@@ -170,12 +170,11 @@ __device__ void gemm(typename Tile::Accumulators& c, uint32_t shared, int num_st
     const int m0 = warp / Tile::kWarpsN * Tile::kWarpM, n0 = warp % Tile::kWarpsN * Tile::kWarpN;
     const FragmentLoader<kTransA ? Tile::kM : Tile::kK, kOperandA> fragment_a(lane);
     const FragmentLoader<kTransB ? Tile::kN : Tile::kK, kOperandB> fragment_b(lane);
-    auto load_stage = [&](int step) {
-        if (step < num_steps) {
-            const uint32_t stage = shared + step % kStages * kStageBytes;
-            load_a(stage, step);
-            load_b(stage + Tile::kBytesA, step);
-        }
+    auto load_stage_a = [&](int step) {
+        if (step < num_steps) load_a(shared + step % kStages * kStageBytes, step);
+    };
+    auto load_stage_b = [&](int step) {
+        if (step < num_steps) load_b(shared + step % kStages * kStageBytes + Tile::kBytesA, step);
         cp_async_commit();
     };
     // Fragments arrive just ahead of their products: b one fragment ahead, a one slice of 16 of k.
@@ -193,7 +192,7 @@ __device__ void gemm(typename Tile::Accumulators& c, uint32_t shared, int num_st
                    (kTransB ? n : k) / 8);
     };
     if (num_steps <= 0) return;
-    for (int step = 0; step < kStages - 1; ++step) load_stage(step);
+    for (int step = 0; step < kStages - 1; ++step) load_stage_a(step), load_stage_b(step);
     cp_async_wait<kStages - 2>();
     __syncthreads();
 #pragma unroll
@@ -205,10 +204,12 @@ __device__ void gemm(typename Tile::Accumulators& c, uint32_t shared, int num_st
             constexpr int kLast = Tile::kK - 16;
             const int slot = k / 16 % 2, next_k = k == kLast ? 0 : k + 16;
             const int next_step = k == kLast ? min(step + 1, num_steps - 1) : step;
-            if (k == 0) load_stage(step + kStages - 1);
-            if (k == kLast) {
-                cp_async_wait<kStages - 2>();
+            if (k == kLast) {  // the next tile is there, and no warp reads the one before this
+                cp_async_wait<kStages - 3>();
                 __syncthreads();
+                load_stage_a(step + kStages - 1);
+            } else if (k == 0 && step > 0) {
+                load_stage_b(step + kStages - 2);
             }
 #pragma unroll
             for (int j = 0; j < kJ; ++j) {
