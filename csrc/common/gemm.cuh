@@ -244,28 +244,32 @@ __device__ void gemm(typename Tile::Accumulators& c, uint32_t shared, int num_st
 template <class Tile, class Store>
 __device__ void store(const typename Tile::Accumulators& c, float* shared, int thread,
                       Store&& store) {
-    constexpr int kChunks = Tile::kWarpN / 8;  // permuted within a row against bank conflicts
+    constexpr int kChunks = Tile::kWarpN / 8;
     const int lane = thread % 32, warp = thread / 32;
     const int m0 = warp / Tile::kWarpsN * Tile::kWarpM, n0 = warp % Tile::kWarpsN * Tile::kWarpN;
     float* part = shared + warp * 16 * Tile::kWarpN;
-    auto at = [&](int row, int chunk) {
-        return part + row * Tile::kWarpN + (chunk ^ row % kChunks) * 8;
+    // Half a chunk, 16 bytes; permuted against bank conflicts.
+    auto at = [&](int row, int chunk, int half) {
+        chunk ^= row % kChunks;
+        return part + row * Tile::kWarpN + chunk * 8 + (half ^ chunk / 4 % 2) * 4;
     };
 #pragma unroll
     for (int i = 0; i < Tile::kWarpM / 16; ++i) {
 #pragma unroll
         for (int j = 0; j < kChunks; ++j)
 #pragma unroll
-            for (int half = 0; half < 2; ++half)
-                *reinterpret_cast<float2*>(at(lane / 4 + half * 8, j) + lane % 4 * 2) =
-                    make_float2(c[i][j][half * 2], c[i][j][half * 2 + 1]);
+            for (int below = 0; below < 2; ++below)
+                *reinterpret_cast<float2*>(at(lane / 4 + below * 8, j, lane % 4 / 2) +
+                                           lane % 2 * 2) =
+                    make_float2(c[i][j][below * 2], c[i][j][below * 2 + 1]);
         __syncwarp();
         for (int index = lane; index < 16 * kChunks; index += 32) {
             const int row = index / kChunks, chunk = index % kChunks;
             float values[8];
-            const float* from = at(row, chunk);
-            *reinterpret_cast<float4*>(values) = *reinterpret_cast<const float4*>(from);
-            *reinterpret_cast<float4*>(values + 4) = *reinterpret_cast<const float4*>(from + 4);
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                *reinterpret_cast<float4*>(values + half * 4) =
+                    *reinterpret_cast<const float4*>(at(row, chunk, half));
             store(m0 + i * 16 + row, n0 + chunk * 8, values);
         }
         __syncwarp();
