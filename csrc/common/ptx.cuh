@@ -19,7 +19,14 @@ __device__ inline void cp_async(uint32_t shared, const void* global, bool valid 
                  "r"(valid ? 16 : 0)
                  : "memory");
 }
-// The same for 4 or 8 bytes (or 16), whose addresses need that alignment only.
+__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+// Waits until at most kPending of this thread's committed groups are still in flight.
+template <int kPending>
+__device__ inline void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+// cp_async of 4, 8 or 16 bytes; both addresses need that alignment only.
 template <int kBytes>
 __device__ void cp_async(uint32_t shared, const void* global, bool valid = true) {
     if constexpr (kBytes == 16)
@@ -29,13 +36,6 @@ __device__ void cp_async(uint32_t shared, const void* global, bool valid = true)
                      "n"(kBytes), "r"(valid ? kBytes : 0)
                      : "memory");
 }
-__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
-// Waits until at most kPending of this thread's committed groups are still in flight.
-template <int kPending>
-__device__ inline void cp_async_wait() {
-    asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
-}
-
 __device__ inline void store_shared(uint32_t shared, const uint32_t (&r)[4]) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(shared), "r"(r[0]), "r"(r[1]),
                  "r"(r[2]), "r"(r[3])
