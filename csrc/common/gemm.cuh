@@ -155,6 +155,34 @@ __device__ auto operand_loader(const View& view, int start, int thread, int firs
                       kTrans, View>(view, start, first_step, thread);
 }
 
+// The fragments that a warp multiplies. They arrive just ahead of their products: b one fragment
+// ahead, a one slice of 16 of k.
+template <class Tile, Operand kOperandA, Operand kOperandB>
+struct GemmFragments {
+    static constexpr bool kTransA = kOperandA == Operand::kATransposed,
+                          kTransB = kOperandB == Operand::kBTransposed;
+    static constexpr int kI = Tile::kWarpM / 16, kJ = Tile::kWarpN / 16;
+    static_assert(kJ % 2 == 0 && kI % kJ == 0);
+    FragmentLoader<kTransA ? Tile::kM : Tile::kK, kOperandA> loader_a;
+    FragmentLoader<kTransB ? Tile::kN : Tile::kK, kOperandB> loader_b;
+    int m0, n0;
+    uint32_t a[2][kI][4], b[2][4];
+
+    __device__ explicit GemmFragments(int thread)
+        : loader_a(thread % 32),
+          loader_b(thread % 32),
+          m0(thread / 32 / Tile::kWarpsN * Tile::kWarpM),
+          n0(thread / 32 % Tile::kWarpsN * Tile::kWarpN) {}
+    __device__ void load_a(int slot, int i, uint32_t stage, int k) {
+        const int m = m0 + i * 16;
+        loader_a(a[slot][i], stage, kTransA ? k : m, (kTransA ? m : k) / 8);
+    }
+    __device__ void load_b(int slot, int j, uint32_t stage, int k) {
+        const int n = n0 + j * 16;
+        loader_b(b[slot], stage + Tile::kBytesA, kTransB ? k : n, (kTransB ? n : k) / 8);
+    }
+};
+
 // c += the product of num_steps tiles of k. load_a(shared, step) and load_b copy tile `step` of an
 // operand, laid out as the operand says: kA m x k, kATransposed k x m, kB n x k, kBTransposed k x
 // n. on_a(i, fragment) sees each fragment of a that this warp multiplies, rows 16 * i.. of its
@@ -163,48 +191,34 @@ template <class Tile, Operand kOperandA, Operand kOperandB, class LoadA, class L
 __device__ void gemm(typename Tile::Accumulators& c, uint32_t shared, int num_steps, int thread,
                      LoadA&& load_a, LoadB&& load_b, OnA&& on_a) {
     using T = typename Tile::T;
-    constexpr bool kTransA = kOperandA == Operand::kATransposed,
-                   kTransB = kOperandB == Operand::kBTransposed;
-    constexpr int kStages = Tile::kStages, kStageBytes = Tile::kBytesA + Tile::kBytesB;
-    const int lane = thread % 32, warp = thread / 32;
-    const int m0 = warp / Tile::kWarpsN * Tile::kWarpM, n0 = warp % Tile::kWarpsN * Tile::kWarpN;
-    const FragmentLoader<kTransA ? Tile::kM : Tile::kK, kOperandA> fragment_a(lane);
-    const FragmentLoader<kTransB ? Tile::kN : Tile::kK, kOperandB> fragment_b(lane);
+    using Fragments = GemmFragments<Tile, kOperandA, kOperandB>;
+    constexpr int kStages = Tile::kStages, kI = Fragments::kI, kJ = Fragments::kJ;
+    auto stage = [&](int step) {
+        return shared + step % kStages * (Tile::kBytesA + Tile::kBytesB);
+    };
+    // Apart, so that their copies do not queue up before the same products.
     auto load_stage_a = [&](int step) {
-        if (step < num_steps) load_a(shared + step % kStages * kStageBytes, step);
+        if (step < num_steps) load_a(stage(step), step);
     };
     auto load_stage_b = [&](int step) {
-        if (step < num_steps) load_b(shared + step % kStages * kStageBytes + Tile::kBytesA, step);
+        if (step < num_steps) load_b(stage(step) + Tile::kBytesA, step);
         cp_async_commit();
-    };
-    // Fragments arrive just ahead of their products: b one fragment ahead, a one slice of 16 of k.
-    constexpr int kI = Tile::kWarpM / 16, kJ = Tile::kWarpN / 16;
-    static_assert(kJ % 2 == 0 && kI % kJ == 0);
-    uint32_t a[2][kI][4], b[2][4];
-    auto load_fragment_a = [&](int slot, int i, int step, int k) {
-        const int m = m0 + i * 16;
-        fragment_a(a[slot][i], shared + step % kStages * kStageBytes, kTransA ? k : m,
-                   (kTransA ? m : k) / 8);
-    };
-    auto load_fragment_b = [&](int slot, int j, int step, int k) {
-        const int n = n0 + j * 16;
-        fragment_b(b[slot], shared + step % kStages * kStageBytes + Tile::kBytesA, kTransB ? k : n,
-                   (kTransB ? n : k) / 8);
     };
     if (num_steps <= 0) return;
     for (int step = 0; step < kStages - 1; ++step) load_stage_a(step), load_stage_b(step);
     cp_async_wait<kStages - 2>();
     __syncthreads();
+    Fragments f(thread);
 #pragma unroll
-    for (int i = 0; i < kI; ++i) load_fragment_a(0, i, 0, 0);
-    load_fragment_b(0, 0, 0, 0);
+    for (int i = 0; i < kI; ++i) f.load_a(0, i, stage(0), 0);
+    f.load_b(0, 0, stage(0), 0);
     for (int step = 0; step < num_steps; ++step) {
 #pragma unroll
         for (int k = 0; k < Tile::kK; k += 16) {
-            constexpr int kLast = Tile::kK - 16;
-            const int slot = k / 16 % 2, next_k = k == kLast ? 0 : k + 16;
-            const int next_step = k == kLast ? min(step + 1, num_steps - 1) : step;
-            if (k == kLast) {  // the next tile is there, and no warp reads the one before this
+            const bool last = k == Tile::kK - 16;
+            const int slot = k / 16 % 2, next_k = last ? 0 : k + 16;
+            const uint32_t next_stage = stage(last ? min(step + 1, num_steps - 1) : step);
+            if (last) {  // the next tile is there, and no warp reads the one before this
                 cp_async_wait<kStages - 3>();
                 __syncthreads();
                 load_stage_a(step + kStages - 1);
@@ -214,24 +228,23 @@ __device__ void gemm(typename Tile::Accumulators& c, uint32_t shared, int num_st
 #pragma unroll
             for (int j = 0; j < kJ; ++j) {
                 if (j + 1 < kJ)
-                    load_fragment_b((j + 1) % 2, j + 1, step, k);
+                    f.load_b((j + 1) % 2, j + 1, stage(step), k);
                 else
-                    load_fragment_b(0, 0, next_step, next_k);
+                    f.load_b(0, 0, next_stage, next_k);
 #pragma unroll
                 for (int i = j * (kI / kJ); i < (j + 1) * (kI / kJ); ++i)
-                    load_fragment_a(1 - slot, i, next_step, next_k);
+                    f.load_a(1 - slot, i, next_stage, next_k);
 #pragma unroll
                 for (int i = 0; i < kI; ++i) {
-                    if (j == 0) on_a(i, a[slot][i]);
-                    mma(c[i][2 * j], a[slot][i], b[j % 2][0], b[j % 2][1], T());
-                    mma(c[i][2 * j + 1], a[slot][i], b[j % 2][2], b[j % 2][3], T());
+                    if (j == 0) on_a(i, f.a[slot][i]);
+                    mma(c[i][2 * j], f.a[slot][i], f.b[j % 2][0], f.b[j % 2][1], T());
+                    mma(c[i][2 * j + 1], f.a[slot][i], f.b[j % 2][2], f.b[j % 2][3], T());
                 }
             }
         }
     }
     __syncthreads();  // the shared memory is free again
 }
-
 template <class Tile, Operand kOperandA, Operand kOperandB, class LoadA, class LoadB>
 __device__ void gemm(typename Tile::Accumulators& c, uint32_t shared, int num_steps, int thread,
                      LoadA&& load_a, LoadB&& load_b) {

@@ -4,13 +4,14 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import linear, pad
 
 from vlmkernels import _core
 from vlmkernels.ops import _library
 
 
+@_library.public
 def patch_embed(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, pos_embed: Tensor | None = None
 ) -> Tensor:
@@ -50,7 +51,7 @@ def patch_embed(
 def reference(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, pos_embed: Tensor | None = None
 ) -> Tensor:
-    y = F.linear(_rows(x, weight), weight.flatten(1), bias)
+    y = linear(_rows(x, weight), weight.flatten(1), bias)
     return y if pos_embed is None else y + pos_embed
 
 
@@ -93,7 +94,7 @@ def _unrows(rows: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
     x = rows.reshape(shape[0], *grid, shape[1], *patch).permute(0, 1 + rank, *pairs)
     x = x.reshape(*shape[:2], *(count * p for count, p in zip(grid, patch, strict=True)))
     border = [shape[dim] - x.shape[dim] for dim in range(len(shape) - 1, 1, -1)]
-    return F.pad(x, [pad for size in border for pad in (0, size)]) if any(border) else x
+    return pad(x, [n for size in border for n in (0, size)]) if any(border) else x
 
 
 def _output(x: Tensor, weight: Tensor) -> Tensor:
@@ -111,7 +112,7 @@ def _kernel(x: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | 
     y = _output(x, weight)
     if _core.C.patch_embed(_dense(x), weight.contiguous(), bias, pos_embed, y):
         return y
-    y = F.linear(_rows(x, weight), weight.flatten(1), bias)
+    y = linear(_rows(x, weight), weight.flatten(1), bias)
     return y if pos_embed is None else y.add_(pos_embed)
 
 
