@@ -175,7 +175,9 @@ static bool attention(py::handle q_, py::handle k_, py::handle v_, py::handle ou
         check_inputs(q, k, v, cu_q, cu_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale);
     set_outputs(p, q, out, lse);
     if (!has_kernel(q)) return false;
-    return run(q, [&](Stream stream) { return launch_attention(p, stream); }, nullptr);
+    return run(
+        q, [&](Stream stream) { return launch_attention(p, stream); },
+        [&] { dispatch_isa([&]<class Isa>() { attention_fwd_cpu<Isa>(p); }); });
 }
 
 static bool attention_backward(py::handle dout_, py::handle dlse_, py::handle q_, py::handle k_,
@@ -207,7 +209,9 @@ static bool attention_backward(py::handle dout_, py::handle dlse_, py::handle q_
     p.dk = heads_view(dk);
     p.dv = heads_view(dv);
     if (!has_kernel(q)) return false;
-    return run(q, [&](Stream stream) { return launch_attention_backward(p, stream); }, nullptr);
+    return run(
+        q, [&](Stream stream) { return launch_attention_backward(p, stream); },
+        [&] { dispatch_isa([&]<class Isa>() { attention_bwd_cpu<Isa>(p); }); });
 }
 
 static void check_cache_seqlens(const Tensor& cache_seqlens, const Tensor& q, const Tensor& cache) {
@@ -253,7 +257,9 @@ static bool attention_decode(py::handle q_, py::handle k_, py::handle v_, py::ha
     p.partial_out = partial_out.ptr<float>();
     p.partial_lse = partial_lse.ptr<float>();
     if (!has_kernel(q)) return false;
-    return run(q, [&](Stream stream) { return launch_attention_decode(p, stream); }, nullptr);
+    return run(
+        q, [&](Stream stream) { return launch_attention_decode(p, stream); },
+        [&] { dispatch_isa([&]<class Isa>() { attention_decode_cpu<Isa>(p); }); });
 }
 
 static const Binding binding([](py::module_& m) {

@@ -17,7 +17,7 @@ struct AttentionDqTile {
     static constexpr int kWarps = 4;
     static constexpr int kThreads = kWarps * 32;
     static constexpr int kBlockM = kWarps * kMTiles * 16;
-    static constexpr int kBlockN = kHeadDim <= 64                       ? 64
+    static constexpr int kBlockN = kHeadDim <= 64                       ? 48
                                    : kHeadDim <= 112 || kHeadDim == 192 ? 32
                                                                         : 16;
     static constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
