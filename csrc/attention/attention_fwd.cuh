@@ -55,9 +55,9 @@ __global__ void __launch_bounds__(Tile::kThreads) attention_fwd_kernel(const Att
         load_tile<kBlockN, kHeadDim, Tile::kThreads>(k_tile(stage), k + col0 * p.k.token_stride,
                                                      p.k.token_stride, num_keys, p.head_dim,
                                                      thread);
-        load_tile<kBlockN, kHeadDim, Tile::kThreads>(
-            k_tile(stage) + Tile::kKeyBytes, v + col0 * p.v.token_stride, p.v.token_stride,
-            num_keys, p.head_dim, thread);
+        load_tile<kBlockN, kHeadDim, Tile::kThreads>(k_tile(stage) + Tile::kKeyBytes,
+                                                     v + col0 * p.v.token_stride, p.v.token_stride,
+                                                     num_keys, p.head_dim, thread);
     };
     // Some row of the block sees keys [0, most_keys), every row [0, all_keys).
     const int most_keys = sequence.visible_keys(min(row0 + kBlockM, sequence.seqlen_q) - 1);
@@ -84,8 +84,8 @@ __global__ void __launch_bounds__(Tile::kThreads) attention_fwd_kernel(const Att
         if ((block + 1) * kBlockN > all_keys)
             mask_scores(scores, sequence, row0 + warp_row, block * kBlockN, lane);
         softmax.update(scores, out, scale_log2);
-        multiply_accumulators<Element, kHeadDim>(out, scores, lane,
-                                                 k_tile(stage) + Tile::kKeyBytes, 0);
+        multiply_accumulators<Element, kHeadDim>(out, scores, lane, k_tile(stage) + Tile::kKeyBytes,
+                                                 0);
     }
 
     softmax.finish();

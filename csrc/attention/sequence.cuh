@@ -84,4 +84,28 @@ __device__ void mask_scores(float (&scores)[kM][kN][4], const Sequence& sequence
         }
 }
 
+// The same with keys key0.. as rows and queries query0.. as columns.
+template <int kM, int kN>
+__device__ void mask_transposed(float (&scores)[kM][kN][4], const Sequence& sequence, int key0,
+                                int query0, int lane) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int first =
+                sequence.first_query(key0 + m * 16 + half * 8 + lane / 4) - query0 - lane % 4 * 2;
+#pragma unroll
+            for (int n = 0; n < kN; ++n)
+#pragma unroll
+                for (int e = 0; e < 2; ++e)
+                    if (n * 8 + e < first) scores[m][n][half * 2 + e] = negative_infinity();
+        }
+}
+
+// What the backward kernels need of each row of q, at its index in lse: lse log2(e), +inf where the
+// row sees no key (so that p = 0), and delta.
+__device__ inline float2* row_stats(const AttentionBackwardParams& p) {
+    return reinterpret_cast<float2*>(p.delta);
+}
+
 }  // namespace vlmkernels

@@ -42,8 +42,8 @@ struct OnlineSoftmax {
                 float new_max = max[m][half];
 #pragma unroll
                 for (int n = 0; n < kN; ++n)
-                    new_max = fmaxf(new_max, fmaxf(scores[m][n][half * 2],
-                                                   scores[m][n][half * 2 + 1]));
+                    new_max =
+                        fmaxf(new_max, fmaxf(scores[m][n][half * 2], scores[m][n][half * 2 + 1]));
                 new_max = quad_max(new_max);
                 // A row that has seen nothing yet: any finite offset gives exp2(-inf) = 0.
                 const float offset = new_max == negative_infinity() ? 0 : new_max * scale_log2;
