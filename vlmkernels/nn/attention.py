@@ -14,10 +14,11 @@ def _attention(*args: Any, **options: Any) -> Tensor:
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
-    """out = out_proj(concat_h(softmax(q_h k_h^T / sqrt(head_dim)) v_h)), q, k, v the projected inputs.
+    """out = out_proj(concat_h(softmax(q_h k_h^T / sqrt(head_dim)) v_h)).
 
-    Parameters, their initialisation and the state_dict are `torch.nn.MultiheadAttention`'s (it is
-    one); attention is `ops.attention`, which never forms the attention weights.
+    q, k, v are the projected inputs. Parameters, their initialisation and the state_dict are those
+    of `torch.nn.MultiheadAttention` (it is one); attention is `ops.attention`, which never forms
+    the attention weights.
 
     Args:
         embed_dim, num_heads: head_dim = embed_dim / num_heads is a multiple of 8 up to 256.
@@ -46,7 +47,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     ) -> None:
         if not batch_first:
             raise ValueError(
-                "MultiheadAttention: batch_first must be True; transpose inputs that have seqlen first"
+                "MultiheadAttention: batch_first must be True; transpose inputs with seqlen first"
             )
         if dropout or add_bias_kv or add_zero_attn:
             raise ValueError(
