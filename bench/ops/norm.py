@@ -1,4 +1,4 @@
-"""norm against transformers' Qwen2RMSNorm and torch's layer_norm, with and without a residual add."""
+"""norm against transformers' Qwen2RMSNorm and torch's layer_norm, with and without a residual."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -75,7 +75,7 @@ def cases_of(
     inputs = [torch.randn(rows, width, device=device).to(dtype) for _ in range(tensors)]
     inputs.append(torch.randn(width, device=device).to(dtype))
     variants = dict(zip(("vlmkernels", "eager"), NORMS[op], strict=True))
-    directions = {
+    directions: dict[str, dict[str, Callable[[], Any]]] = {
         "fwd": {key: partial(run, *inputs) for key, run in variants.items()},
         "bwd": {key: gradient(run, inputs) for key, run in variants.items()},
     }

@@ -1,10 +1,11 @@
-"""rope against transformers' code, which reads cos and sin tables that it made once per forward pass.
+"""rope against transformers' code, which reads tables of cos and sin made once per forward pass.
 
 `vlmkernels` computes cos and sin in every call, `vlmkernels from tables` reads the same tables.
 """
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ def cases_of(
         "vlmkernels from tables": lambda q, k: ops.rope_from_tables(q, k, cos, sin),
         "eager": lambda q, k: eager(q, k, cos, sin),
     }
-    directions = {
+    directions: dict[str, dict[str, Callable[[], Any]]] = {
         "fwd": {name: partial(rotate, q, k) for name, rotate in rotations.items()},
         "bwd": {name: gradient(rotate, q, k) for name, rotate in rotations.items()},
     }

@@ -51,13 +51,13 @@ static bool has_kernel(const Tensor& x) {
     return x.dtype != DType::kFloat64 && !(takes_cuda(x) && x.size(-1) > kMaxHiddenDimCuda);
 }
 
-// y, h, mean and rstd come from ops/norm.py; no h: no residual, no mean: RMSNorm.
+// y, h and stats (rstd, and mean when centered: LayerNorm) come from ops/norm.py.
 static bool norm(py::handle x_, py::handle residual_, py::handle weight_, py::handle bias_,
-                 py::handle y_, py::handle h_, py::handle mean_, py::handle rstd_, double eps) {
-    const char* op = mean_.is_none() ? "rms_norm" : "layer_norm";
+                 py::handle y_, py::handle h_, py::handle stats_, double eps, bool centered) {
+    const char* op = centered ? "layer_norm" : "rms_norm";
     Tensor x(op, "x", x_), residual(op, "residual", residual_, true), weight(op, "weight", weight_),
         bias(op, "bias", bias_, true), y(op, "y", y_), h(op, "h", h_, true),
-        mean(op, "mean", mean_, true), rstd(op, "rstd", rstd_);
+        stats(op, "stats", stats_);
     check_x(x);
     check_like(residual, x);
     check_weight(weight, x);
@@ -70,8 +70,8 @@ static bool norm(py::handle x_, py::handle residual_, py::handle weight_, py::ha
                  .bias = bias.data,
                  .y = y.data,
                  .h = h.data,
-                 .mean = mean.ptr<float>(),
-                 .rstd = rstd.ptr<float>(),
+                 .mean = centered ? stats.ptr<float>() + rows_of(x) : nullptr,
+                 .rstd = stats.ptr<float>(),
                  .num_rows = rows_of(x),
                  .hidden_dim = int(x.size(-1)),
                  .x_stride = row_stride(x),
@@ -95,13 +95,12 @@ static int64_t norm_num_partials(py::handle h_) {
 }
 
 static bool norm_backward(py::handle dy_, py::handle dh_, py::handle h_, py::handle weight_,
-                          py::handle mean_, py::handle rstd_, py::handle dx_, py::handle dweight_,
-                          py::handle dbias_, py::handle dweight_partials_,
-                          py::handle dbias_partials_) {
+                          py::handle stats_, py::handle dx_, py::handle dweight_, py::handle dbias_,
+                          py::handle dweight_partials_, py::handle dbias_partials_) {
     const char* op = "norm_backward";
     Tensor dy(op, "dy", dy_), dh(op, "dh", dh_, true), h(op, "h", h_),
-        weight(op, "weight", weight_), mean(op, "mean", mean_, true), rstd(op, "rstd", rstd_),
-        dx(op, "dx", dx_), dweight(op, "dweight", dweight_, true), dbias(op, "dbias", dbias_, true),
+        weight(op, "weight", weight_), stats(op, "stats", stats_), dx(op, "dx", dx_),
+        dweight(op, "dweight", dweight_, true), dbias(op, "dbias", dbias_, true),
         dweight_partials(op, "dweight_partials", dweight_partials_, true),
         dbias_partials(op, "dbias_partials", dbias_partials_, true);
     check_x(h);
@@ -111,19 +110,18 @@ static bool norm_backward(py::handle dy_, py::handle dh_, py::handle h_, py::han
         if (t->given) expect_contiguous(*t);
     }
     if (!has_kernel(h)) return false;
-    for (const Tensor* t : {&mean, &rstd})
-        if (t->given) {
-            expect_dtype(*t, {DType::kFloat32});
-            expect_contiguous(*t);
-        }
+    expect_dtype(stats, {DType::kFloat32});
+    expect_contiguous(stats);
+    const int64_t num_rows = rows_of(h);
+    const bool centered = stats.size(0) == 2;
     const Tensor& partials = dweight.given ? dweight_partials : dbias_partials;
     NormBackwardParams p{
         .dy = dy.data,
         .dh = dh.data,
         .h = h.data,
         .weight = weight.data,
-        .mean = mean.ptr<const float>(),
-        .rstd = rstd.ptr<const float>(),
+        .mean = centered ? stats.ptr<const float>() + num_rows : nullptr,
+        .rstd = stats.ptr<const float>(),
         .dx = dx.data,
         .dweight = dweight.data,
         .dbias = dbias.data,
