@@ -8,8 +8,9 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
 from vlmkernels.models import load
+from vlmkernels.recipes.digits import CHECKPOINT
 from vlmkernels.recipes.digits.data import QUESTIONS, Example, load_scans
-from vlmkernels.recipes.digits.demo import CHECKPOINT, Reader, held_out_questions
+from vlmkernels.recipes.digits.demo import Reader, held_out_questions
 from vlmkernels.recipes.digits.evaluate import accuracy, answer_all, prompt
 from vlmkernels.recipes.digits.photo import normalise
 from vlmkernels.recipes.digits.train import Settings

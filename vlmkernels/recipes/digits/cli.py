@@ -91,7 +91,8 @@ def demo(
     """Show the shipped model reading digits that it never saw, or your own picture of digits."""
     from rich.console import Console
 
-    from .demo import CHECKPOINT, Reader
+    from . import CHECKPOINT
+    from .demo import Reader
 
     console = Console()
     if question is not None and image is None:
