@@ -125,8 +125,6 @@ def check_dense(
     )
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return ops.attention(
-            q, k, v, causal=causal, softmax_scale=softmax_scale, return_lse=True
-        )
+        return ops.attention(q, k, v, causal=causal, softmax_scale=softmax_scale, return_lse=True)
 
     check(p, ours, lambda *qkv: eager(*qkv, causal, softmax_scale), f"{shape} {causal} {dtype}")

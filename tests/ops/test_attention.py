@@ -43,7 +43,9 @@ def test_long(backend: Backend) -> None:
         check_dense(backend, (1, seqlen, seqlen + 33, 2, 1, 128), True, dtype)
 
 
-def select_keys(choice: torch.Tensor, num_keys: int, backend: Backend, dtype: torch.dtype) -> Problem:
+def select_keys(
+    choice: torch.Tensor, num_keys: int, backend: Backend, dtype: torch.dtype
+) -> Problem:
     """Query i gives score 0 to key choice[i] and -256 to any other: a softmax that is exactly 1
     at the choice. All values are small integers, so every sum is exact in every dtype."""
     num_queries, head_dim = len(choice), 128
