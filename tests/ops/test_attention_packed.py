@@ -105,11 +105,9 @@ def test_compile(backend: Backend) -> None:
 
 
 def test_opcheck(backend: Backend) -> None:
-    x = torch.randn(9, 2, 16, device=backend.device).half().requires_grad_()
+    qkv = [torch.randn(9, 2, 16, device=backend.device).half().requires_grad_() for _ in range(3)]
     cu = cu_seqlens([3, 6], backend.device)
-    torch.library.opcheck(
-        torch.ops.vlmkernels.attention.default, (x, x, x, cu, cu, 6, 6, False, 0.25)
-    )
+    torch.library.opcheck(torch.ops.vlmkernels.attention.default, (*qkv, cu, cu, 6, 6, False, 0.25))
 
 
 def test_gradcheck() -> None:
