@@ -23,7 +23,10 @@ struct AttentionDkdvTile {
     static constexpr int kThreads = kWarps * 32;
     static constexpr int kColumns = kHeadDim / kColumnWarps;  // of a warp
     static constexpr int kBlockN = kWarps / kColumnWarps * kMTiles * 16;
-    static constexpr int kBlockM = kHeadDim <= 112 ? 64 : kHeadDim <= 192 ? 32 : 16;
+    static constexpr int kBlockM = kHeadDim <= 96    ? 64
+                                   : kHeadDim == 112 ? 48
+                                   : kHeadDim <= 192 ? 32
+                                                     : 16;
     static constexpr int kKeyBytes = kBlockN * kHeadDim * 2;
     static constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
     static constexpr int kStageBytes = 2 * kQueryBytes + kBlockM * sizeof(float2);

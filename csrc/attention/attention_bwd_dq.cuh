@@ -17,7 +17,7 @@ struct AttentionDqTile {
     static constexpr int kWarps = 4;
     static constexpr int kThreads = kWarps * 32;
     static constexpr int kBlockM = kWarps * kMTiles * 16;
-    static constexpr int kBlockN = kHeadDim <= 64                       ? 64
+    static constexpr int kBlockN = kHeadDim <= 64                       ? 48
                                    : kHeadDim <= 112 || kHeadDim == 192 ? 32
                                                                         : 16;
     static constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
@@ -27,21 +27,33 @@ struct AttentionDqTile {
 };
 
 template <class Tile>
+__device__ void store_dq(const AttentionBackwardParams& p,
+                         const float (&dq)[Tile::kMTiles][Tile::kHeadDim / 8][4],
+                         unsigned char* shared) {
+    using Element = typename Tile::Element;
+    const QueryBlock<Tile> queries(p);
+    float factor[Tile::kMTiles][2];
+#pragma unroll
+    for (int i = 0; i < Tile::kMTiles * 2; ++i) factor[i / 2][i % 2] = p.softmax_scale;
+    store_accumulators<Element, Tile::kHeadDim>(
+        dq, factor, queries.lane, shared, queries.warp_row, 0,
+        queries.sequence.template queries<Element>(p.dq, queries.row0, queries.head),
+        p.dq.token_stride, queries.num_rows(), p.head_dim);
+}
+
+template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads)
     attention_dq_kernel(const AttentionBackwardParams p) {
     using Element = typename Tile::Element;
     constexpr int kBlockM = Tile::kBlockM, kBlockN = Tile::kBlockN, kHeadDim = Tile::kHeadDim;
     constexpr int kMTiles = Tile::kMTiles, kThreads = Tile::kThreads;
     extern __shared__ __align__(128) unsigned char shared[];
-    const int num_blocks = (p.seqlen_q + kBlockM - 1) / kBlockM;
-    const BlockOfHead work(num_blocks, p.num_heads);
-    // Causal: the last block sees the most keys; start with it.
-    const int row0 = (p.causal ? num_blocks - 1 - work.block : work.block) * kBlockM;
-    const Sequence sequence(p, work.batch);
-    const int num_rows = sequence.seqlen_q - row0;
+    const QueryBlock<Tile> queries(p);
+    const Sequence& sequence = queries.sequence;
+    const int row0 = queries.row0, num_rows = queries.num_rows();
+    const int thread = queries.thread, lane = queries.lane, warp_row = queries.warp_row;
     if (num_rows <= 0) return;
-    const int thread = threadIdx.x, lane = thread % 32, warp_row = thread / 32 * kMTiles * 16;
-    const int head_k = work.head / (p.num_heads / p.num_heads_k);
+    const int head_k = queries.head / (p.num_heads / p.num_heads_k);
     const Element* k = sequence.keys<Element>(p.k, 0, head_k);
     const Element* v = sequence.keys<Element>(p.v, 0, head_k);
 
@@ -62,16 +74,16 @@ __global__ void __launch_bounds__(Tile::kThreads)
     const int all_keys = sequence.visible_keys(row0);
     const int num_key_blocks = (most_keys + kBlockN - 1) / kBlockN;
 
-    load_tile<kBlockM, kHeadDim, kThreads>(q_tile, sequence.queries<Element>(p.q, row0, work.head),
+    load_tile<kBlockM, kHeadDim, kThreads>(q_tile,
+                                           sequence.queries<Element>(p.q, row0, queries.head),
                                            p.q.token_stride, num_rows, p.head_dim, thread);
     load_tile<kBlockM, kHeadDim, kThreads>(dout_tile,
-                                           sequence.queries<Element>(p.dout, row0, work.head),
+                                           sequence.queries<Element>(p.dout, row0, queries.head),
                                            p.dout.token_stride, num_rows, p.head_dim, thread);
     if (num_key_blocks > 0) load_keys(0, 0);
     cp_async_commit();
 
     float2 stats[kMTiles][2];  // of this lane's rows
-    float factor[kMTiles][2];
     float dq[kMTiles][kHeadDim / 8][4] = {};
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m)
@@ -79,9 +91,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
         for (int half = 0; half < 2; ++half) {
             const int row = warp_row + m * 16 + half * 8 + lane / 4;
             stats[m][half] = row < num_rows
-                                 ? row_stats(p)[sequence.lse_index(p, row0 + row, work.head)]
+                                 ? row_stats(p)[sequence.lse_index(p, row0 + row, queries.head)]
                                  : make_float2(0, 0);
-            factor[m][half] = p.softmax_scale;
         }
 
     const float scale_log2 = p.softmax_scale * kLog2e;
@@ -112,9 +123,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
     }
     cp_async_wait<0>();  // if there was no key, the queries may still be on their way
     __syncthreads();
-    store_accumulators<Element, kHeadDim>(dq, factor, lane, shared, warp_row, 0,
-                                          sequence.queries<Element>(p.dq, row0, work.head),
-                                          p.dq.token_stride, num_rows, p.head_dim);
+    store_dq<Tile>(p, dq, shared);
 }
 
 }  // namespace vlmkernels

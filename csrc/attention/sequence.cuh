@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "attention/attention.h"
+#include "common/ptx.cuh"
 #include "common/softmax.cuh"
 
 namespace vlmkernels {
@@ -13,9 +14,10 @@ struct BlockOfHead {
     int block, head, batch;
 
     __device__ BlockOfHead(int num_blocks, int num_heads) {
-        block = blockIdx.x % num_blocks;
-        head = blockIdx.x / num_blocks % num_heads;
-        batch = blockIdx.x / num_blocks / num_heads;
+        const int index = blockIdx.x;
+        block = index % num_blocks;
+        head = index / num_blocks % num_heads;
+        batch = index / num_blocks / num_heads;
     }
 };
 
@@ -63,6 +65,33 @@ struct Sequence {
         return static_cast<T*>(view.data) + batch * view.batch_stride + token * view.token_stride +
                head * view.head_stride;
     }
+};
+
+// The queries of a CTA, and those of the calling warp. Kernels make it a second time for their
+// epilogue: nothing of it then has to stay in registers over the main loop.
+template <class Tile>
+struct QueryBlock {
+    const BlockOfHead work;
+    const Sequence sequence;
+    const int head, row0;  // of the CTA
+    const int thread, lane, warp_row;
+
+    __device__ explicit QueryBlock(const AttentionParams& p) : QueryBlock(p, num_blocks(p)) {}
+    __device__ int num_rows() const { return sequence.seqlen_q - row0; }
+    static constexpr int num_blocks(const AttentionParams& p) {
+        return (p.seqlen_q + Tile::kBlockM - 1) / Tile::kBlockM;
+    }
+
+  private:
+    // Causal: the last block sees the most keys; it is the first to start.
+    __device__ QueryBlock(const AttentionParams& p, int blocks)
+        : work(blocks, p.num_heads),
+          sequence(p, work.batch),
+          head(work.head),
+          row0((p.causal ? blocks - 1 - work.block : work.block) * Tile::kBlockM),
+          thread(thread_in_block()),
+          lane(thread % 32),
+          warp_row(thread / 32 * Tile::kMTiles * 16) {}
 };
 
 // Sets the scores of keys that a query must not see to -inf. Rows are queries row0.., columns keys

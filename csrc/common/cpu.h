@@ -30,10 +30,18 @@ inline float to_float(BFloat16 x) {
     std::memcpy(&y, &bits, 4);
     return y;
 }
+// Halves are converted by integer and float arithmetic, which vectorises where _Float16 does not.
 inline float to_float(Half x) {
-    _Float16 h;
-    std::memcpy(&h, &x.bits, 2);
-    return float(h);
+    const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
+    float y;
+    std::memcpy(&y, &magnitude, 4);
+    y *= 0x1p112f;  // moves the exponent; makes subnormals normal
+    uint32_t bits;
+    std::memcpy(&bits, &y, 4);
+    bits = (x.bits & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000 : bits;
+    bits |= uint32_t(x.bits & 0x8000) << 16;
+    std::memcpy(&y, &bits, 4);
+    return y;
 }
 
 template <class T>
@@ -49,12 +57,25 @@ inline BFloat16 from_float<BFloat16>(float x) {  // round to nearest even; NaN s
     uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     return {uint16_t(x == x ? rounded : 0x7fc0)};
 }
+// Round to nearest even, from github.com/Maratyszcza/FP16 (MIT): adding a power of two that depends
+// on the exponent rounds the mantissa to its ten bits.
 template <>
 inline Half from_float<Half>(float x) {
-    _Float16 h = _Float16(x);
-    Half y;
-    std::memcpy(&y.bits, &h, 2);
-    return y;
+    uint32_t bits, magnitude;
+    std::memcpy(&bits, &x, 4);
+    magnitude = bits & 0x7fffffff;
+    float y;
+    std::memcpy(&y, &magnitude, 4);
+    y = y * 0x1p112f * 0x1p-110f;  // too large becomes infinite
+    uint32_t exponent = bits * 2 & 0xff000000;
+    exponent = (exponent < 0x71000000 ? 0x71000000 : exponent) / 2 + 0x07800000;
+    float rounder;
+    std::memcpy(&rounder, &exponent, 4);
+    y += rounder;
+    uint32_t rounded;
+    std::memcpy(&rounded, &y, 4);
+    rounded = (rounded >> 13 & 0x7c00) + (rounded & 0xfff);
+    return {uint16_t((bits >> 16 & 0x8000) | (magnitude > 0x7f800000 ? 0x7e00 : rounded))};
 }
 
 // Calls f.template operator()<T>() with the element type of a floating dtype.

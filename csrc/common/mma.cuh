@@ -110,22 +110,31 @@ __device__ void multiply_rows(float (&c)[kM][kN][4], int lane, uint32_t a, int r
     for (int m = 0; m < kM; ++m)
 #pragma unroll
         for (int n = 0; n < kN; ++n) c[m][n][0] = c[m][n][1] = c[m][n][2] = c[m][n][3] = 0;
+    // Fragments are loaded one step ahead of their use.
+    constexpr int kStepsK = kCols / 16, kStepsN = kN / 2;
+    uint32_t a_fragment[2][kM][4], b_fragment[2][4];
+    auto load = [&](int k, int n) {
+        if (n == 0)
 #pragma unroll
-    for (int k = 0; k < kCols / 16; ++k) {
-        uint32_t a_fragment[kM][4];
+            for (int m = 0; m < kM; ++m) load_a(a_fragment[k % 2][m], a, row_a + m * 16, k * 2);
+        load_b(b_fragment[(k * kStepsN + n) % 2], b, row_b + n * 16, k * 2);
+    };
+    load(0, 0);
 #pragma unroll
-        for (int m = 0; m < kM; ++m) load_a(a_fragment[m], a, row_a + m * 16, k * 2);
+    for (int k = 0; k < kStepsK; ++k)
 #pragma unroll
-        for (int n = 0; n < kN; n += 2) {
-            uint32_t b_fragment[4];
-            load_b(b_fragment, b, row_b + n * 8, k * 2);
+        for (int n = 0; n < kStepsN; ++n) {
+            if (n + 1 < kStepsN)
+                load(k, n + 1);
+            else if (k + 1 < kStepsK)
+                load(k + 1, 0);
+            const uint32_t (&b_now)[4] = b_fragment[(k * kStepsN + n) % 2];
 #pragma unroll
             for (int m = 0; m < kM; ++m) {
-                mma(c[m][n], a_fragment[m], b_fragment[0], b_fragment[1], T());
-                mma(c[m][n + 1], a_fragment[m], b_fragment[2], b_fragment[3], T());
+                mma(c[m][n * 2], a_fragment[k % 2][m], b_now[0], b_now[1], T());
+                mma(c[m][n * 2 + 1], a_fragment[k % 2][m], b_now[2], b_now[3], T());
             }
         }
-    }
 }
 
 // c += p b for p in accumulators (16 kM x 8 kK), rounded to T, and rows row_b.. of tile b, its
@@ -135,19 +144,27 @@ __device__ void multiply_accumulators(float (&c)[kM][kN][4], const float (&p)[kM
                                       uint32_t b, int row_b, int chunk0 = 0) {
     static_assert(kN % 2 == 0 && kK % 2 == 0);
     const FragmentLoader<kCols, Operand::kBTransposed> load_b(lane);
+    constexpr int kStepsK = kK / 2, kStepsN = kN / 2;
+    uint32_t a_fragment[kM][4], b_fragment[2][4];
+    auto load = [&](int k, int n) {
+        load_b(b_fragment[(k * kStepsN + n) % 2], b, row_b + k * 16, chunk0 + n * 2);
+    };
+    load(0, 0);
 #pragma unroll
-    for (int k = 0; k < kK; k += 2) {
-        uint32_t a_fragment[kM][4];
+    for (int k = 0; k < kStepsK; ++k) {
 #pragma unroll
-        for (int m = 0; m < kM; ++m) pack_a<T>(a_fragment[m], p[m][k], p[m][k + 1]);
+        for (int m = 0; m < kM; ++m) pack_a<T>(a_fragment[m], p[m][k * 2], p[m][k * 2 + 1]);
 #pragma unroll
-        for (int n = 0; n < kN; n += 2) {
-            uint32_t b_fragment[4];
-            load_b(b_fragment, b, row_b + k * 8, chunk0 + n);
+        for (int n = 0; n < kStepsN; ++n) {
+            if (n + 1 < kStepsN)
+                load(k, n + 1);
+            else if (k + 1 < kStepsK)
+                load(k + 1, 0);
+            const uint32_t (&b_now)[4] = b_fragment[(k * kStepsN + n) % 2];
 #pragma unroll
             for (int m = 0; m < kM; ++m) {
-                mma(c[m][n], a_fragment[m], b_fragment[0], b_fragment[1], T());
-                mma(c[m][n + 1], a_fragment[m], b_fragment[2], b_fragment[3], T());
+                mma(c[m][n * 2], a_fragment[m], b_now[0], b_now[1], T());
+                mma(c[m][n * 2 + 1], a_fragment[m], b_now[2], b_now[3], T());
             }
         }
     }

@@ -12,6 +12,13 @@ __device__ inline uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// threadIdx.x, read anew at each call: what is derived from it need not stay in registers.
+__device__ inline int thread_in_block() {
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(x));
+    return x;
+}
+
 // Copies 16 bytes to shared memory without passing registers; writes zeros, and reads nothing, when
 // not valid.
 __device__ inline void cp_async(uint32_t shared, const void* global, bool valid = true) {

@@ -28,6 +28,7 @@ struct OnlineSoftmax {
     __device__ OnlineSoftmax() {
 #pragma unroll
         for (int m = 0; m < kM; ++m)
+#pragma unroll
             for (int half = 0; half < 2; ++half)
                 max[m][half] = negative_infinity(), sum[m][half] = 0;
     }
@@ -58,9 +59,10 @@ struct OnlineSoftmax {
                         row_sum += scores[m][n][e];
                     }
                 sum[m][half] = sum[m][half] * correction + row_sum;
+                if (__any_sync(~0u, correction != 1))  // seldom, after the first blocks
 #pragma unroll
-                for (int d = 0; d < kD; ++d)
-                    out[m][d][half * 2] *= correction, out[m][d][half * 2 + 1] *= correction;
+                    for (int d = 0; d < kD; ++d)
+                        out[m][d][half * 2] *= correction, out[m][d][half * 2 + 1] *= correction;
             }
     }
 
@@ -68,6 +70,7 @@ struct OnlineSoftmax {
     __device__ void finish() {
 #pragma unroll
         for (int m = 0; m < kM; ++m)
+#pragma unroll
             for (int half = 0; half < 2; ++half) sum[m][half] = quad_sum(sum[m][half]);
     }
     // 1 / sum, 0 for a row that saw no key.

@@ -1,0 +1,107 @@
+"""The `vlmkernels` command. Each command is one function here; what it needs is imported inside."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vlmkernels.recipes.digits.cli import demo, train_app
+
+if TYPE_CHECKING:
+    import torch
+
+app = typer.Typer(
+    help="Vision-language models on fused kernels.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command()(demo)
+app.add_typer(train_app, name="train")
+
+
+@app.command()
+def info() -> None:
+    """Show the version, how it was built, and which backend every op takes on this machine."""
+    from vlmkernels.info import report
+
+    print(report())
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    model: Annotated[Path, typer.Option(help="Checkpoint directory.")],
+    image: Annotated[list[Path] | None, typer.Option(help="Image file; may repeat.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="Directory of frames.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the answer at most.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(help="Sample from this share.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Repeats a sampled answer.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; a GPU if there is one.")] = "",
+    dtype: Annotated[str, typer.Option(help="bfloat16, ...; the checkpoint's if empty.")] = "",
+) -> None:
+    """Ask a question about images and videos; the answer appears as it is made."""
+    from vlmkernels.models import load, load_processor
+    from vlmkernels.models.generation import stream_text
+
+    processor = load_processor(model)
+    pictures = [("image", p) for p in image or []] + [("video", p) for p in video or []]
+    content = [{"type": kind, kind: path} for kind, path in pictures]
+    message = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
+    inputs = processor.from_messages([message])
+    where = _device(device)
+    loaded = load(model, dtype=_dtype(dtype), device=where)
+    tensors: dict[str, Any] = {name: x.to(where) for name, x in inputs.items()}
+    steps = loaded.generate_steps(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        **tensors,
+    )
+    for piece in stream_text(processor.tokenizer, steps):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    gpus = torch.cuda.device_count()
+    device = torch.device(name or ("cuda" if gpus else "cpu"))
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ValueError(f"device: expected one that is there, got {name!r} with {gpus} GPUs")
+    return device
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    import torch
+
+    dtype: torch.dtype | None = getattr(torch, name, None) if name else None
+    if name and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype: expected a torch dtype such as bfloat16, got {name!r}")
+    return dtype
+
+
+def main() -> None:
+    """Run the command line. Exit code 2: the arguments or files are at fault; 1: the run failed."""
+    try:
+        app()
+    except (ValueError, TypeError) as error:
+        _fail(error, 2)
+    except (RuntimeError, OSError) as error:
+        _fail(error, 1)
+
+
+def _fail(error: Exception, code: int) -> None:
+    print(f"vlmkernels: error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

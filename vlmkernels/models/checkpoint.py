@@ -1,0 +1,229 @@
+"""Checkpoint directories in the Hugging Face layout: config.json and (sharded) safetensors.
+
+Reading goes shard by shard into a model built on the meta device, so a checkpoint never takes
+twice its memory. Everything is checked by the files' headers before a weight is touched. Writing
+goes to a directory aside and is moved into place whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+Json = dict[str, Any]
+
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def read_json(path: Path) -> Json:
+    """The JSON object in a file; ValueError naming the file when there is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: expected a file, found none") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(data).__name__}")
+    return data
+
+
+def write_json(path: Path, data: Json) -> None:
+    """Write a JSON file whole or not at all."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as a file's header describes it."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+
+
+def read_headers(path: Path, rename: Callable[[str], str]) -> dict[str, Stored]:
+    """What the safetensors of a checkpoint directory hold, by the model's names."""
+    if (path / INDEX).is_file():
+        weight_map: dict[str, str] = read_json(path / INDEX).get("weight_map", {})
+        files = [path / name for name in sorted(set(weight_map.values()))]
+    else:
+        files = [path / WEIGHTS]
+    stored: dict[str, Stored] = {}
+    for file in files:
+        with _open(file) as shard:
+            for name in shard.keys():  # noqa: SIM118  (not a mapping)
+                ours = rename(name)
+                if ours in stored:
+                    raise ValueError(f"{file}: {name} is also in {stored[ours].file}")
+                stored[ours] = Stored(file, name, tuple(shard.get_slice(name).get_shape()))
+    return stored
+
+
+@contextlib.contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    if not file.is_file():
+        raise ValueError(f"{file}: expected a safetensors file, found none")
+    try:
+        shard = safe_open(str(file), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: truncated or not a safetensors file: {error}") from error
+    with shard as opened:
+        yield opened
+
+
+def load_weights(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    rename: Callable[[str], str] = lambda name: name,
+    tied: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> None:
+    """Fill every parameter and buffer of `model` (usually on the meta device) from `path`.
+
+    Args:
+        rename: a stored name -> the model's name.
+        tied: names that files may hold besides the model's, each with the model's name for the
+            same tensor; the two must be equal.
+        dtype: None keeps what the file has; only floating-point tensors are converted.
+        device: None is the CPU.
+
+    Raises:
+        ValueError: a missing, truncated or foreign file; names that are missing or unexpected
+            and shapes that differ, all listed. The model is untouched then.
+    """
+    stored = read_headers(Path(path), rename)
+    aliases = {a: source for a, source in (tied or {}).items() if a in stored}
+    for alias, source in aliases.items():
+        _check_tied(alias, source, stored)
+    wanted = dict(model.state_dict(keep_vars=True))
+    _check_names(Path(path), wanted, {k: v for k, v in stored.items() if k not in aliases})
+    by_file: dict[Path, list[str]] = {}
+    for name in wanted:
+        by_file.setdefault(stored[name].file, []).append(name)
+    for file, names in by_file.items():
+        with _open(file) as shard:
+            for name in names:
+                tensor = shard.get_tensor(stored[name].name)
+                to = dtype if tensor.is_floating_point() else None
+                # A copy: the file behind the tensor may go away while the model lives.
+                _assign(model, name, tensor.to(device or "cpu", to or tensor.dtype, copy=True))
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    old = getattr(module, leaf)
+    new = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+    setattr(module, leaf, new)
+
+
+def _check_names(path: Path, wanted: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> None:
+    shapes = [
+        f"{name}: expected {tuple(wanted[name].shape)}, got {stored[name].shape}"
+        for name in sorted(wanted.keys() & stored.keys())
+        if tuple(wanted[name].shape) != stored[name].shape
+    ]
+    problems = [
+        f"{title}: {_listing(names)}"
+        for title, names in (
+            ("missing", sorted(wanted.keys() - stored.keys())),
+            ("unexpected", sorted(stored.keys() - wanted.keys())),
+            ("wrong shape", shapes),
+        )
+        if names
+    ]
+    if problems:
+        raise ValueError(f"{path}: the weights do not fit the config. " + ". ".join(problems))
+
+
+def _listing(names: list[str], limit: int = 20) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _check_tied(alias: str, source: str, stored: Mapping[str, Stored]) -> None:
+    if source not in stored:
+        return  # reported as missing
+    tensors = []
+    for name in (alias, source):
+        with _open(stored[name].file) as shard:
+            tensors.append(shard.get_tensor(stored[name].name))
+    if not torch.equal(*tensors):
+        raise ValueError(f"{alias}: the config ties it to {source}, but the file has another one")
+
+
+def save_checkpoint(
+    path: str | Path,
+    state: Mapping[str, Tensor],
+    configs: Mapping[str, Json],
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write tensors and JSON files (name -> content) as a checkpoint directory.
+
+    All is first written to a directory beside `path`; a new `path` then appears in one rename,
+    in an existing one file after file is replaced, each whole, and shards that no longer count
+    are removed. Other files in it (a tokenizer) stay.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        _write_shards(staging, state, max_shard_bytes)
+        for name, content in configs.items():
+            write_json(staging / name, content)
+        staging.chmod(0o755)
+        if not path.exists():
+            staging.rename(path)
+            return
+        new = sorted(file.name for file in staging.iterdir())
+        for name in new:
+            os.replace(staging / name, path / name)
+        for old in (*path.glob("model*.safetensors"), path / INDEX):
+            if old.name not in new:
+                old.unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_shards(directory: Path, state: Mapping[str, Tensor], max_shard_bytes: int) -> None:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in state.items():
+        if size and size + tensor.nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards, start=1):
+        file = WEIGHTS if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {name: state[name].detach().contiguous() for name in names}
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total = {"total_size": sum(t.nbytes for t in state.values())}
+        write_json(directory / INDEX, {"metadata": total, "weight_map": weight_map})

@@ -1,0 +1,50 @@
+"""Small pieces that several models share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vlmkernels.nn import LayerNorm, RMSNorm
+
+
+def add_norm(
+    norm: RMSNorm | LayerNorm, x: Tensor, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """h = x + residual, y = norm(h) in one kernel; returns (y, h). No residual: h = x."""
+    x = x.to(norm.weight.dtype)  # under autocast a layer gives halves, the residual stream stays
+    if residual is None:
+        return norm(x), x
+    y, h = norm(x, residual=residual)
+    return y, h
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), the GELU of the original CLIP and of the Qwen2-VL vision tower."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "quick_gelu": quick_gelu,
+    "gelu": nn.functional.gelu,
+    "silu": nn.functional.silu,
+}
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    if name not in ACTIVATIONS:
+        raise ValueError(f"hidden_act: expected one of {sorted(ACTIVATIONS)}, got {name!r}")
+    return ACTIVATIONS[name]
+
+
+def run_layer(layer: nn.Module, *args: Any, recompute: bool) -> tuple[Tensor, Tensor]:
+    """Call `layer`; with `recompute` keep only its inputs and run it again in the backward pass."""
+    if recompute and torch.is_grad_enabled():
+        y, residual = checkpoint(layer, *args, use_reentrant=False)
+    else:
+        y, residual = layer(*args)
+    return y, residual

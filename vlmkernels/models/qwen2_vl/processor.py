@@ -1,0 +1,349 @@
+"""Qwen2-VL processor: text, images and videos in, model arguments out; Pillow and numpy only.
+
+Bit-equal to transformers' Pillow processor for images. Written after the published code:
+https://github.com/QwenLM/Qwen2.5-VL (qwen-vl-utils) and transformers' qwen2_vl.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from vlmkernels.models.checkpoint import Json, read_json, write_json
+from vlmkernels.models.images import Pixels, load_rgb
+from vlmkernels.models.tokenizer import Tokenizer
+
+Grid = tuple[int, int, int]
+Rows = NDArray[np.float32]
+
+IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
+FRAME_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+VIDEO_TOKEN_BUDGET = 115_200  # 90 % of 128,000, what qwen-vl-utils leaves to one video
+
+
+def smart_resize(
+    height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """Nearest (height, width) of multiples of `factor` with min_pixels <= area <= max_pixels.
+
+    The aspect ratio is kept as well as the multiples allow; beyond 200 : 1 it is a ValueError.
+    """
+    if max(height, width) > 200 * min(height, width):
+        raise ValueError(f"image: expected an aspect ratio of at most 200, got {width} x {height}")
+    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+    if new_height * new_width > max_pixels:
+        beta = math.sqrt(height * width / max_pixels)
+        new_height = max(factor, math.floor(height / beta / factor) * factor)
+        new_width = max(factor, math.floor(width / beta / factor) * factor)
+    elif new_height * new_width < min_pixels:
+        beta = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * beta / factor) * factor
+        new_width = math.ceil(width * beta / factor) * factor
+    return new_height, new_width
+
+
+@dataclass
+class PixelSettings:
+    """How pixels become patch rows. Reads and writes preprocessor_config.json."""
+
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 1280
+    do_resize: bool = True
+    do_rescale: bool = True
+    do_normalize: bool = True
+    resample: int = int(Image.Resampling.BICUBIC)
+    rescale_factor: float = 1 / 255
+    image_mean: Sequence[float] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: Sequence[float] = (0.26862954, 0.26130258, 0.27577711)
+    raw: Json = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def from_dict(cls, raw: Json, **defaults: Any) -> PixelSettings:
+        names = {f.name for f in dataclasses.fields(cls)} - {"raw"}
+        known = defaults | {k: v for k, v in raw.items() if k in names and v is not None}
+        size = raw.get("size") or {}
+        for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            if raw.get(name) is None and (size.get(edge) or size.get(name)):
+                known[name] = size.get(edge) or size[name]
+        return cls(**known, raw=raw)
+
+    def to_dict(self) -> Json:
+        out = self.raw | dataclasses.asdict(self)
+        out.pop("raw")
+        size = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
+        out |= {"size": size, "image_mean": [*self.image_mean], "image_std": [*self.image_std]}
+        return out
+
+    @property
+    def factor(self) -> int:
+        return self.patch_size * self.merge_size
+
+    def target_size(self, image: Pixels, max_pixels: int | None = None) -> tuple[int, int]:
+        height, width = image.shape[:2]
+        if self.do_resize:
+            low, high = self.min_pixels, max_pixels or self.max_pixels
+            return smart_resize(height, width, factor=self.factor, min_pixels=low, max_pixels=high)
+        if height % self.factor or width % self.factor:
+            raise ValueError(f"image: expected multiples of {self.factor}, got {width} x {height}")
+        return height, width
+
+    def patchify(self, frames: Sequence[Pixels], size: tuple[int, int]) -> tuple[Rows, Grid]:
+        """Frames (height, width, 3) uint8 -> rows (num_patches, 3 * frames * patch * patch), grid.
+
+        Rows go block by block: the merge_size^2 patches that the merger joins are neighbours. The
+        last frame is repeated up to a multiple of temporal_patch_size.
+        """
+        video = np.stack([_resize(frame, size, self.resample) for frame in frames])
+        short = -len(video) % self.temporal_patch_size
+        video = np.concatenate([video, np.repeat(video[-1:], short, axis=0)])
+        t, p, m = self.temporal_patch_size, self.patch_size, self.merge_size
+        grid = (len(video) // t, size[0] // p, size[1] // p)
+        patches = video.reshape(grid[0], t, grid[1] // m, m, p, grid[2] // m, m, p, 3)
+        patches = patches.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
+        table, rows = self._table(), np.empty(patches.shape, dtype=np.float32)
+        for channel in range(3):
+            rows[:, :, :, :, :, channel] = table[channel][patches[:, :, :, :, :, channel]]
+        return rows.reshape(math.prod(grid), -1), grid
+
+    def _table(self) -> NDArray[np.float32]:
+        """(3, 256): what each byte of each channel becomes. Rounds as transformers does."""
+        values = np.arange(256, dtype=np.float64)
+        table = (values * self.rescale_factor if self.do_rescale else values).astype(np.float32)
+        table = np.tile(table, (3, 1))
+        if self.do_normalize:
+            mean, std = np.array([self.image_mean, self.image_std], dtype=np.float32)[..., None]
+            table = (table - mean) / std
+        return table
+
+
+class Qwen2VLProcessor:
+    """Turns text with <|image_pad|> and <|video_pad|> and the pictures for them into tensors."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        image: PixelSettings | None = None,
+        video: PixelSettings | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.image = image or PixelSettings()
+        self.video = video or video_settings(self.image)
+        self.image_token_id = tokenizer.token_to_id(IMAGE_TOKEN)
+        self.video_token_id = tokenizer.token_to_id(VIDEO_TOKEN)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Qwen2VLProcessor:
+        """From a checkpoint directory, in the published layout or the newer one-file layout."""
+        path = Path(path)
+        image: Json = {}
+        video: Json = {}
+        if (path / "processor_config.json").is_file():
+            both = read_json(path / "processor_config.json")
+            image, video = both.get("image_processor") or {}, both.get("video_processor") or {}
+        if (path / "preprocessor_config.json").is_file():
+            image = read_json(path / "preprocessor_config.json")
+        if (path / "video_preprocessor_config.json").is_file():
+            video = read_json(path / "video_preprocessor_config.json")
+        settings = PixelSettings.from_dict(image)
+        return cls(Tokenizer.from_pretrained(path), settings, video_settings(settings, video))
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write the tokenizer's files and the two preprocessor configs."""
+        path = Path(path)
+        self.tokenizer.save_pretrained(path)
+        image = {"image_processor_type": "Qwen2VLImageProcessor"} | self.image.to_dict()
+        video = {"video_processor_type": "Qwen2VLVideoProcessor"} | self.video.to_dict()
+        kind = {"processor_class": "Qwen2VLProcessor"}
+        write_json(path / "preprocessor_config.json", image | kind)
+        write_json(path / "video_preprocessor_config.json", video | kind)
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        images: Any = None,
+        videos: Any = None,
+        *,
+        padding_side: str | None = None,
+        max_total_pixels: int | None = None,
+    ) -> dict[str, Tensor]:
+        """Model arguments for one text or a batch.
+
+        Args:
+            text: each <|image_pad|> and <|video_pad|> in it stands for one image or video, in
+                order, and grows to as many tokens as that has.
+            images: one or many (vlmkernels.models.images.load_rgb), for the whole batch in order.
+            videos: one or many; a video is a list of frames of one size, an array (num_frames,
+                height, width, 3), or a directory of image files, in the order of their names.
+            padding_side: "left" or "right"; the tokenizer's by default.
+            max_total_pixels: refuse more than this, counted after resizing, over all frames.
+
+        Returns:
+            input_ids, attention_mask, mm_token_type_ids (batch, seqlen) int64; with images
+            pixel_values (num_patches, patch_dim) float32 and image_grid_thw (num_images, 3)
+            int64; with videos pixel_values_videos and video_grid_thw.
+
+        Raises:
+            ValueError: an image that cannot be read, placeholders and pictures that do not match.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts:
+            raise ValueError("text: expected at least one, got none")
+        image_list, video_list = _flatten(images), _as_videos(videos)
+        budget = _Budget(max_total_pixels)
+        image_rows = [self._image(x, i, budget) for i, x in enumerate(image_list)]
+        video_rows = [self._video(x, i, budget) for i, x in enumerate(video_list)]
+        texts = self._expand(texts, [g for _, g in image_rows], [g for _, g in video_rows])
+        out = self._pad([self.tokenizer.encode(t) for t in texts], padding_side)
+        for rows, pixels, grids in (
+            (image_rows, "pixel_values", "image_grid_thw"),
+            (video_rows, "pixel_values_videos", "video_grid_thw"),
+        ):
+            if rows:
+                out[pixels] = torch.from_numpy(np.concatenate([r for r, _ in rows]))
+                out[grids] = torch.tensor([g for _, g in rows])
+        return out
+
+    def apply_chat_template(self, messages: Sequence[Json], **options: Any) -> str:
+        return self.tokenizer.apply_chat_template(messages, **options)
+
+    def from_messages(self, messages: Sequence[Json], **options: Any) -> dict[str, Tensor]:
+        """Model arguments for a conversation whose content holds the pictures themselves.
+
+        messages: [{"role": "user", "content": [{"type": "image", "image": x}, {"type": "text",
+        "text": t}]}, ...], as in transformers and qwen-vl-utils.
+        """
+        parts = [p for m in messages if not isinstance(m["content"], str) for p in m["content"]]
+        images = [p["image"] for p in parts if "image" in p]
+        videos = [p["video"] for p in parts if "video" in p]
+        return self(self.apply_chat_template(messages), images, videos, **options)
+
+    def _image(self, image: Any, index: int, budget: _Budget) -> tuple[Rows, Grid]:
+        pixels = load_rgb(image, f"images[{index}]")
+        size = self.image.target_size(pixels)
+        budget.spend(size[0] * size[1])
+        rows, grid = self.image.patchify([pixels], size)
+        return rows, grid
+
+    def _video(self, video: Any, index: int, budget: _Budget) -> tuple[Rows, Grid]:
+        frames = [load_rgb(f, f"videos[{index}][{i}]") for i, f in enumerate(_frames(video))]
+        if not frames:
+            raise ValueError(f"videos[{index}]: expected at least one frame, got none")
+        if len({f.shape for f in frames}) > 1:
+            sizes = sorted({f.shape[:2] for f in frames})
+            raise ValueError(f"videos[{index}]: expected frames of one size, got {sizes}")
+        size = self.video.target_size(frames[0], self._max_frame_pixels(len(frames)))
+        budget.spend(size[0] * size[1] * len(frames))
+        return self.video.patchify(frames, size)
+
+    def _max_frame_pixels(self, num_frames: int) -> int:
+        """A frame's even share of a video's token budget (qwen-vl-utils)."""
+        v = self.video
+        share = VIDEO_TOKEN_BUDGET * v.factor**2 * v.temporal_patch_size // num_frames
+        return max(min(v.max_pixels, share), int(v.min_pixels * 1.05))
+
+    def _expand(self, texts: list[str], images: list[Grid], videos: list[Grid]) -> list[str]:
+        grids = {IMAGE_TOKEN: iter(images), VIDEO_TOKEN: iter(videos)}
+        for token, given in ((IMAGE_TOKEN, images), (VIDEO_TOKEN, videos)):
+            count = sum(t.count(token) for t in texts)
+            if count != len(given):
+                raise ValueError(f"text: expected {len(given)} {token} (one each), got {count}")
+
+        def grow(match: re.Match[str]) -> str:
+            token = match.group()
+            merge = (self.image if token == IMAGE_TOKEN else self.video).merge_size
+            return token * (math.prod(next(grids[token])) // merge**2)
+
+        pattern = re.compile("|".join(re.escape(token) for token in grids))
+        return [pattern.sub(grow, t) for t in texts]
+
+    def _pad(self, rows: list[list[int]], padding_side: str | None) -> dict[str, Tensor]:
+        side = padding_side or self.tokenizer.padding_side
+        if side not in ("left", "right"):
+            raise ValueError(f"padding_side: expected 'left' or 'right', got {side!r}")
+        seqlen = max(len(row) for row in rows)
+        pad_id = self.tokenizer.pad_token_id
+        if pad_id is None and any(len(row) < seqlen for row in rows):
+            raise ValueError("tokenizer: expected a pad_token for texts of different length")
+        input_ids = torch.full((len(rows), seqlen), pad_id or 0)
+        attention_mask = torch.zeros_like(input_ids)
+        for i, row in enumerate(rows):
+            place = slice(seqlen - len(row), None) if side == "left" else slice(0, len(row))
+            input_ids[i, place] = torch.tensor(row, dtype=torch.int64)
+            attention_mask[i, place] = 1
+        types = (input_ids == self.image_token_id) + 2 * (input_ids == self.video_token_id)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "mm_token_type_ids": types,
+        }
+
+
+def video_settings(image: PixelSettings, raw: Json | None = None) -> PixelSettings:
+    """Settings for frames: `raw` where it speaks, else the image's with qwen-vl-utils' sizes."""
+    defaults = {f.name: getattr(image, f.name) for f in dataclasses.fields(image)}
+    defaults |= {"min_pixels": 128 * image.factor**2, "max_pixels": 768 * image.factor**2}
+    del defaults["raw"]
+    return PixelSettings.from_dict(raw or {}, **defaults)
+
+
+class _Budget:
+    def __init__(self, pixels: int | None) -> None:
+        self.limit, self.spent = pixels, 0
+
+    def spend(self, pixels: int) -> None:
+        self.spent += pixels
+        if self.limit is not None and self.spent > self.limit:
+            raise ValueError(
+                f"images: expected at most max_total_pixels = {self.limit} after resizing, "
+                f"got at least {self.spent}"
+            )
+
+
+def _resize(frame: Pixels, size: tuple[int, int], resample: int) -> Pixels:
+    if frame.shape[:2] == size:
+        return frame
+    resized = Image.fromarray(frame).resize(size[::-1], Image.Resampling(resample))
+    return np.asarray(resized)
+
+
+def _flatten(images: Any) -> list[Any]:
+    """One image, a list of them, or a list per text, as one list."""
+    if images is None:
+        return []
+    if not isinstance(images, (list, tuple)):
+        return [images]
+    return [x for item in images for x in _flatten(item)]
+
+
+def _as_videos(videos: Any) -> list[Any]:
+    """One video or a list of them as a list; a list of frames is one video."""
+    if videos is None:
+        return []
+    if not isinstance(videos, (list, tuple)):
+        return [videos]
+    first = videos[0] if videos else None
+    is_frame = isinstance(first, Image.Image) or getattr(first, "ndim", 0) in (2, 3)
+    return [videos] if is_frame else list(videos)
+
+
+def _frames(video: Any) -> Iterable[Any]:
+    """The frames of a list, an array or a directory of image files."""
+    if not isinstance(video, (str, Path)):
+        return video  # type: ignore[no-any-return]
+    if not Path(video).is_dir():
+        raise ValueError(f"video {video}: expected a directory of frames, found none")
+    return sorted(p for p in Path(video).iterdir() if p.suffix.lower() in FRAME_SUFFIXES)

@@ -1,0 +1,168 @@
+"""Text to token ids and back, from a checkpoint's tokenizer.json; chat templates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import tokenizers
+
+from vlmkernels.models.checkpoint import Json, read_json, write_json, write_text
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` with the special tokens and chat template of its checkpoint."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        config: Json | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        self.backend = backend
+        # A text cut short or padded here would no longer match its images.
+        backend.no_truncation()
+        backend.no_padding()
+        self.config: Json = dict(config or {})
+        self.chat_template = chat_template or _template_of(self.config)
+        self.eos_token_id = self._special("eos_token")
+        self.pad_token_id = self._special("pad_token")
+        if self.pad_token_id is None:
+            self.pad_token_id = self.eos_token_id
+        self.padding_side: str = self.config.get("padding_side", "left")
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Tokenizer:
+        """From a checkpoint directory; ValueError when it holds no usable tokenizer.json."""
+        path = Path(path)
+        file = path / "tokenizer.json"
+        if not file.is_file():
+            raise ValueError(f"tokenizer: expected {file}, found none")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"tokenizer: {file} cannot be read: {error}") from error
+        config = path / "tokenizer_config.json"
+        return cls(backend, read_json(config) if config.is_file() else {}, _read_template(path))
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write tokenizer.json, tokenizer_config.json and chat_template.json if there is one."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        write_text(path / "tokenizer.json", self.backend.to_str(pretty=True))
+        write_json(path / "tokenizer_config.json", self.config)
+        if self.chat_template:
+            write_json(path / "chat_template.json", {"chat_template": self.chat_template})
+
+    def __len__(self) -> int:
+        return self.backend.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; special tokens written in it count as such, none are added."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def token_to_id(self, token: str) -> int:
+        token_id = self.backend.token_to_id(token)
+        if token_id is None:
+            raise ValueError(f"tokenizer: expected a token {token!r}, found none")
+        return token_id
+
+    def apply_chat_template(
+        self, messages: Sequence[Json], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The checkpoint's chat template filled in with `messages`, as text."""
+        if not self.chat_template:
+            raise ValueError("chat template: the checkpoint has none")
+        try:
+            return _render(
+                self.chat_template,
+                messages=list(messages),
+                add_generation_prompt=add_generation_prompt,
+                **{k: _text(v) for k, v in self.config.items() if k.endswith("_token")},
+                **variables,
+            )
+        except Exception as error:  # a template is foreign code: any error may come out of it
+            raise ValueError(f"chat template: {error}") from error
+
+    def stream(self) -> TextStream:
+        return TextStream(self)
+
+    def _special(self, name: str) -> int | None:
+        value = self.config.get(name)
+        return None if value is None else self.token_to_id(_text(value))
+
+
+class TextStream:
+    """Token ids in, text out as soon as it is certain; never half a UTF-8 character.
+
+    A byte-level token may end inside a character, which decodes to U+FFFD: the text waits until
+    the character is whole, and half a character at the very end is dropped.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.done = 0  # ids whose text is out
+        self.context = 0  # decoding starts here, since a token's text may depend on those before
+
+    def push(self, token_id: int) -> str:
+        """The text that became certain with this token, often one word, sometimes none."""
+        self.ids.append(token_id)
+        before = self.tokenizer.decode(self.ids[self.context : self.done])
+        text = self.tokenizer.decode(self.ids[self.context :])
+        if len(text) <= len(before) or text.endswith("\ufffd"):
+            return ""
+        self.context, self.done = self.done, len(self.ids)
+        return text[len(before) :]
+
+    def finish(self) -> str:
+        """What is left, without a last incomplete character."""
+        before = self.tokenizer.decode(self.ids[self.context : self.done])
+        text = self.tokenizer.decode(self.ids[self.context :])
+        self.context = self.done = len(self.ids)
+        return text[len(before) :].rstrip("\ufffd")
+
+
+def _text(token: str | Json) -> str:
+    """A special token is written as text or as {"content": text}."""
+    return token if isinstance(token, str) else str(token["content"])
+
+
+def _template_of(config: Json) -> str | None:
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named ones
+        template = {t["name"]: t["template"] for t in template}.get("default")
+    return template
+
+
+def _read_template(path: Path) -> str | None:
+    """The template in a file of its own, which goes before the one in tokenizer_config.json."""
+    jinja = path / "chat_template.jinja"
+    if jinja.is_file():
+        return jinja.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json"):
+        template = _template_of(read_json(path / name)) if (path / name).is_file() else None
+        if template:
+            return template
+    return None
+
+
+def _render(template: str, **variables: Any) -> str:
+    """Sandboxed: a template comes with the checkpoint and may not reach into Python."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> NoReturn:
+        raise ValueError(message)
+
+    env = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    # As in transformers: readable JSON, not HTML-escaped.
+    env.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+    env.globals["raise_exception"] = raise_exception
+    return env.from_string(template).render(**variables)
