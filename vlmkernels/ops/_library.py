@@ -5,9 +5,11 @@ tensors outside of any of these goes straight to the kernel, which saves several
 """
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -91,6 +93,43 @@ def _autograd_function(
         "backward": staticmethod(once_differentiable(backward)),
     }
     return type(name, (torch.autograd.Function,), members)
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def public(function: Callable[P, R]) -> Callable[P, R]:
+    """For a public function: what is no tensor, or has no dimension, is named as such.
+
+    The core checks all else; but a function that allocates its output first looks at shapes.
+    """
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except (AttributeError, IndexError):
+            _blame_argument(function, args, kwargs)
+            raise
+
+    return checked
+
+
+def _blame_argument(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    hints = get_type_hints(function)
+    for name, value in inspect.signature(function).bind(*args, **kwargs).arguments.items():
+        optional = hints.get(name) == Tensor | None
+        if hints.get(name) is not Tensor and not (optional and value is not None):
+            continue
+        where = f"{function.__name__}: {name}"
+        if not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise TypeError(f"{where} must be a torch.Tensor, got {kind}") from None
+        if value.ndim == 0:
+            raise ValueError(f"{where} must have at least one dimension, got ()") from None
 
 
 _is_compiling = torch.compiler.is_compiling

@@ -9,6 +9,7 @@ from vlmkernels import _core
 from vlmkernels.ops import _library
 
 
+@_library.public
 def null(x: Tensor) -> Tensor:
     """y = x, in new memory.
 

@@ -1,0 +1,112 @@
+"""Whatever tensor stands in one argument's place, an op computes or raises ValueError or TypeError.
+
+Nothing else: no crash, no error from a kernel, no other exception. (Under emulation a kernel that
+reads out of bounds is a RuntimeError.)
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import Backend
+from vlmkernels import ops
+
+DTYPES = [
+    *(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    *(torch.int32, torch.int64, torch.uint8, torch.bool, torch.complex64),
+]
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> torch.Tensor:
+    """Rank 0 to 5, sizes around those of the valid arguments, any dtype, maybe odd strides."""
+    shape = draw(st.lists(st.sampled_from([0, 1, 2, 3, 4, 8, 16]), max_size=5))
+    x = torch.ones(shape).to(draw(st.sampled_from(DTYPES)))
+    way = draw(st.sampled_from(["plain", "transposed", "expanded", "stepped"]))
+    if way == "transposed" and x.ndim > 1:
+        return x.transpose(0, -1)
+    if way == "expanded" and x.ndim:
+        return x[:1].expand_as(x) if len(x) else x
+    if way == "stepped" and x.ndim and x.numel():
+        return x.repeat_interleave(2, dim=-1)[..., ::2]
+    return x
+
+
+def valid_arguments(dtype: torch.dtype, device: str) -> dict[str, tuple[Callable[..., Any], list]]:
+    def ones(*shape: int) -> torch.Tensor:
+        return torch.ones(shape, dtype=dtype, device=device)
+
+    def ints(*values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    def packed(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any) -> Any:
+        return ops.attention(
+            *(q, k, v), cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, causal=True
+        )
+
+    qkv = [ones(2, 3, 4, 16), ones(2, 4, 2, 16), ones(2, 4, 2, 16)]
+    rows = [ones(4, 4, 16), ones(4, 2, 16)]
+    return {
+        "null": (ops.null, [ones(3, 4)]),
+        "attention": (ops.attention, qkv),
+        "attention packed": (packed, [*rows, ones(4, 2, 16), ints(0, 1, 4), ints(0, 1, 4)]),
+        "attention_decode": (ops.attention_decode, [*qkv, ints(3, 4)]),
+        "rope": (ops.rope, [*rows, ints(0, 1, 2, 3)]),
+        "mrope": (
+            lambda q, k, position_ids: ops.mrope(q, k, position_ids, [2, 3, 3]),
+            [*rows, ints(*range(12)).view(3, 4)],
+        ),
+        "vision_rope": (ops.vision_rope, [*rows, ints(*range(8)).view(2, 4)]),
+        "rope_from_tables": (ops.rope_from_tables, [*rows, ones(4, 16), ones(4, 16)]),
+        "rms_norm": (ops.rms_norm, [ones(3, 16), ones(16)]),
+        "rms_norm residual": (
+            lambda x, weight, residual: ops.rms_norm(x, weight, residual=residual),
+            [ones(3, 16), ones(16), ones(3, 16)],
+        ),
+        "layer_norm": (ops.layer_norm, [ones(3, 16), ones(16), ones(16)]),
+        "patch_embed rows": (ops.patch_embed, [ones(4, 16), ones(8, 16), ones(8), ones(4, 8)]),
+        "patch_embed": (ops.patch_embed, [ones(2, 1, 8, 8), ones(8, 1, 4, 4), ones(8), ones(4, 8)]),
+    }
+
+
+CASES = sorted(valid_arguments(torch.float32, "cpu"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_valid_arguments_are_valid(backend: Backend, case: str) -> None:
+    for dtype in backend.dtypes:
+        function, arguments = valid_arguments(dtype, backend.device)[case]
+        function(*arguments)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_any_tensor_in_any_place(backend: Backend, case: str) -> None:
+    function, arguments = valid_arguments(backend.dtypes[-1], backend.device)[case]
+
+    @settings(
+        max_examples=30 if backend.small else 100,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(place=st.integers(0, len(arguments) - 1), x=tensors())
+    def check(place: int, x: torch.Tensor) -> None:
+        changed = [x if i == place else a for i, a in enumerate(arguments)]
+        with contextlib.suppress(ValueError, TypeError):
+            function(*changed)
+
+    check()
+
+
+@pytest.mark.parametrize("wrong", [None, 3, "text", [1.0, 2.0]], ids=repr)
+@pytest.mark.parametrize("case", CASES)
+def test_no_tensor_at_all(case: str, wrong: object) -> None:
+    function, arguments = valid_arguments(torch.float32, "cpu")[case]
+    with pytest.raises((TypeError, ValueError)):
+        function(wrong, *arguments[1:])

@@ -1,0 +1,89 @@
+"""The compiled core: what it links to, which tensors it takes, what it says about the others."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vlmkernels import _core, ops
+
+
+def test_links_to_no_torch_and_no_driver() -> None:
+    linked = subprocess.run(["ldd", _core.C.__file__], check=True, text=True, capture_output=True)
+    names = [line.split()[0] for line in linked.stdout.splitlines()]
+    assert names
+    assert [n for n in names if n.startswith(("libtorch", "libc10", "libcuda"))] == []
+
+
+def test_loads_without_torch() -> None:
+    code = (
+        "import importlib.util as u, sys; s = u.spec_from_file_location('_C', sys.argv[1]);"
+        "m = u.module_from_spec(s); s.loader.exec_module(m); assert 'torch' not in sys.modules;"
+        "print(m.build_info()['compilers'])"
+    )
+    command = [sys.executable, "-c", code, _core.C.__file__]
+    result = subprocess.run(command, check=True, text=True, capture_output=True)
+    assert result.stdout.strip() == _core.C.build_info()["compilers"]
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_refuses_subclasses_by_name() -> None:
+    """A subclass inherits the exchange API but not always the storage."""
+    x = torch.ones(3)
+    with pytest.raises(TypeError, match=r"null: x must be a plain torch.Tensor, got .*Subclass"):
+        _core.C.null(x.as_subclass(Subclass), x)
+    with pytest.raises(TypeError, match=r"null: y must be a plain torch.Tensor, got list"):
+        _core.C.null(x, [1.0])
+
+
+def test_takes_parameters_and_offsets() -> None:
+    x = torch.nn.Parameter(torch.arange(8.0))
+    y = torch.zeros(9)
+    assert _core.C.null(x[3:6], y[2:5])
+    assert torch.equal(y, torch.tensor([0, 0, 3.0, 4, 5, 0, 0, 0, 0]))
+
+
+def test_checks_outputs_too() -> None:
+    x = torch.ones(3)
+    with pytest.raises(ValueError, match=r"null: y must have the shape of x \(3,\), got \(4,\)"):
+        _core.C.null(x, torch.ones(4))
+    with pytest.raises(TypeError, match=r"null: y must have the dtype of x \(float32\), got"):
+        _core.C.null(x, torch.ones(3, dtype=torch.float64))
+
+
+def test_meta_and_fake_tensors_compute_shapes_only() -> None:
+    y = ops.null(torch.empty(3, 4, device="meta"))
+    assert y.device.type == "meta" and y.shape == (3, 4)
+    with torch._subclasses.FakeTensorMode() as mode:
+        y = ops.null(mode.from_tensor(torch.ones(2, 5)))
+    assert isinstance(y, torch._subclasses.FakeTensor) and y.shape == (2, 5)
+
+
+def test_double_backward_is_refused() -> None:
+    x = torch.ones(3, requires_grad=True)
+    (dx,) = torch.autograd.grad(
+        ops.null(x), x, torch.ones(3, requires_grad=True), create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_functorch_and_dispatch_modes_go_through_the_dispatcher() -> None:
+    """vmap must not hand its wrapper to the binding; it loops over the op instead."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        ops.null(torch.ones(3))
+    assert "vlmkernels.null.default" in seen
+    assert torch.equal(torch.func.vmap(ops.null)(torch.ones(2, 3)), torch.ones(2, 3))
