@@ -1,4 +1,4 @@
-"""Microbenchmarks of the ops and end-to-end ones of the models: `vlmkernels bench`, `make bench`."""
+"""Benches of the ops and, end to end, of the models: `vlmkernels bench`, `make bench`."""
 
 import os
 

@@ -1,8 +1,9 @@
 """What the CUDA kernels cost, counted with no GPU: `python -m bench.counted [op ...]`.
 
 Registers, shared memory and stack come from the compiler (cuobjdump), instructions, FLOPs and bytes
-from executing every kernel on the emulated CUDA runtime. The floor is the time that the busiest unit
-of the named GPU needs for these counts when all its SMs work without a pause. Counted, never measured.
+from executing every kernel on the emulated CUDA runtime. The floor is the time that the busiest
+unit of the named GPU needs for these counts when all its SMs work without a pause. All of it is
+counted, nothing measured.
 """
 
 import argparse
@@ -57,18 +58,18 @@ class Launch:
 
     call: str
     kernel: str
-    launches: int
     grid: str
     threads: int
     static_smem: int
     dynamic_smem: int
     instructions: int
-    wgmma_gflop: float
-    mma_gflop: float
-    ex2: int
-    load_bytes: int
-    store_bytes: int
-    wavefronts: int
+    launches: int = 1
+    wgmma_gflop: float = 0.0
+    mma_gflop: float = 0.0
+    ex2: int = 0
+    load_bytes: int = 0
+    store_bytes: int = 0
+    wavefronts: int = 0
     registers: int = 0
     stack: int = 0
     occupancy: float = 0.0
@@ -98,7 +99,9 @@ def calls() -> dict[str, Callable[[], Callable[[], Any]]]:
     cache = {name: rand(1, 1024, 1, 128, grad=False) for name in ("k_cache", "v_cache")}
     seqlens = torch.tensor([1000], dtype=torch.int32)
     q = rand(1, 1, 4, 128, grad=False)
-    add("attention_decode 1x1000x4+1x128", ops.attention_decode, q=q, **cache, cache_seqlens=seqlens)
+    add(
+        "attention_decode 1x1000x4+1x128", ops.attention_decode, q=q, **cache, cache_seqlens=seqlens
+    )
     positions = torch.arange(256).repeat(3, 1)
     text = {"q": rand(256, 8, 128), "k": rand(256, 2, 128)}
     add("mrope 256x8+2x128", ops.mrope, **text, position_ids=positions, sections=(16, 24, 24))
@@ -161,9 +164,13 @@ def parse(text: str) -> Iterator[Launch]:
         elif found := LAUNCH.search(line):
             x, y, z = (int(n) for n in found["block"].split(","))
             launch = Launch(
-                *(call, found["kernel"], 1, found["grid"].replace(",", "x"), x * y * z),
-                *(int(found["static"]), int(found["dynamic"]), int(found["instructions"])),
-                *(0.0, 0.0, 0, 0, 0, 0),
+                call=call,
+                kernel=found["kernel"],
+                grid=found["grid"].replace(",", "x"),
+                threads=x * y * z,
+                static_smem=int(found["static"]),
+                dynamic_smem=int(found["dynamic"]),
+                instructions=int(found["instructions"]),
             )
         elif launch and (found := FLOPS.search(line)):
             launch.wgmma_gflop, launch.mma_gflop = float(found[1]), float(found[2])
@@ -179,15 +186,19 @@ def parse(text: str) -> Iterator[Launch]:
             launch = None
 
 
+SUMMED = (
+    *("launches", "instructions", "wgmma_gflop", "mma_gflop", "ex2"),
+    *("load_bytes", "store_bytes", "wavefronts"),
+)
+
+
 def _merged(launches: Iterator[Launch]) -> list[Launch]:
     """One line for the launches of the same kernel by the same call: counts added."""
     found: dict[tuple[str, str], Launch] = {}
-    summed = ("launches", "instructions", "wgmma_gflop", "mma_gflop", "ex2")
-    summed += ("load_bytes", "store_bytes", "wavefronts")
     for launch in launches:
         first = found.setdefault((launch.call, launch.kernel), launch)
         if first is not launch:
-            for name in summed:
+            for name in SUMMED:
                 setattr(first, name, getattr(first, name) + getattr(launch, name))
     return list(found.values())
 
@@ -257,8 +268,10 @@ def floor(launch: Launch, gpu: Gpu) -> tuple[float, str]:
     return clocks[unit] / gpu.sms / gpu.clock_ghz / 1e3, unit
 
 
-HEAD = ("call", "kernel", "launches", "threads", "regs", "smem", "stack", "occupancy", "warp inst.")
-HEAD += ("mma GFLOP", "exp2", "read MB", "written MB", "floor us", "bound by")
+HEAD = (
+    *("call", "kernel", "launches", "threads", "regs", "smem", "stack", "occupancy", "warp inst."),
+    *("mma GFLOP", "exp2", "read MB", "written MB", "floor us", "bound by"),
+)
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -273,6 +286,12 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def write(path: Path, launches: list[Launch]) -> None:
+    rows = [asdict(launch) for launch in launches]
+    document = {"label": "counted, not measured", "gpu": asdict(Gpu()), "rows": rows}
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ops", nargs="*", help="calls whose name starts so; default all")
@@ -282,16 +301,15 @@ def main() -> None:
     if args.emit:
         emit(args.ops)
         return
-    rows = [asdict(launch) for launch in count(args.ops)]
+    launches = count(args.ops)
     view = Table(title=f"counted, not measured; floor on an {Gpu.name}")
     for column in HEAD:
         view.add_column(column)
-    for row in rows:
-        view.add_row(*cells(row))
+    for launch in launches:
+        view.add_row(*cells(asdict(launch)))
     Console(width=None if sys.stdout.isatty() else 200).print(view)
     if args.json:
-        document = {"label": "counted, not measured", "gpu": asdict(Gpu()), "rows": rows}
-        args.json.write_text(json.dumps(document, indent=1) + "\n")
+        write(args.json, launches)
 
 
 if __name__ == "__main__":

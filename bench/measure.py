@@ -18,7 +18,7 @@ from vlmkernels.testing.timer import Timing, time_interleaved
 
 OURS, EAGER = "vlmkernels", "eager"
 # max |x - eager| / max |eager| up to which a variant counts as right: PyTorch itself rounds
-# intermediate results to the dtype. (The tests hold our ops to float64; here rivals are sorted out.)
+# intermediate results to the dtype. The tests hold our ops to float64; here rivals are sorted out.
 TOLERANCE = {
     torch.float64: 1e-9,
     torch.float32: 5e-4,
@@ -61,9 +61,7 @@ def measure(
     for name, run in variants.items():
         outcomes[name] = _check(run, expected, device)
     right = {name: run for name, run in variants.items() if "failed" not in outcomes[name]}
-    timings = time_interleaved(
-        right, rounds=rounds, device=device, end_to_end=case.tokens > 0
-    )
+    timings = time_interleaved(right, rounds=rounds, device=device, end_to_end=case.tokens > 0)
     for name, timing in timings.items():
         outcomes[name].update(_microseconds(timing))
     return _row(case, outcomes, ceiling)

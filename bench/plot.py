@@ -62,24 +62,34 @@ def roofline(run: Run, op: str, rows: list[Row]) -> Figure:
     rows = [row for row in rows if row["bytes"] and row["flops"]]
     palette = colors(rows)
     intensities = [row["flops"] / row["bytes"] for row in rows]
-    left, right = min(*intensities, 1.0) / 3, max(*intensities, 1.0) * 3
+    ridges = [
+        c["gemm_tflops"] * 1e3 / c["copy_gbps"]
+        for dtype, c in run["ceilings"].items()
+        if any(row["dtype"] == dtype for row in rows)
+    ]
+    left, right = min(intensities + ridges) / 3, max(intensities + ridges) * 3
     dashes = ("-", "--", ":")
     for style, dtype in zip(dashes, sorted({row["dtype"] for row in rows}), strict=False):
         c = run["ceilings"][dtype]
         ridge = c["gemm_tflops"] * 1e3 / c["copy_gbps"]
-        x = sorted({left, min(max(ridge, left), right), right})
+        x = [left, ridge, right]
         y = [min(c["gemm_tflops"], c["copy_gbps"] * i / 1e3) for i in x]
-        text = f"{dtype}: copy {c['copy_gbps']:.3g} GB/s, GEMM {c['gemm_tflops']:.3g} TFLOP/s"
+        text = f"{dtype}: copy {c['copy_gbps']:,.0f} GB/s, GEMM {c['gemm_tflops']:.3g} TFLOP/s"
         axes.plot(x, y, style, color="black", linewidth=1, label=text)
     for name, color in palette.items():
-        points = [
-            (row["flops"] / row["bytes"], row["flops"] / variants(row)[name]["us"] / 1e6)
-            for row in rows
-            if name in variants(row)
-        ]
         size, order = (46, 3) if name == OURS else (22, 2)
-        axes.scatter(*zip(*points, strict=True), s=size, color=color, label=name, zorder=order)
-    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="TFLOP/s")
+        axes.scatter([], [], s=size, color=color, label=name)
+        for marker, backward in (("o", False), ("^", True)):
+            points = [
+                (row["flops"] / row["bytes"], row["flops"] / variants(row)[name]["us"] / 1e6)
+                for row in rows
+                if name in variants(row) and (row["direction"] == "bwd") == backward
+            ]
+            x, y = [p[0] for p in points], [p[1] for p in points]
+            axes.scatter(x, y, s=size, color=color, marker=marker, zorder=order)
+    axes.set(xscale="log", yscale="log", ylabel="TFLOP/s")
+    axes.set_xlabel("FLOP per byte that must move (backward: triangles)")
+    axes.xaxis.set_major_formatter(PLAIN)
     return _finish(figure, axes, run, f"{op}: roofline")
 
 
@@ -96,8 +106,11 @@ def ratios(run: Run, op: str, rows: list[Row]) -> Figure:
         for row in rows
     ]
     y = range(len(rows))
-    shades = [OUR_COLOR if value >= 1 else COLORS[0] for value in values]
     low_high = [[max(0.0, s[i]) for s in spread] for i in range(2)]
+    shades = [
+        OUR_COLOR if value - low > 1 else COLORS[0] if value + high < 1 else "#a9b4bd"
+        for value, low, high in zip(values, *low_high, strict=True)
+    ]
     axes.barh(y, values, color=shades, height=0.65)
     axes.errorbar(values, y, xerr=low_high, fmt="none", ecolor="black", elinewidth=0.8)
     for i, row in enumerate(rows):
@@ -110,7 +123,9 @@ def ratios(run: Run, op: str, rows: list[Row]) -> Figure:
     axes.set_yticks(y, labels, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.35 * max(v + e for v, e in zip(values, low_high[1], strict=True)))
-    axes.set_xlabel("time of the best rival / time of vlmkernels (above 1: vlmkernels is faster)")
+    axes.set_xlabel(
+        "time of the best rival / time of vlmkernels; above 1 ours is faster, gray: within spread"
+    )
     _heading(axes, run, f"{op}: against the best rival")
     return figure
 
@@ -133,14 +148,16 @@ def _length(run: Run, name: str, rows: list[Row]) -> Figure:
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
     rows = sorted(rows, key=lambda row: row["seqlen"])
     for variant, color in colors(rows).items():
-        points = [(row["seqlen"], variants(row)[variant]) for row in rows if variant in variants(row)]
+        points = [
+            (row["seqlen"], variants(row)[variant]) for row in rows if variant in variants(row)
+        ]
         x, times = [p[0] for p in points], [p[1] for p in points]
         us = [t["us"] for t in times]
         errors = [
             [t["us"] - t["us_low"] for t in times],
             [t["us_high"] - t["us"] for t in times],
         ]
-        text = variant + (f" (slope {_slope(x, us):.2f})" if len(x) > 1 else "")
+        text = variant + (f" (last slope {_slope(x, us):.2f})" if len(x) > 1 else "")
         width = 2.0 if variant == OURS else 1.2
         axes.errorbar(x, us, errors, color=color, marker="o", linewidth=width, label=text)
     axes.set(xscale="log", yscale="log", xlabel="sequence length", ylabel="microseconds")

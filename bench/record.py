@@ -17,7 +17,15 @@ Row = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-PACKAGES = ("vlmkernels", "torch", "transformers", "triton", "liger-kernel", "flash-attn", "fa3-fwd")
+PACKAGES = (
+    "vlmkernels",
+    "torch",
+    "transformers",
+    "triton",
+    "liger-kernel",
+    "flash-attn",
+    "fa3-fwd",
+)
 
 
 def new_run(device: str) -> Run:

@@ -1,4 +1,4 @@
-"""One HTML file with everything about a run in it: table, pictures, what was wrong, how measured."""
+"""One HTML file with all of a run in it: table, pictures, what was wrong, how it was measured."""
 
 import html
 import io

@@ -4,8 +4,10 @@ from rich.table import Table
 
 from bench.record import Row, Run
 
-HEAD = ("op", "shape", "dtype", "dir", "us", "TFLOP/s", "GB/s", "% ceiling", "MB", "x eager")
-HEAD += ("x best rival",)
+HEAD = (
+    *("op", "shape", "dtype", "dir", "us", "TFLOP/s", "GB/s", "% ceiling", "MB", "x eager"),
+    "x best rival",
+)
 
 
 def title(run: Run) -> str:

@@ -89,9 +89,8 @@ def hf_model(model: Qwen2VL, attention: str) -> Any:
     raw = model.config.to_dict()
     config = transformers.Qwen2VLConfig.from_dict(raw)
     with torch.device("meta"):
-        theirs = transformers.Qwen2VLForConditionalGeneration._from_config(
-            config, attn_implementation=attention
-        )
+        make: Any = transformers.Qwen2VLForConditionalGeneration._from_config
+        theirs = make(config, attn_implementation=attention)
     shared = {}
     for key, x in model.state_dict().items():
         prefix = "model." if key.startswith("visual.") else "model.language_"

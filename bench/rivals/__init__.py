@@ -1,8 +1,8 @@
 """Rivals: other people's code for the same function, used where it can be imported.
 
 A file of this package is named as a room and holds plain functions with the keyword arguments of
-`ops.<function>`, decorated with `@rival`. One that doesn't cover a case raises NotSupportedError; what
-it needs is imported when it is first used.
+`ops.<function>`, decorated with `@rival`. One that doesn't cover a case raises NotSupportedError;
+what it needs is imported when it is first used.
 """
 
 import importlib
@@ -63,11 +63,11 @@ def variants(case: Case, rivals: list[Rival]) -> dict[str, Callable[[], Any]]:
 
 def _compiled(eager: Callable[..., Any]) -> Callable[..., Any]:
     torch.compiler.reset()  # every case starts with an empty cache: shapes stay static
-    return torch.compile(eager, dynamic=False)  # type: ignore[no-any-return]
+    return torch.compile(eager, dynamic=False)
 
 
 def _variant(case: Case, call: Callable[..., Any]) -> Callable[[], Any]:
-    """Lazy: what a rival does to get ready, and whether it can at all, belongs to its first call."""
+    """Lazy: getting ready, and finding out that it cannot, belong to a rival's first call."""
     run: Callable[[], Any] | None = None
 
     def first_then_run() -> Any:

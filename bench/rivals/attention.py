@@ -31,12 +31,11 @@ def _sdpa(backend: SDPBackend) -> Callable[..., Tensor]:
         _expect_dense(cu_seqlens_q)
         if causal and q.shape[1] != k.shape[1]:
             raise NotSupportedError("causal is aligned top-left")
-        options = {"is_causal": causal, "scale": softmax_scale}
+        qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
+        gqa = q.shape[2] != k.shape[2]
         with sdpa_kernel(backend):
             out = F.scaled_dot_product_attention(
-                *(x.transpose(1, 2) for x in (q, k, v)),
-                **options,  # type: ignore[arg-type]
-                enable_gqa=q.shape[2] != k.shape[2],
+                qt, kt, vt, is_causal=causal, scale=softmax_scale, enable_gqa=gqa
             )
         return out.transpose(1, 2)
 
@@ -80,7 +79,9 @@ def varlen_attn(
 
 
 @functools.lru_cache(maxsize=4)
-def _block_mask(causal: bool, lengths: tuple[int, int], cu_seqlens: Tensor | None, device: str) -> Any:
+def _block_mask(
+    causal: bool, lengths: tuple[int, int], cu_seqlens: Tensor | None, device: str
+) -> Any:
     """FlexAttention's mask; made once and kept, as in a model whose layers share it."""
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -208,10 +209,10 @@ def sdpa_decode(
     last = cache_seqlens[:, None].expand(-1, q.shape[1])
     if causal:
         last = last - torch.arange(q.shape[1] - 1, -1, -1, device=q.device)
+    qt, kt, vt = (x.transpose(1, 2) for x in (q, k_cache, v_cache))
+    mask = (j < last[..., None])[:, None]
+    gqa = q.shape[2] != k_cache.shape[2]
     out = F.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k_cache, v_cache)),
-        attn_mask=(j < last[..., None])[:, None],
-        scale=softmax_scale,
-        enable_gqa=q.shape[2] != k_cache.shape[2],
+        qt, kt, vt, attn_mask=mask, scale=softmax_scale, enable_gqa=gqa
     )
     return out.transpose(1, 2)

@@ -28,7 +28,7 @@ def peak_bytes(run: Callable[[], Any], device: str = "cpu") -> int:
         result = run()
     del result
     held = peak = 0
-    results = profile.profiler.kineto_results  # type: ignore[union-attr]
+    results = profile.profiler.kineto_results
     events = [event for event in results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
