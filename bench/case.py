@@ -59,7 +59,10 @@ def both_directions(
             direction=direction,
             bytes=bytes[i],
             flops=flops[i],
-            variants={"vlmkernels": bind(ours, inputs), "eager": bind(eager, inputs)},
+            variants={
+                "vlmkernels": lazily(bind, ours, inputs),
+                "eager": lazily(bind, eager, inputs),
+            },
             function=function,
             inputs=inputs,
             eager=eager,
@@ -89,6 +92,20 @@ def forward(function: Callable[..., Any], inputs: Mapping[str, Any]) -> Callable
     return lambda: function(**plain)
 
 
+def lazily(
+    bind: Callable[..., Callable[[], Any]], function: Callable[..., Any], inputs: Mapping[str, Any]
+) -> Callable[[], Any]:
+    """bind(function, inputs) at the first call, where its errors and its memory belong."""
+    bound: list[Callable[[], Any]] = []
+
+    def run() -> Any:
+        if not bound:
+            bound.append(bind(function, inputs))
+        return bound[0]()
+
+    return run
+
+
 def tensors(result: Any) -> list[Tensor]:
     """All tensors of a result, in order."""
     if isinstance(result, Tensor):
@@ -96,6 +113,11 @@ def tensors(result: Any) -> list[Tensor]:
     if isinstance(result, Sequence) and not isinstance(result, str):
         return [x for part in result for x in tensors(part)]
     return []
+
+
+def dtype_name(x: Tensor) -> str:
+    """As `--dtype` takes it."""
+    return str(x.dtype).removeprefix("torch.")
 
 
 def _same_noise(y: Tensor) -> Tensor:

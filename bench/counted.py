@@ -288,6 +288,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def write(path: Path, launches: list[Launch]) -> None:
     rows = [asdict(launch) for launch in launches]
+    path.parent.mkdir(parents=True, exist_ok=True)
     document = {"label": "counted, not measured", "gpu": asdict(Gpu()), "rows": rows}
     path.write_text(json.dumps(document, indent=1) + "\n")
 

@@ -56,20 +56,16 @@ def measure(
 ) -> Row:
     """Checks, then times all variants of a case and the given rivals, interleaved."""
     variants = {**case.variants, **(rivals or {})}
-    outcomes = {name: {} for name in variants}  # type: dict[str, Row]
-    expected = _expected(variants)
-    for name, run in variants.items():
-        outcomes[name] = _check(run, expected, device)
+    try:
+        expected = [x.clone() for x in tensors(variants[EAGER]())]
+    except Exception as problem:  # out of memory: nothing to compare with
+        return _row(case, {OURS: {"failed": f"eager: {_reason(problem)}"}}, ceiling)
+    outcomes = {name: _check(run, expected, device) for name, run in variants.items()}
     right = {name: run for name, run in variants.items() if "failed" not in outcomes[name]}
     timings = time_interleaved(right, rounds=rounds, device=device, end_to_end=case.tokens > 0)
     for name, timing in timings.items():
         outcomes[name].update(_microseconds(timing))
     return _row(case, outcomes, ceiling)
-
-
-def _expected(variants: Mapping[str, Callable[[], Any]]) -> list[Tensor]:
-    """What eager PyTorch computes; an eager that fails is an error of the bench."""
-    return [x.clone() for x in tensors(variants[EAGER]())]
 
 
 def _check(run: Callable[[], Any], expected: list[Tensor], device: str) -> Row:
@@ -81,9 +77,13 @@ def _check(run: Callable[[], Any], expected: list[Tensor], device: str) -> Row:
             return {"failed": f"wrong: error {error:.2g}", "error": error}
         return {"error": error, "peak_mb": peak_bytes(run, device) / 1e6}
     except Exception as problem:  # a rival may fail in any way; the row says how
-        lines = str(problem).strip().splitlines() or [""]
-        kind = "" if isinstance(problem, NotSupportedError) else f"{type(problem).__name__}: "
-        return {"failed": (kind + lines[0])[:160]}
+        return {"failed": _reason(problem)}
+
+
+def _reason(problem: Exception) -> str:
+    lines = str(problem).strip().splitlines() or [""]
+    kind = "" if isinstance(problem, NotSupportedError) else f"{type(problem).__name__}: "
+    return (kind + lines[0])[:160]
 
 
 def relative_error(results: list[Tensor], expected: list[Tensor]) -> float:

@@ -1,7 +1,6 @@
 """One HTML file with all of a run in it: table, pictures, what was wrong, how it was measured."""
 
 import html
-import io
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -32,9 +31,7 @@ def write_report(run: Run, directory: Path) -> Path:
     for name, figure in plot.figures(run).items():
         figure.savefig(directory / f"{name}.png", dpi=130)
         figure.savefig(directory / f"{name}.svg")
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg")
-        svg = buffer.getvalue()
+        svg = (directory / f"{name}.svg").read_text()
         pictures.append(f"<figure>{svg[svg.index('<svg') :]}</figure>")
         plt.close(figure)
     path = directory / "report.html"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bench.case import Case, forward, gradient
+from bench.case import Case, forward, gradient, lazily
 from bench.measure import NotSupportedError
 
 __all__ = ["NotSupportedError", "Rival", "available", "rival", "variants"]
@@ -55,28 +55,12 @@ def available(device: str) -> list[Rival]:
 
 def variants(case: Case, rivals: list[Rival]) -> dict[str, Callable[[], Any]]:
     """name -> function without arguments, as in Case.variants, of the rivals of this case."""
-    found = {r.name: _variant(case, r.call) for r in rivals if r.function == case.function}
+    bind = gradient if case.direction == "bwd" else forward
+    found = {r.name: r.call for r in rivals if r.function == case.function}
     if case.eager is not None and any(r.function == ANY for r in rivals):
-        found["torch.compile"] = _variant(case, _compiled(case.eager))
-    return found
-
-
-def _compiled(eager: Callable[..., Any]) -> Callable[..., Any]:
-    torch.compiler.reset()  # every case starts with an empty cache: shapes stay static
-    return torch.compile(eager, dynamic=False)
-
-
-def _variant(case: Case, call: Callable[..., Any]) -> Callable[[], Any]:
-    """Lazy: getting ready, and finding out that it cannot, belong to a rival's first call."""
-    run: Callable[[], Any] | None = None
-
-    def first_then_run() -> Any:
-        nonlocal run
-        if run is None:
-            run = (gradient if case.direction == "bwd" else forward)(call, case.inputs)
-        return run()
-
-    return first_then_run
+        torch.compiler.reset()  # every case starts with an empty cache: shapes stay static
+        found["torch.compile"] = torch.compile(case.eager, dynamic=False)
+    return {name: lazily(bind, call, case.inputs) for name, call in found.items()}
 
 
 def _importable(module: str) -> bool:
