@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from vlmkernels.recipes.digits.cli import demo, train_app
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command()(demo)
+app.add_typer(train_app, name="train")
 
 
 @app.command()
@@ -32,12 +36,12 @@ def info() -> None:
 def ask(
     question: Annotated[str, typer.Argument(help="What to ask.")],
     model: Annotated[Path, typer.Option(help="Checkpoint directory.")],
-    image: Annotated[Optional[list[Path]], typer.Option(help="Image file; may repeat.")] = None,  # noqa: UP045
-    video: Annotated[Optional[list[Path]], typer.Option(help="Directory of frames.")] = None,  # noqa: UP045
+    image: Annotated[list[Path] | None, typer.Option(help="Image file; may repeat.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="Directory of frames.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the answer at most.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[Optional[float], typer.Option(help="Sample from this share.")] = None,  # noqa: UP045
-    seed: Annotated[Optional[int], typer.Option(help="Repeats a sampled answer.")] = None,  # noqa: UP045
+    top_p: Annotated[float | None, typer.Option(help="Sample from this share.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Repeats a sampled answer.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; a GPU if there is one.")] = "",
     dtype: Annotated[str, typer.Option(help="bfloat16, ...; the checkpoint's if empty.")] = "",
 ) -> None:

@@ -175,7 +175,9 @@ static bool attention(py::handle q_, py::handle k_, py::handle v_, py::handle ou
         check_inputs(q, k, v, cu_q, cu_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale);
     set_outputs(p, q, out, lse);
     if (!has_kernel(q)) return false;
-    return run(q, nullptr, nullptr);
+    return run(
+        q, [&](Stream stream) { return launch_attention(p, stream); },
+        [&] { dispatch_isa([&]<class Isa>() { attention_fwd_cpu<Isa>(p); }); });
 }
 
 static bool attention_backward(py::handle dout_, py::handle dlse_, py::handle q_, py::handle k_,
@@ -195,7 +197,10 @@ static bool attention_backward(py::handle dout_, py::handle dlse_, py::handle q_
     for (const Tensor* t : {&dout, &dq}) expect_same_shape(*t, q);
     for (const Tensor* t : {&dk, &dv}) expect_same_shape(*t, k);
     for (const Tensor* t : {&dout, &dq, &dk, &dv}) expect_like(*t, q);
-    expect_lse(delta, q);
+    if (delta.numel() != 2 * lse.numel()) value_error(delta, "must hold 2 lse", shape_text(delta));
+    expect_same_dtype(delta, lse);
+    expect_same_device(delta, lse);
+    expect_contiguous(delta);
     if (dlse.given) expect_lse(dlse, q);
     p.dout = heads_view(dout);
     p.dlse = dlse.ptr<float>();
@@ -204,7 +209,7 @@ static bool attention_backward(py::handle dout_, py::handle dlse_, py::handle q_
     p.dk = heads_view(dk);
     p.dv = heads_view(dv);
     if (!has_kernel(q)) return false;
-    return run(q, nullptr, nullptr);
+    return run(q, nullptr, [&] { dispatch_isa([&]<class Isa>() { attention_bwd_cpu<Isa>(p); }); });
 }
 
 static void check_cache_seqlens(const Tensor& cache_seqlens, const Tensor& q, const Tensor& cache) {
@@ -248,7 +253,8 @@ static bool attention_decode(py::handle q_, py::handle k_, py::handle v_, py::ha
     p.partial_out = partial_out.ptr<float>();
     p.partial_lse = partial_lse.ptr<float>();
     if (!has_kernel(q)) return false;
-    return run(q, nullptr, nullptr);
+    return run(q, nullptr,
+               [&] { dispatch_isa([&]<class Isa>() { attention_decode_cpu<Isa>(p); }); });
 }
 
 static const Binding binding([](py::module_& m) {

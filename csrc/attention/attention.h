@@ -54,7 +54,7 @@ struct AttentionParams {
 struct AttentionBackwardParams : AttentionParams {
     HeadsView dout;     // as out
     const float* dlse;  // as lse, or null
-    float* delta;       // as lse: workspace, rowsum(out dout) - dlse
+    float* delta;       // workspace of twice the size of lse: rowsum(out dout) - dlse, and more
     HeadsView dq;       // as q
     HeadsView dk;       // as k
     HeadsView dv;       // as v
@@ -62,7 +62,7 @@ struct AttentionBackwardParams : AttentionParams {
 
 struct AttentionDecodeParams : AttentionParams {
     int num_splits;      // parts of the keys that different CTAs take
-    float* partial_out;  // [num_splits, batch, num_heads, seqlen_q, head_dim]; null if one split
+    float* partial_out;  // [num_splits, batch, seqlen_q, num_heads, head_dim]; null if one split
     float* partial_lse;  // [num_splits, batch, num_heads, seqlen_q]; null if one split
 };
 

@@ -41,7 +41,8 @@ void expect_dtype(const Tensor& t, std::initializer_list<DType> dtypes) {
     std::string text;
     for (DType dtype : dtypes) {
         if (t.dtype == dtype) return;
-        text += (text.empty() ? "" : ", ") + std::string(dtype_text(dtype));
+        const std::string name = dtype_text(dtype);
+        if (text != name) text += (text.empty() ? "" : ", ") + name;  // "float32 or x's" may agree
     }
     type_error(t, "must be " + text, dtype_text(t.dtype));
 }
@@ -63,9 +64,9 @@ void expect_same_device(const Tensor& t, const Tensor& like) {
 }
 
 void expect_contiguous(const Tensor& t) {
+    if (t.numel() == 0) return;
     int64_t stride = 1;
     for (int i = t.ndim - 1; i >= 0; --i) {
-        if (t.sizes[i] == 0) return;
         if (t.sizes[i] != 1 && t.strides[i] != stride)
             value_error(t, "must be contiguous", "other strides (call .contiguous())");
         stride *= t.sizes[i];

@@ -39,6 +39,10 @@ bool takes_cuda(const Tensor& t) {
     return t.device.type == dlpack::kCUDA && has_kernels(t.device.id);
 }
 
+#else
+
+bool takes_cuda(const Tensor&) { return false; }
+
 #endif
 
 #ifdef VLMKERNELS_WITH_CUDA

@@ -26,19 +26,23 @@ struct TileLayout {
 
 // Starts copying rows [0, kRows) x columns [0, kCols) of a row-major matrix into a tile. Rows from
 // num_rows and columns from num_cols (a multiple of 8) on are not read: they become zero.
+// A thread stays in one column of chunks; where kThreads is no multiple of kChunks some idle.
 template <int kRows, int kCols, int kThreads, class T>
 __device__ void load_tile(uint32_t tile, const T* source, int64_t row_stride, int num_rows,
                           int num_cols, int thread) {
     using Layout = TileLayout<kCols>;
-    constexpr int kTotal = kRows * Layout::kChunks;
+    constexpr int kRowsAtOnce = kThreads / Layout::kChunks;
+    static_assert(kRowsAtOnce > 0);
+    const int chunk = thread % Layout::kChunks, first_row = thread / Layout::kChunks;
+    if (kThreads % Layout::kChunks && first_row >= kRowsAtOnce) return;
+    if (chunk * 8 >= num_cols) num_rows = 0;
+    source += first_row * row_stride + chunk * 8;
 #pragma unroll
-    for (int i = 0; i < (kTotal + kThreads - 1) / kThreads; ++i) {
-        const int index = thread + i * kThreads;
-        const int row = index / Layout::kChunks, chunk = index % Layout::kChunks;
-        if (kTotal % kThreads && index >= kTotal) break;
-        const bool valid = row < num_rows && chunk * 8 < num_cols;
-        cp_async(tile + Layout::offset(row, chunk),
-                 source + (valid ? row * row_stride + chunk * 8 : 0), valid);
+    for (int row0 = 0; row0 < kRows; row0 += kRowsAtOnce) {
+        const int row = row0 + first_row;
+        if (kRows % kRowsAtOnce && row >= kRows) break;
+        cp_async(tile + Layout::offset(row, chunk), source, row < num_rows);
+        source += kRowsAtOnce * row_stride;
     }
 }
 
@@ -93,6 +97,90 @@ __device__ void pack_a(uint32_t (&a)[4], const float (&left)[4], const float (&r
     a[1] = pack<T>(left[2], left[3]);
     a[2] = pack<T>(right[0], right[1]);
     a[3] = pack<T>(right[2], right[3]);
+}
+
+// c = a b^T for rows row_a.. of tile a (16 kM) and rows row_b.. of tile b (8 kN), over all columns.
+template <class T, int kM, int kN, int kCols>
+__device__ void multiply_rows(float (&c)[kM][kN][4], int lane, uint32_t a, int row_a, uint32_t b,
+                              int row_b) {
+    static_assert(kN % 2 == 0);
+    const FragmentLoader<kCols, Operand::kA> load_a(lane);
+    const FragmentLoader<kCols, Operand::kB> load_b(lane);
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int n = 0; n < kN; ++n) c[m][n][0] = c[m][n][1] = c[m][n][2] = c[m][n][3] = 0;
+#pragma unroll
+    for (int k = 0; k < kCols / 16; ++k) {
+        uint32_t a_fragment[kM][4];
+#pragma unroll
+        for (int m = 0; m < kM; ++m) load_a(a_fragment[m], a, row_a + m * 16, k * 2);
+#pragma unroll
+        for (int n = 0; n < kN; n += 2) {
+            uint32_t b_fragment[4];
+            load_b(b_fragment, b, row_b + n * 8, k * 2);
+#pragma unroll
+            for (int m = 0; m < kM; ++m) {
+                mma(c[m][n], a_fragment[m], b_fragment[0], b_fragment[1], T());
+                mma(c[m][n + 1], a_fragment[m], b_fragment[2], b_fragment[3], T());
+            }
+        }
+    }
+}
+
+// c += p b for p in accumulators (16 kM x 8 kK), rounded to T, and rows row_b.. of tile b, its
+// columns from chunk0 on (8 kN).
+template <class T, int kCols, int kM, int kK, int kN>
+__device__ void multiply_accumulators(float (&c)[kM][kN][4], const float (&p)[kM][kK][4], int lane,
+                                      uint32_t b, int row_b, int chunk0 = 0) {
+    static_assert(kN % 2 == 0 && kK % 2 == 0);
+    const FragmentLoader<kCols, Operand::kBTransposed> load_b(lane);
+#pragma unroll
+    for (int k = 0; k < kK; k += 2) {
+        uint32_t a_fragment[kM][4];
+#pragma unroll
+        for (int m = 0; m < kM; ++m) pack_a<T>(a_fragment[m], p[m][k], p[m][k + 1]);
+#pragma unroll
+        for (int n = 0; n < kN; n += 2) {
+            uint32_t b_fragment[4];
+            load_b(b_fragment, b, row_b + k * 8, chunk0 + n);
+#pragma unroll
+            for (int m = 0; m < kM; ++m) {
+                mma(c[m][n], a_fragment[m], b_fragment[0], b_fragment[1], T());
+                mma(c[m][n + 1], a_fragment[m], b_fragment[2], b_fragment[3], T());
+            }
+        }
+    }
+}
+
+// Writes accumulators (16 kM x 8 kN), times a factor per row, to rows row0.. and columns from
+// chunk0 on of a row-major matrix: through the warp's own part of a tile, so that the stores are 16
+// bytes wide. Rows from num_rows and columns from num_cols on are not written.
+template <class T, int kCols, int kM, int kN>
+__device__ void store_accumulators(const float (&c)[kM][kN][4], const float (&factor)[kM][2],
+                                   int lane, unsigned char* tile, int row0, int chunk0, T* out,
+                                   int64_t row_stride, int num_rows, int num_cols) {
+    using Layout = TileLayout<kCols>;
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int n = 0; n < kN; ++n)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = row0 + m * 16 + half * 8 + lane / 4;
+                const float scale = factor[m][half];
+                *reinterpret_cast<uint32_t*>(tile + Layout::offset(row, chunk0 + n) +
+                                             lane % 4 * 4) =
+                    pack<T>(c[m][n][half * 2] * scale, c[m][n][half * 2 + 1] * scale);
+            }
+    __syncwarp();
+#pragma unroll 4
+    for (int index = lane; index < kM * 16 * kN; index += 32) {
+        const int row = row0 + index / kN, chunk = chunk0 + index % kN;
+        if (row < num_rows && chunk * 8 < num_cols)
+            *reinterpret_cast<uint4*>(out + row * row_stride + chunk * 8) =
+                *reinterpret_cast<const uint4*>(tile + Layout::offset(row, chunk));
+    }
 }
 
 }  // namespace vlmkernels

@@ -19,6 +19,11 @@ __device__ inline void cp_async(uint32_t shared, const void* global, bool valid 
                  "r"(valid ? 16 : 0)
                  : "memory");
 }
+__device__ inline void cp_async_8(uint32_t shared, const void* global, bool valid = true) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(shared), "l"(global),
+                 "r"(valid ? 8 : 0)
+                 : "memory");
+}
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 // Waits until at most kPending of this thread's committed groups are still in flight.
 template <int kPending>

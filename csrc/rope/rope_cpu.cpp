@@ -33,22 +33,31 @@ void compute_rotation(const RopeParams& p, int64_t b, int64_t s, float* cosines,
     for (int i = 0; i < p.num_pairs; ++i) sin_cos(angle[i], sines[i], cosines[i]);
 }
 
+// Rotates kCount pairs, whose second elements lie `half` further on. x and y may be the same.
+template <int kCount, class T>
+inline void rotate(const T* x, T* y, int half, const float* c, const float* s) {
+#pragma GCC ivdep
+    for (int i = 0; i < kCount; ++i) {
+        const float a = to_float(x[i]), b = to_float(x[i + half]);
+        y[i] = from_float<T>(a * c[i] - b * s[i]);
+        y[i + half] = from_float<T>(b * c[i] + a * s[i]);
+    }
+}
+
 template <class T>
 void rotate_heads(const RopeHeads& h, const RopeParams& p, int64_t b, int64_t s, const float* c,
                   const float* d) {
     const RopeStrides &from = h.in_strides, &to = h.out_strides;
     const T* x = static_cast<const T*>(h.in) + b * from.batch + s * from.token;
     T* y = static_cast<T*>(h.out) + b * to.batch + s * to.token;
-    const int n = p.num_pairs;
+    const int n = p.num_pairs, rest = p.head_dim - 2 * n;
     for (int head = 0; head < h.num_heads; ++head, x += from.head, y += to.head) {
-#pragma GCC ivdep
-        for (int i = 0; i < n; ++i) {
-            const float a = to_float(x[i]), e = to_float(x[i + n]);
-            y[i] = from_float<T>(a * c[i] - e * d[i]);
-            y[i + n] = from_float<T>(e * c[i] + a * d[i]);
-        }
-        if (x != y && p.head_dim > 2 * n)
-            std::memcpy(y + 2 * n, x + 2 * n, (p.head_dim - 2 * n) * sizeof(T));
+        int i = 0;
+        for (; i + 16 <= n; i += 16) rotate<16>(x + i, y + i, n, c + i, d + i);
+        for (; i + 8 <= n; i += 8) rotate<8>(x + i, y + i, n, c + i, d + i);
+        for (; i + 4 <= n; i += 4) rotate<4>(x + i, y + i, n, c + i, d + i);
+        for (; i < n; ++i) rotate<1>(x + i, y + i, n, c + i, d + i);
+        if (x != y && rest) std::memcpy(y + 2 * n, x + 2 * n, rest * sizeof(T));
     }
 }
 
@@ -57,7 +66,7 @@ void rotate_heads(const RopeHeads& h, const RopeParams& p, int64_t b, int64_t s,
 template <class Isa>
 void rope_cpu(const RopeParams& p) {
     const int64_t row = int64_t(p.q.num_heads + p.k.num_heads) * p.head_dim;
-    parallel_for(p.num_tokens, 1 + (1 << 14) / (row + 1), [&](int64_t begin, int64_t end) {
+    parallel_for(p.num_tokens, 1 + (1 << 16) / (row + 1), [&](int64_t begin, int64_t end) {
         alignas(64) float cosines[kMaxPairs], sines[kMaxPairs];
         for (int64_t token = begin; token < end; ++token) {
             const int64_t b = token / p.seqlen, s = token % p.seqlen;

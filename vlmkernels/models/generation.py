@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmkernels.models.cache import KVCache
+from vlmkernels.models.checkpoint import Json
 from vlmkernels.models.tokenizer import Tokenizer
 
 
@@ -19,14 +21,6 @@ class DecodeState:
 
     cache: KVCache
     next_positions: Tensor  # (batch,) int64: position of the next token along every axis
-
-
-class Decoder(Protocol):
-    """A model that generates: `prefill` reads the prompt, `decode` one more token per row."""
-
-    def prefill(self, max_new_tokens: int, **inputs: Any) -> tuple[Tensor, DecodeState]: ...
-
-    def decode(self, tokens: Tensor, state: DecodeState) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -68,29 +62,81 @@ class Sampling:
         return torch.multinomial(probability, 1, generator=generator)[:, 0]
 
 
-def generate_steps(
-    model: Decoder,
-    inputs: dict[str, Any],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling,
-    eos_token_ids: Sequence[int],
-    pad_token_id: int,
-    generator: torch.Generator | None = None,
-) -> Iterator[Tensor]:
-    """One (batch,) tensor of token ids per step; a row that ended gives `pad_token_id`."""
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-    logits, state = model.prefill(max_new_tokens, **inputs)
-    eos = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=logits.device)
-    ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-    for step in range(max_new_tokens):
-        tokens = sampling.draw(logits, generator).masked_fill(ended, pad_token_id)
-        ended = ended | torch.isin(tokens, eos)
-        yield tokens
-        if step + 1 == max_new_tokens or bool(ended.all()):
-            return
-        logits = model.decode(tokens, state)
+class Generates(ABC):
+    """Gives a model `generate`, from two things that it can do: `prefill` and `decode`."""
+
+    config: Any
+    generation_config: Json  # the checkpoint's generation_config.json
+    device: Any
+
+    @abstractmethod
+    def prefill(self, max_new_tokens: int, **inputs: Any) -> tuple[Tensor, DecodeState]:
+        """Logits (batch, vocab_size) of the token after each prompt, and room for the answer."""
+
+    @abstractmethod
+    def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:
+        """One more token (batch,) of every row -> logits (batch, vocab_size) of the next."""
+
+    def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
+        """Prompt and new tokens, (batch, seqlen + num_new), as transformers returns them.
+
+        Args:
+            input_ids, attention_mask, pixel_values, ...: as of `forward`. Rows may be padded on
+                either side; the new tokens are appended to the padded row.
+            max_new_tokens: at most so many (128); fewer when every row has ended.
+            temperature, top_k, top_p: see `Sampling`; greedy by default.
+            seed, generator: make sampling repeatable.
+            eos_token_id: one or several; the checkpoint's by default. () for none.
+            pad_token_id: what a row gets after its end; the checkpoint's by default.
+        """
+        steps = list(self.generate_steps(input_ids=input_ids, **options))
+        return torch.cat([input_ids, torch.stack(steps, dim=1)], dim=1)
+
+    def generate_steps(
+        self,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        **inputs: Any,
+    ) -> Iterator[Tensor]:
+        """The new tokens as they are made, (batch,) for each step; arguments as of `generate`."""
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+        sampling = Sampling(temperature, top_k, top_p)
+        eos_ids = self._eos_token_ids(eos_token_id)
+        pad_id = self._pad_token_id(pad_token_id, eos_ids)
+        if seed is not None:
+            generator = torch.Generator(self.device).manual_seed(seed)
+        logits, state = self.prefill(max_new_tokens, **inputs)
+        eos = torch.tensor(eos_ids, dtype=torch.int64, device=logits.device)
+        ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+        for step in range(max_new_tokens):
+            tokens = sampling.draw(logits, generator).masked_fill(ended, pad_id)
+            ended = ended | torch.isin(tokens, eos)
+            yield tokens
+            if step + 1 == max_new_tokens or bool(ended.all()):
+                return
+            logits = self.decode(tokens, state)
+
+    def _eos_token_ids(self, given: int | Sequence[int] | None) -> list[int]:
+        if given is None:
+            given = self.generation_config.get("eos_token_id", self.config.eos_token_id)
+        if given is None:
+            return []
+        return [given] if isinstance(given, int) else list(given)
+
+    def _pad_token_id(self, given: int | None, eos_ids: list[int]) -> int:
+        if given is None:
+            given = self.generation_config.get("pad_token_id", self.config.pad_token_id)
+        if given is None:
+            return eos_ids[0] if eos_ids else 0
+        return given
 
 
 def stream_text(tokenizer: Tokenizer, steps: Iterator[Tensor]) -> Iterator[str]:
@@ -103,7 +149,3 @@ def stream_text(tokenizer: Tokenizer, steps: Iterator[Tensor]) -> Iterator[str]:
             yield piece
     if piece := stream.finish():
         yield piece
-
-
-def make_generator(seed: int | None, device: torch.device) -> torch.Generator | None:
-    return None if seed is None else torch.Generator(device).manual_seed(seed)

@@ -9,9 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vlmkernels.nn import LayerNorm, RMSNorm
 
-def add_norm(norm: nn.Module, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+
+def add_norm(
+    norm: RMSNorm | LayerNorm, x: Tensor, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """h = x + residual, y = norm(h) in one kernel; returns (y, h). No residual: h = x."""
+    x = x.to(norm.weight.dtype)  # under autocast a layer gives halves, the residual stream stays
     if residual is None:
         return norm(x), x
     y, h = norm(x, residual=residual)

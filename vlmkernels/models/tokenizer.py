@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import tokenizers
 
-from vlmkernels.models.checkpoint import Json, read_json, write_json
+from vlmkernels.models.checkpoint import Json, read_json, write_json, write_text
 
 
 class Tokenizer:
@@ -51,7 +51,7 @@ class Tokenizer:
         """Write tokenizer.json, tokenizer_config.json and chat_template.json if there is one."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        write_json(path / "tokenizer.json", json.loads(self.backend.to_str()))
+        write_text(path / "tokenizer.json", self.backend.to_str(pretty=True))
         write_json(path / "tokenizer_config.json", self.config)
         if self.chat_template:
             write_json(path / "chat_template.json", {"chat_template": self.chat_template})

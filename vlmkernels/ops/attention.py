@@ -148,17 +148,19 @@ def reference(
 def _dense(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
-    dtype = _lse_dtype(q)
-    heads_per_key_head = q.shape[2] // k.shape[2]
-    qt = q.transpose(1, 2).to(dtype)
-    kt = k.transpose(1, 2).to(dtype).repeat_interleave(heads_per_key_head, dim=1)
-    vt = v.transpose(1, 2).to(dtype).repeat_interleave(heads_per_key_head, dim=1)
-    scores = qt @ kt.transpose(2, 3) * softmax_scale
-    if causal:
-        scores = scores.masked_fill(_future(scores), -torch.inf)
-    lse = _logsumexp(scores)
-    probabilities = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
-    return (probabilities @ vt).transpose(1, 2).to(q.dtype).contiguous(), lse
+    # Autocast would make halves of the sums that dtype is for.
+    with torch.autocast(q.device.type, enabled=False):
+        dtype = _lse_dtype(q)
+        heads_per_key_head = q.shape[2] // k.shape[2]
+        qt = q.transpose(1, 2).to(dtype)
+        kt = k.transpose(1, 2).to(dtype).repeat_interleave(heads_per_key_head, dim=1)
+        vt = v.transpose(1, 2).to(dtype).repeat_interleave(heads_per_key_head, dim=1)
+        scores = qt @ kt.transpose(2, 3) * softmax_scale
+        if causal:
+            scores = scores.masked_fill(_future(scores), -torch.inf)
+        lse = _logsumexp(scores)
+        probabilities = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
+        return (probabilities @ vt).transpose(1, 2).to(q.dtype).contiguous(), lse
 
 
 def _logsumexp(scores: Tensor) -> Tensor:
@@ -253,7 +255,7 @@ def _backward_kernel(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     gradients = _backward_fake(dout, dlse, q, k, v)
-    delta = torch.empty_like(lse)
+    delta = lse.new_empty((2, *lse.shape))
     if not _core.C.attention_backward(dout, dlse, q, k, v, out, lse, delta, *gradients, *options):
         return _backward_reference(dout, dlse, q, k, v, out, lse, *options)
     return gradients

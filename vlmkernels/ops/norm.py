@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmkernels import _core
 from vlmkernels.ops import _library
 
 
@@ -28,7 +29,7 @@ def rms_norm(
 
     Zhang and Sennrich, arXiv 1910.07467. Drop-in for transformers' Qwen2RMSNorm.
     """
-    y, h, _, _ = _norm(x, residual, weight, None, eps, False)
+    y, h, _ = _norm(x, residual, weight, None, eps, False)
     return y if residual is None else (y, h)
 
 
@@ -48,7 +49,7 @@ def layer_norm(
 
     Ba et al., arXiv 1607.06450. Drop-in for torch.nn.functional.layer_norm over one dimension.
     """
-    y, h, _, _ = _norm(x, residual, weight, bias, eps, True)
+    y, h, _ = _norm(x, residual, weight, bias, eps, True)
     return y if residual is None else (y, h)
 
 
@@ -59,16 +60,17 @@ def reference(
     bias: Tensor | None,
     eps: float,
     centered: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     compute = torch.promote_types(x.dtype, torch.float32)
     h = x if residual is None else x + residual
     z = h.to(compute)
-    mean = z.mean(-1) if centered else z.new_empty(0)
+    mean = z.mean(-1)
     z = z - mean.unsqueeze(-1) if centered else z
     rstd = (z.square().mean(-1) + eps).rsqrt()
     y = z * rstd.unsqueeze(-1) * weight.to(compute)
-    y = y if bias is None else y + bias.to(compute)
-    return y.to(x.dtype), x.new_empty(0) if residual is None else h, mean, rstd
+    y = (y if bias is None else y + bias.to(compute)).to(x.dtype)
+    stats = torch.stack([rstd, mean] if centered else [rstd])
+    return y, x.new_empty(0) if residual is None else h, stats
 
 
 def reference_backward(
@@ -76,25 +78,62 @@ def reference_backward(
     dh: Tensor | None,
     h: Tensor,
     weight: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor,
+    stats: Tensor,
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     compute = torch.promote_types(h.dtype, torch.float32)
     z, g = h.to(compute), dy.to(compute)
-    xhat = (z if mean is None else z - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
+    rstd, centered = stats[0].unsqueeze(-1), len(stats) == 2
+    xhat = (z - stats[1].unsqueeze(-1) if centered else z) * rstd
     wg = g * weight.to(compute)
     dz = wg - xhat * (wg * xhat).mean(-1, keepdim=True)
-    if mean is not None:
+    if centered:
         dz = dz - wg.mean(-1, keepdim=True)
-    dx = dz * rstd.unsqueeze(-1)
+    dx = dz * rstd
     dx = dx if dh is None else dx + dh.to(compute)
     leading = list(range(h.ndim - 1))
     none = weight.new_empty(0)
     dweight = (g * xhat).sum(leading).to(weight.dtype) if weight_grad else none
     dbias = g.sum(leading).to(weight.dtype) if bias_grad else none.clone()
     return dx.to(h.dtype), dweight, dbias
+
+
+def _kernel(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    centered: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, h, stats = _fake(x, residual, weight, bias, eps, centered)
+    h_out = None if residual is None else h
+    if not _core.C.norm(x, residual, weight, bias, y, h_out, stats, eps, centered):
+        return reference(x, residual, weight, bias, eps, centered)
+    return y, h, stats
+
+
+def _kernel_backward(
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    stats: Tensor,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    args = (dy, dh, h, weight, stats)
+    dx, dweight, dbias = _fake_backward(*args, weight_grad, bias_grad)
+    outputs: list[Tensor | None] = [None] * 4
+    for i, (wanted, gradient) in enumerate(((weight_grad, dweight), (bias_grad, dbias))):
+        if wanted:
+            shape = (_core.C.norm_num_partials(h), h.shape[-1])
+            outputs[i] = gradient
+            outputs[i + 2] = torch.empty(shape, dtype=torch.float32, device=h.device)
+    if not _core.C.norm_backward(*args, dx, *outputs):
+        return reference_backward(*args, weight_grad, bias_grad)
+    return dx, dweight, dbias
 
 
 def _fake(
@@ -104,12 +143,11 @@ def _fake(
     bias: Tensor | None,
     eps: float,
     centered: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     h = x.new_empty(0) if residual is None else torch.empty_like(y)
-    rstd = x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
-    mean = torch.empty_like(rstd) if centered else rstd.new_empty(0)
-    return y, h, mean, rstd
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return y, h, x.new_empty((2 if centered else 1, *x.shape[:-1]), dtype=compute)
 
 
 def _fake_backward(
@@ -117,8 +155,7 @@ def _fake_backward(
     dh: Tensor | None,
     h: Tensor,
     weight: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor,
+    stats: Tensor,
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,25 +165,25 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, residual, weight, bias, _, centered = inputs
-    _, h, mean, rstd = output
+    x, residual, weight, bias, _, _ = inputs
+    _, h, stats = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(x if residual is None else h, weight, mean if centered else None, rstd)
+    ctx.mark_non_differentiable(stats)
+    ctx.save_for_backward(x if residual is None else h, weight, stats)
     ctx.has_residual, ctx.has_bias = residual is not None, bias is not None
 
 
 def _backward(
-    ctx: Any, dy: Tensor | None, dh: Tensor | None, dmean: None, drstd: None
+    ctx: Any, dy: Tensor | None, dh: Tensor | None, dstats: None
 ) -> tuple[Tensor | None, ...]:
-    h, weight, mean, rstd = ctx.saved_tensors
+    h, weight, stats = ctx.saved_tensors
     dh = dh if ctx.has_residual else None
     if dy is None:
         return dh, dh, None, None, None, None
     weight_grad, bias_grad = ctx.needs_input_grad[2], ctx.has_bias and ctx.needs_input_grad[3]
     dh = None if dh is None else dh.contiguous()
     dx, dweight, dbias = _norm_backward(
-        dy.contiguous(), dh, h, weight, mean, rstd, weight_grad, bias_grad
+        dy.contiguous(), dh, h, weight, stats, weight_grad, bias_grad
     )
     return (
         dx,
@@ -160,17 +197,17 @@ def _backward(
 
 _norm = _library.define(
     "norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool centered)"
-    " -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",
-    kernel=reference,
+    " -> (Tensor y, Tensor h, Tensor stats)",
+    kernel=_kernel,
     fake=_fake,
     reference=reference,
     setup_context=_setup_context,
     backward=_backward,
 )
 _norm_backward = _library.define(
-    "norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor? mean, Tensor rstd, "
+    "norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor stats, "
     "bool weight_grad, bool bias_grad) -> (Tensor dx, Tensor dweight, Tensor dbias)",
-    kernel=reference_backward,
+    kernel=_kernel_backward,
     fake=_fake_backward,
     reference=reference_backward,
 )

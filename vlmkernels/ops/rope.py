@@ -24,8 +24,8 @@ def rope(
     rotary_dim: int | None = None,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """out[i], out[i+r] = x[i] cos(a) - x[i+r] sin(a), x[i+r] cos(a) + x[i] sin(a), r = rotary_dim/2,
-    a = position * theta^(-i/r); elements beyond rotary_dim are copied.
+    """out[i], out[i+r] = x[i] cos(a) - x[i+r] sin(a), x[i+r] cos(a) + x[i] sin(a), for each head,
+    with r = rotary_dim/2, a = position * theta^(-i/r); elements beyond rotary_dim are copied.
 
     Args:
         q: (num_tokens, num_heads, head_dim) or (batch, seqlen, num_heads, head_dim), floating
@@ -47,7 +47,8 @@ def rope(
 
     RoFormer (arXiv 2104.09864), in the layout of transformers' `apply_rotary_pos_emb`.
     """
-    rotary_dim = q.shape[-1] if rotary_dim is None else rotary_dim
+    head_dim = _head_dim(q)
+    rotary_dim = head_dim if rotary_dim is None else rotary_dim
     return _rotate(q, k, position_ids, theta, rotary_dim, [rotary_dim // 2], "sections", inplace)
 
 
@@ -72,7 +73,8 @@ def mrope(
         position_ids: int32 or int64 (3, num_tokens), or (3, batch, seqlen), or (3, 1, seqlen).
         q, k, theta, rotary_dim, inplace: as in `rope`, which also says what is returned and raised.
     """
-    rotary_dim = q.shape[-1] if rotary_dim is None else rotary_dim
+    head_dim = _head_dim(q)
+    rotary_dim = head_dim if rotary_dim is None else rotary_dim
     layout = "interleaved" if interleaved else "sections"
     return _rotate(q, k, position_ids, theta, rotary_dim, list(sections), layout, inplace)
 
@@ -89,7 +91,7 @@ def vision_rope(
 
     Equal to transformers' `Qwen2VLVisionRotaryEmbedding` + `apply_rotary_pos_emb_vision`.
     """
-    head_dim = q.shape[-1]
+    head_dim = _head_dim(q)
     sections = [head_dim // 4, head_dim // 4]
     return _rotate(q, k, position_ids, theta, head_dim, sections, "axial", inplace)
 
@@ -112,12 +114,22 @@ def rope_from_tables(
         rotary_dim: None: head_dim. A partial rotary embedding must give it.
         q, k, inplace: as in `rope`, which also says what is returned and raised.
     """
-    rotary_dim = q.shape[-1] if rotary_dim is None else rotary_dim
+    head_dim = _head_dim(q)
+    rotary_dim = head_dim if rotary_dim is None else rotary_dim
     if inplace:
         _check_no_gradient(q, k)
         _rope_from_tables_(q, k, cos, sin, rotary_dim)
         return q, k
     return _rope_from_tables(q, k, cos, sin, rotary_dim, False)  # type: ignore[no-any-return]
+
+
+def _head_dim(q: Tensor) -> int:
+    if not isinstance(q, Tensor):
+        raise TypeError(f"rope: q must be a torch.Tensor, got {type(q).__name__}")
+    if q.ndim < 3:
+        shape = "(num_tokens, num_heads, head_dim) or (batch, seqlen, num_heads, head_dim)"
+        raise ValueError(f"rope: q must have shape {shape}, got {tuple(q.shape)}")
+    return q.shape[-1]
 
 
 def _rotate(
@@ -138,7 +150,7 @@ def _rotate(
 
 
 def _check_no_gradient(q: Tensor, k: Tensor) -> None:
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (q, k)):
         raise ValueError(
             "rope: inplace=True has no gradient, expected q and k that do not require one "
             "(or torch.no_grad()), got requires_grad=True"
@@ -215,12 +227,12 @@ def reference_from_tables(
     return _rotate_pairs(q, cos, sin), _rotate_pairs(k, cos, sin)
 
 
-def _reference_(q: Tensor, k: Tensor, *args: Any) -> None:
-    _copy_to((q, k), reference(q, k, *args, False))
+def _reference_(*args: Any) -> None:
+    _copy_to(args[:2], reference(*(*args, False)))
 
 
-def _reference_from_tables_(q: Tensor, k: Tensor, *args: Any) -> None:
-    _copy_to((q, k), reference_from_tables(q, k, *args, False))
+def _reference_from_tables_(*args: Any) -> None:
+    _copy_to(args[:2], reference_from_tables(*(*args, False)))
 
 
 def _copy_to(outputs: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -39,6 +40,21 @@ def assert_same_state(a: torch.nn.Module, b: torch.nn.Module) -> None:
 def broken(checkpoint_dir: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
     return Path(shutil.copytree(checkpoint_dir, tmp_path / "broken"))
+
+
+def test_a_new_model_is_saved_in_the_published_flat_layout(
+    tmp_path: Path, checkpoint_dir: Path, processor: Qwen2VLProcessor
+) -> None:
+    config = load(checkpoint_dir).config
+    model = Qwen2VL(dataclasses.replace(config, raw={}, tie_word_embeddings=True))
+    randomize(model)
+    model.save_pretrained(tmp_path / "new")
+    saved = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert saved["hidden_size"] == 64 and "text_config" not in saved
+    inputs = cases.make("two_images", processor)
+    theirs = HfModel.from_pretrained(tmp_path / "new")(**inputs).logits
+    torch.testing.assert_close(model(**inputs).logits, theirs, rtol=0, atol=1e-4)
+    torch.testing.assert_close(load(tmp_path / "new")(**inputs).logits, theirs, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("tied", [False, True])

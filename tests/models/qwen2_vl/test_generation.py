@@ -185,6 +185,15 @@ def test_wrong_options_are_named(
         model.generate(**cases.make("text", processor), **options)
 
 
+def test_generation_wants_one_document_in_a_row(
+    model: Qwen2VL, processor: Qwen2VLProcessor
+) -> None:
+    inputs = cases.make("text", processor)
+    position_ids = torch.zeros(4, *inputs["input_ids"].shape, dtype=torch.int64)
+    with pytest.raises(ValueError, match="position_ids: expected 3 rows"):
+        model.generate(**inputs, position_ids=position_ids)
+
+
 def test_a_row_of_padding_only_cannot_be_continued(model: Qwen2VL) -> None:
     ids = torch.ones(2, 3, dtype=torch.int64)
     mask = torch.tensor([[1, 1, 1], [0, 0, 0]])

@@ -6,6 +6,8 @@ sequence starts (vlmkernels/models/packing.py).
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -47,10 +49,9 @@ class Attention(nn.Module):
             cache.write(k, v)
         if cache is not None and cache.decoding:
             out = attention_decode(q.unsqueeze(1), cache.keys, cache.values, cache.seqlens)
-            out = out.squeeze(1)
         else:
             out = attention(q, k, v, causal=True, cu_seqlens_q=cu_seqlens, max_seqlen_q=max_seqlen)
-        y: Tensor = self.o_proj(out.flatten(1))
+        y: Tensor = self.o_proj(cast(Tensor, out).reshape(len(x), -1))
         return y
 
 

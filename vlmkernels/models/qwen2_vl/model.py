@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlmkernels.models import checkpoint
 from vlmkernels.models.cache import KVCache
 from vlmkernels.models.checkpoint import Json
-from vlmkernels.models.generation import DecodeState, Sampling, generate_steps, make_generator
+from vlmkernels.models.generation import DecodeState, Generates
 from vlmkernels.models.packing import Packing, expect_grid, make_packing
 
 from .config import Qwen2VLConfig
 from .language import Qwen2VLLanguage, next_token_loss
 from .positions import mrope_position_ids
 from .vision import Qwen2VLVision
-from .weights import TIED, published_name
+from .weights import Qwen2VLWeights
 
 
 @dataclass
@@ -46,7 +43,7 @@ class Qwen2VLInputs:
     mm_token_type_ids: Tensor | None = None
 
 
-class Qwen2VL(nn.Module):
+class Qwen2VL(Generates, Qwen2VLWeights, nn.Module):
     """Qwen2-VL (arXiv 2409.12191) with the published parameter names and transformers' keywords.
 
     `model(input_ids, pixel_values=..., image_grid_thw=..., labels=...)` returns `.logits` and
@@ -124,53 +121,13 @@ class Qwen2VL(nn.Module):
             loss = next_token_loss(logits, packing.pack(_shift(labels)), num_items_in_batch)
         return Qwen2VLOutput(packing.unpack(logits), loss)
 
-    def generate_steps(
-        self,
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        generator: torch.Generator | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-        pad_token_id: int | None = None,
-        **inputs: Any,
-    ) -> Iterator[Tensor]:
-        """The new tokens, one (batch,) tensor per step; arguments as of `generate`."""
-        eos = self._eos_token_ids(eos_token_id)
-        if pad_token_id is None:
-            pad_token_id = self.generation_config.get("pad_token_id", self.config.pad_token_id)
-        return generate_steps(
-            self,
-            inputs,
-            max_new_tokens=max_new_tokens,
-            sampling=Sampling(temperature, top_k, top_p),
-            eos_token_ids=eos,
-            pad_token_id=pad_token_id if pad_token_id is not None else (eos[0] if eos else 0),
-            generator=generator or make_generator(seed, self.device),
-        )
-
-    def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
-        """Prompt and new tokens, (batch, seqlen + num_new) int64, as transformers returns them.
-
-        Args:
-            input_ids, attention_mask, pixel_values, ...: as of `forward`. Rows may be padded on
-                either side; the new tokens are appended to the padded row.
-            max_new_tokens: at most so many (128); fewer when every row has ended.
-            temperature, top_k, top_p: greedy at temperature 0, the default.
-            seed, generator: make sampling repeatable.
-            eos_token_id: one or several; the checkpoint's by default. () for none.
-            pad_token_id: what a row gets after its end; the checkpoint's by default.
-        """
-        steps = list(self.generate_steps(input_ids=input_ids, **options))
-        return torch.cat([input_ids, torch.stack(steps, dim=1)], dim=1)
-
     @torch.inference_mode()
     def prefill(self, max_new_tokens: int, **inputs: Any) -> tuple[Tensor, DecodeState]:
-        """Logits (batch, vocab_size) of the token after each prompt, and room for the answer."""
+        """See `vlmkernels.models.generation.Generates`; `inputs` as of `forward`."""
         given = Qwen2VLInputs(**inputs)
-        x, position_ids, _ = self._embed(given)
+        x, position_ids, text_positions = self._embed(given)
+        if text_positions is not None:
+            raise ValueError("position_ids: expected 3 rows, generation continues one document")
         packing = make_packing(x.shape[0], x.shape[1], x.device, given.attention_mask)
         if not bool(packing.cu_seqlens.diff().all()):
             raise ValueError("attention_mask: expected a token in every row, got a row of padding")
@@ -189,7 +146,7 @@ class Qwen2VL(nn.Module):
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:
-        """One more token (batch,) of every row -> logits (batch, vocab_size) of the next."""
+        """See `vlmkernels.models.generation.Generates`."""
         packing = make_packing(len(tokens), 1, tokens.device)
         state.cache.advance()
         position_ids = state.next_positions.expand(3, -1).contiguous()
@@ -197,44 +154,6 @@ class Qwen2VL(nn.Module):
         h = self.model(x, position_ids, packing.cu_seqlens, packing.max_seqlen, state.cache)
         state.next_positions = state.next_positions + 1
         return self._head(h)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | Path,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> Qwen2VL:
-        """From a checkpoint directory as published; see `vlmkernels.models.load`."""
-        path = Path(path)
-        config = Qwen2VLConfig.from_dict(checkpoint.read_json(path / checkpoint.CONFIG))
-        with torch.device("meta"):
-            model = cls(config)
-        tied = TIED if config.tie_word_embeddings else None
-        checkpoint.load_weights(
-            model, path, rename=published_name, tied=tied, dtype=dtype, device=device
-        )
-        if (path / checkpoint.GENERATION_CONFIG).is_file():
-            model.generation_config = checkpoint.read_json(path / checkpoint.GENERATION_CONFIG)
-        return model.eval()
-
-    def save_pretrained(self, path: str | Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
-        """Write config.json, generation_config.json and safetensors, in the published layout."""
-        config = self.config.to_dict()
-        config["dtype" if "dtype" in config else "torch_dtype"] = str(self.dtype).split(".")[-1]
-        generation = self.generation_config or {"eos_token_id": self.config.eos_token_id}
-        configs = {checkpoint.CONFIG: config, checkpoint.GENERATION_CONFIG: generation}
-        checkpoint.save_checkpoint(
-            path, self.state_dict(), configs, max_shard_bytes=max_shard_bytes
-        )
-
-    def _eos_token_ids(self, eos_token_id: int | Sequence[int] | None) -> list[int]:
-        if eos_token_id is None:
-            eos_token_id = self.generation_config.get("eos_token_id", self.config.eos_token_id)
-        if eos_token_id is None:
-            return []
-        return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
 
     def _embed(self, inputs: Qwen2VLInputs) -> tuple[Tensor, Tensor, Tensor | None]:
         """Token embeddings with the pictures in their places, positions, and running indices.
@@ -277,7 +196,9 @@ class Qwen2VL(nn.Module):
             here = ids == token_id
             if pixels is not None:
                 x = _splice(name, x, here, self.visual(pixels, grid_thw))
-            elif not here.is_cuda and here.any():  # on a GPU this would stall every text batch
+            elif (
+                here.device.type == "cpu" and here.any()
+            ):  # on a GPU this would stall every text batch
                 raise ValueError(f"pixel values: expected for {here.sum()} {name} tokens, got None")
         return x
 
@@ -317,7 +238,7 @@ def _check_ids(ids: Tensor, vocab_size: int) -> None:
     if ids.ndim != 2 or ids.numel() == 0:
         raise ValueError(f"input_ids: expected shape (batch, seqlen), got {tuple(ids.shape)}")
     # On a GPU the values are not looked at: that would stall every batch.
-    if not ids.is_cuda and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+    if ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
         raise ValueError(
             f"input_ids: expected in [0, {vocab_size}), got {int(ids.min())} to {int(ids.max())}"
         )

@@ -6,12 +6,14 @@ frames, and attention stays inside a frame.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from vlmkernels.models.layers import activation, add_norm, run_layer
-from vlmkernels.nn import LayerNorm
-from vlmkernels.ops import attention, patch_embed, vision_rope
+from vlmkernels.nn import LayerNorm, PatchEmbed3d
+from vlmkernels.ops import attention, vision_rope
 
 from .config import Qwen2VLVisionConfig
 from .projector import PatchMerger
@@ -23,11 +25,11 @@ class PatchEmbed(nn.Module):
     def __init__(self, config: Qwen2VLVisionConfig) -> None:
         super().__init__()
         kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        # Holds the published Conv3d weight; a convolution of non-overlapping patches is a GEMM.
-        self.proj = nn.Conv3d(config.in_channels, config.embed_dim, kernel, kernel, bias=False)
+        self.proj = PatchEmbed3d(config.in_channels, config.embed_dim, kernel, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return patch_embed(x.to(self.proj.weight.dtype), self.proj.weight)
+        tokens: Tensor = self.proj(x.to(self.proj.weight.dtype))
+        return tokens
 
 
 class VisionAttention(nn.Module):
@@ -42,7 +44,7 @@ class VisionAttention(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
         q, k = vision_rope(q, k, positions, theta=self.theta)
-        out = attention(q, k, v, cu_seqlens_q=cu_seqlens, max_seqlen_q=max_seqlen)
+        out = cast(Tensor, attention(q, k, v, cu_seqlens_q=cu_seqlens, max_seqlen_q=max_seqlen))
         y: Tensor = self.proj(out.flatten(1))
         return y
 

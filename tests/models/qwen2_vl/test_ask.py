@@ -1,4 +1,4 @@
-"""The command line: an answer on stdout, or one readable line on stderr and an exit code."""
+"""`vlmkernels ask`: an answer on stdout, or one readable line on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from tests.models.qwen2_vl import cases
-from tests.models.qwen2_vl.conftest import checkpoint_dir  # noqa: F401  (a fixture)
 from vlmkernels import cli
 from vlmkernels.models import load, load_processor
 
@@ -39,7 +38,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def test_ask_streams_the_models_answer(
-    checkpoint_dir: Path,  # noqa: F811
+    checkpoint_dir: Path,
     pictures: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -77,7 +76,7 @@ def test_ask_streams_the_models_answer(
 def test_errors_are_one_line_and_exit_code_2(
     options: list[str],
     message: str,
-    checkpoint_dir: Path,  # noqa: F811
+    checkpoint_dir: Path,
     pictures: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -91,7 +90,7 @@ def test_errors_are_one_line_and_exit_code_2(
 
 
 def test_a_failing_run_is_exit_code_1(
-    checkpoint_dir: Path,  # noqa: F811
+    checkpoint_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -1,0 +1,267 @@
+// Backward: a thread takes the query rows of one key head, a panel at a time, and accumulates dk
+// and dv in memory that no other thread touches; dq of a panel is complete when the panel is. If
+// there are too few heads for the threads, the rows of a head are cut into parts, each with its own
+// dk and dv, which are added up in order at the end: no atomics, and for a given number of threads
+// always the same result.
+//   p = exp(scale q k^T - lse),  ds = p (dout v^T - delta),  delta = rowsum(out dout) - dlse
+//   dv = p^T dout,  dk = scale ds^T q,  dq = scale ds k
+#include "attention/attention_cpu.h"
+
+namespace vlmkernels {
+namespace {
+
+// Rows of a problem that one thread takes, and where their share of dk and dv goes.
+struct Part {
+    Item item;
+    int64_t keys;              // that its rows see
+    float* partial = nullptr;  // dk, dv [padded_keys, ld]; null: the only part of its problem
+};
+
+constexpr int64_t kMostParts = 16;
+
+// Memory for the key side of a part: rounded up for whole tiles.
+int64_t padded_keys(int64_t keys) { return round_up(keys, kTileRows); }
+
+template <class T>
+class Backward {
+  public:
+    Backward(const AttentionBackwardParams& p, int64_t most_keys)
+        : p_(p),
+          ld_(round_up(p.head_dim, kWidth)),
+          buffer_(5 * kPanelRows * ld_ + 2 * kBlockKeys * kPanelRows +
+                  4 * padded_keys(most_keys) * ld_) {
+        float* at = buffer_.data();
+        for (float** rows : {&q_, &dout_, &q_columns_, &dout_columns_, &dq_}) {
+            *rows = at;
+            at += kPanelRows * ld_;
+        }
+        p_scores_ = at;
+        ds_ = p_scores_ + kBlockKeys * kPanelRows;
+        k_ = ds_ + kBlockKeys * kPanelRows;
+    }
+
+    void run(const Part& part) {
+        const Problem problem(p_, part.item.sequence, part.item.head_k);
+        const int64_t size = padded_keys(part.keys) * ld_;
+        v_ = k_ + size;
+        dk_ = part.partial ? part.partial : v_ + size;
+        dv_ = dk_ + size;
+        copy_rows(k_, ld_, problem.key<const T>(p_.k, 0), p_.k.token_stride, part.keys,
+                  p_.head_dim);
+        copy_rows(v_, ld_, problem.key<const T>(p_.v, 0), p_.v.token_stride, part.keys,
+                  p_.head_dim);
+        std::fill(dk_, dk_ + 2 * size, 0.f);
+        for (int64_t row = part.item.begin; row < part.item.end; row += kPanelRows)
+            run_panel(problem, row, std::min(kPanelRows, part.item.end - row));
+        if (!part.partial) store_keys(problem, part.keys);
+    }
+
+  private:
+    void run_panel(const Problem& problem, int64_t begin, int64_t rows) {
+        begin_ = begin;
+        rows_ = rows;
+        load_panel(problem);
+        std::fill(dq_, dq_ + kPanelRows * ld_, 0.f);
+        const int64_t most = problem.visible((begin + rows - 1) / problem.group);
+        const int64_t fewest = problem.visible(begin / problem.group);
+        for (int64_t key = 0; key < most; key += kBlockKeys) {
+            const int64_t keys = round_up(std::min(kBlockKeys, most - key), kTileRows);
+            dispatch_cols(ceil_div(rows, kWidth),
+                          [&]<int kCols>() { run_block<kCols>(key, keys, key + keys > fewest); });
+        }
+        problem.for_rows(begin, rows, [&](int64_t lane, int64_t token, int64_t head) {
+            store_row(problem.query<T>(p_.dq, token, head), dq_ + lane * ld_, p_.head_dim,
+                      p_.softmax_scale);
+        });
+    }
+
+    // q and dout as rows and as columns, lse and delta.
+    void load_panel(const Problem& problem) {
+        const float *q[kPanelRows], *dout[kPanelRows];
+        std::fill(lse_, lse_ + kPanelRows, kInfinity);  // of rows that do not exist: p = 0
+        std::fill(delta_, delta_ + kPanelRows, 0.f);
+        std::fill(visible_, visible_ + kPanelRows, int32_t(problem.seqlen_k));
+        problem.for_rows(begin_, rows_, [&](int64_t lane, int64_t token, int64_t head) {
+            q[lane] = q_ + lane * ld_;
+            dout[lane] = dout_ + lane * ld_;
+            copy_row(q_ + lane * ld_, problem.query<const T>(p_.q, token, head), p_.head_dim);
+            copy_row(dout_ + lane * ld_, problem.query<const T>(p_.dout, token, head), p_.head_dim);
+            const int64_t at = problem.lse_index(token, head);
+            // A row that sees no key has lse -inf: with +inf its p is 0.
+            lse_[lane] = p_.lse[at] == -kInfinity ? kInfinity : p_.lse[at] * kLog2E;
+            delta_[lane] = dot(dout[lane], problem.query<const T>(p_.out, token, head)) -
+                           (p_.dlse ? p_.dlse[at] : 0);
+            visible_[lane] = int32_t(problem.visible(token));
+        });
+        const int64_t lanes = round_up(rows_, kWidth);
+        transpose_in(q_columns_, lanes, rows_, p_.head_dim, p_.softmax_scale * kLog2E, q);
+        transpose_in(dout_columns_, lanes, rows_, p_.head_dim, 1, dout);
+    }
+
+    float dot(const float* a, const T* b) const {
+        Vec total{};
+        for (int64_t d = 0; d < p_.head_dim; d += kWidth)
+            total += load(a + d) * load_first(b + d, p_.head_dim - d);
+        return sum(total);
+    }
+
+    template <int kCols>
+    void run_block(int64_t key, int64_t keys, bool masked) {
+        constexpr int64_t lanes = kCols * kWidth;
+        const int64_t at = key * ld_, vectors = ld_ / kWidth;
+        multiply_columns<kCols, false>(k_ + at, ld_, q_columns_, lanes, p_scores_, lanes, keys,
+                                       p_.head_dim, Assign{});
+        multiply_columns<kCols, false>(v_ + at, ld_, dout_columns_, lanes, ds_, lanes, keys,
+                                       p_.head_dim, Assign{});
+        if (masked) mask_scores<kCols>(p_scores_, key, keys, visible_);
+        differentiate_softmax<kCols>(keys);
+        multiply_add<false>(p_scores_, lanes, dout_, ld_, dv_ + at, ld_, keys, rows_, vectors);
+        multiply_add<false>(ds_, lanes, q_, ld_, dk_ + at, ld_, keys, rows_, vectors);
+        multiply_add<true>(ds_, lanes, k_ + at, ld_, dq_, ld_, rows_, keys, vectors);
+    }
+
+    // Scores become p, and dout v^T becomes ds.
+    template <int kCols>
+    void differentiate_softmax(int64_t keys) {
+        Vec lse[kCols], delta[kCols];
+        for (int c = 0; c < kCols; ++c) {
+            lse[c] = load(lse_ + c * kWidth);
+            delta[c] = load(delta_ + c * kWidth);
+        }
+        for (int64_t key = 0; key < keys; ++key)
+            for (int c = 0; c < kCols; ++c) {
+                const int64_t at = (key * kCols + c) * kWidth;
+                const Vec probability = exp2(load(p_scores_ + at) - lse[c]);
+                store(p_scores_ + at, probability);
+                store(ds_ + at, probability * (load(ds_ + at) - delta[c]));
+            }
+    }
+
+    void store_keys(const Problem& problem, int64_t keys) {
+        for (int64_t key = 0; key < keys; ++key) {
+            store_row(problem.key<T>(p_.dk, key), dk_ + key * ld_, p_.head_dim, p_.softmax_scale);
+            store_row(problem.key<T>(p_.dv, key), dv_ + key * ld_, p_.head_dim, 1);
+        }
+    }
+
+    const AttentionBackwardParams& p_;
+    const int64_t ld_;
+    Buffer buffer_;
+    int64_t begin_ = 0, rows_ = 0;
+    float *q_, *dout_, *dq_;            // [rows, ld]
+    float *q_columns_, *dout_columns_;  // [head_dim, lanes]
+    float *p_scores_, *ds_;             // [keys of a block, lanes]
+    float *k_, *v_, *dk_, *dv_;         // [keys, ld]
+    alignas(64) float lse_[kPanelRows], delta_[kPanelRows];
+    alignas(64) int32_t visible_[kPanelRows];
+};
+
+// Cuts a problem whose cost is above the limit into parts of equal numbers of rows.
+void cut(const Problem& problem, double limit, std::vector<Part>& parts) {
+    const int64_t rows = problem.rows(), panels = ceil_div(rows, kPanelRows);
+    const double cost = double(rows) * double(problem.seqlen_k);
+    const int64_t wanted = cost > limit ? int64_t(std::ceil(cost / limit)) : 1;
+    const int64_t step =
+        std::max<int64_t>(1, ceil_div(panels, std::min(wanted, kMostParts))) * kPanelRows;
+    for (int64_t begin = 0; begin == 0 || begin < rows; begin += step) {
+        const int64_t end = std::min(begin + step, rows);
+        const int64_t keys =
+            end < rows ? problem.visible((end - 1) / problem.group) : problem.seqlen_k;
+        parts.push_back({{int32_t(problem.sequence), int32_t(problem.head_k), begin, end,
+                          double(end - begin) * double(keys)},
+                         keys});
+    }
+}
+
+// The parts of all problems, those of a problem side by side. A problem is cut if it is more than
+// half of what each thread would do.
+std::vector<Part> make_parts(const AttentionParams& p) {
+    double total = 0;
+    for (int i = 0; i < p.batch; ++i) {
+        const Problem problem(p, i, 0);
+        total += double(problem.rows()) * double(problem.seqlen_k) * p.num_heads_k;
+    }
+    const int64_t threads = max_threads();
+    const double limit = threads == 1 ? total : total / double(2 * threads);
+    std::vector<Part> parts;
+    for (int i = 0; i < p.batch; ++i)
+        for (int head_k = 0; head_k < p.num_heads_k; ++head_k)
+            cut(Problem(p, i, head_k), limit, parts);
+    return parts;
+}
+
+bool same_problem(const Part& a, const Part& b) {
+    return a.item.sequence == b.item.sequence && a.item.head_k == b.item.head_k;
+}
+
+// Calls f(first, count) for the parts of each problem that has several.
+template <class F>
+void for_cut_problems(std::vector<Part>& parts, F&& f) {
+    for (size_t first = 0, end; first < parts.size(); first = end) {
+        end = first + 1;
+        while (end < parts.size() && same_problem(parts[first], parts[end])) ++end;
+        if (end - first > 1) f(&parts[first], int64_t(end - first));
+    }
+}
+
+// dk and dv of a problem: the sum over its parts, in order.
+template <class T>
+void add_partials(const AttentionBackwardParams& p, const Part* parts, int64_t count) {
+    const Problem problem(p, parts->item.sequence, parts->item.head_k);
+    const int64_t ld = round_up(p.head_dim, kWidth);
+    parallel_for(problem.seqlen_k, 64, [&](int64_t begin, int64_t end) {
+        Buffer sum(ld);
+        for (int64_t key = begin; key < end; ++key)
+            for (bool is_dv : {false, true}) {
+                std::fill(sum.data(), sum.data() + ld, 0.f);
+                for (const Part* part = parts; part < parts + count; ++part) {
+                    if (key >= part->keys) continue;
+                    const float* row = part->partial + (is_dv * padded_keys(part->keys) + key) * ld;
+                    for (int64_t d = 0; d < ld; ++d) sum.data()[d] += row[d];
+                }
+                store_row(problem.key<T>(is_dv ? p.dv : p.dk, key), sum.data(), p.head_dim,
+                          is_dv ? 1 : p.softmax_scale);
+            }
+    });
+}
+
+template <class T>
+void backward(const AttentionBackwardParams& p) {
+    const int64_t ld = round_up(p.head_dim, kWidth);
+    std::vector<Part> parts = make_parts(p);
+    int64_t size = 0, most_keys = 0, cost = 0;
+    for_cut_problems(parts, [&](Part* part, int64_t count) {
+        for (Part* end = part + count; part < end; ++part) size += 2 * padded_keys(part->keys) * ld;
+    });
+    Buffer partials(size);
+    float* at = partials.data();
+    for_cut_problems(parts, [&](Part* part, int64_t count) {
+        for (Part* end = part + count; part < end; ++part) {
+            part->partial = at;
+            at += 2 * padded_keys(part->keys) * ld;
+        }
+    });
+    std::vector<const Part*> order;
+    for (const Part& part : parts) {
+        order.push_back(&part);
+        most_keys = std::max(most_keys, part.keys);
+    }
+    std::stable_sort(order.begin(), order.end(),
+                     [](const Part* a, const Part* b) { return a->item.cost > b->item.cost; });
+    parallel_take(int64_t(order.size()), 1, [&](auto&& take) {
+        Backward<T> worker(p, most_keys);
+        for (int64_t i; (i = take()) >= 0;) worker.run(*order[i]);
+    });
+    for_cut_problems(parts, [&](Part* part, int64_t count) { add_partials<T>(p, part, count); });
+}
+
+}  // namespace
+
+template <class Isa>
+void attention_bwd_cpu(const AttentionBackwardParams& p) {
+    dispatch_float(p.dtype, [&]<class T>() { backward<T>(p); });
+}
+
+template void attention_bwd_cpu<VLMKERNELS_ISA>(const AttentionBackwardParams& p);
+
+}  // namespace vlmkernels

@@ -1,0 +1,199 @@
+// What the CPU attention kernels share. Scores are computed transposed, one column of a tile for
+// each query row: the running maximum and sum of the softmax, masks and rescaling are then plain
+// vector operations, keys and values are broadcast operands that need no packing, and neither the
+// number of keys nor head_dim is padded. The query heads that share a key head are rows of one
+// problem: row = token * group + head.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "attention/attention.h"
+#include "common/gemm_cpu.h"
+
+namespace vlmkernels {
+namespace {
+
+typedef int32_t Ints __attribute__((vector_size(kWidth * 4)));
+
+constexpr int64_t kPanelRows = kTileCols * kWidth;  // query rows whose scores are one tile wide
+constexpr int64_t kBlockKeys = 64;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+
+// Memory that is aligned for vectors; not initialised.
+class Buffer {
+  public:
+    explicit Buffer(int64_t size) : data_(new (std::align_val_t(64)) float[size]) {}
+    Buffer(const Buffer&) = delete;
+    ~Buffer() { operator delete[](data_, std::align_val_t(64)); }
+    float* data() { return data_; }
+
+  private:
+    float* data_;
+};
+
+// The query rows of one sequence that see one key head, and the keys they see.
+struct Problem {
+    const AttentionParams& p;
+    int64_t sequence, head_k, group;
+    int64_t q_begin, seqlen_q, k_begin, seqlen_k;
+
+    Problem(const AttentionParams& p, int64_t sequence, int64_t head_k)
+        : p(p), sequence(sequence), head_k(head_k), group(p.num_heads / p.num_heads_k) {
+        const bool packed = p.cu_seqlens_q;
+        q_begin = packed ? p.cu_seqlens_q[sequence] : 0;
+        k_begin = packed ? p.cu_seqlens_k[sequence] : 0;
+        seqlen_q = packed ? p.cu_seqlens_q[sequence + 1] - q_begin : p.seqlen_q;
+        seqlen_k = packed ? p.cu_seqlens_k[sequence + 1] - k_begin : p.seqlen_k;
+        if (p.cache_seqlens) seqlen_k = p.cache_seqlens[sequence];
+    }
+
+    int64_t rows() const { return seqlen_q * group; }
+    // Calls f(lane, token, head) for rows [begin, begin + n).
+    template <class F>
+    void for_rows(int64_t begin, int64_t n, F&& f) const {
+        int64_t token = begin / group, head = begin % group;
+        for (int64_t lane = 0; lane < n; ++lane) {
+            f(lane, token, head);
+            if (++head == group) head = 0, ++token;
+        }
+    }
+    template <class T>
+    T* query(const HeadsView& view, int64_t token, int64_t head) const {
+        return static_cast<T*>(view.data) + sequence * view.batch_stride +
+               (q_begin + token) * view.token_stride + (head_k * group + head) * view.head_stride;
+    }
+    template <class T>
+    T* key(const HeadsView& view, int64_t token) const {
+        return static_cast<T*>(view.data) + sequence * view.batch_stride +
+               (k_begin + token) * view.token_stride + head_k * view.head_stride;
+    }
+    // Where lse, and what is laid out like it, holds a row.
+    int64_t lse_index(int64_t token, int64_t head) const {
+        return sequence * p.lse_batch_stride + (head_k * group + head) * p.lse_head_stride +
+               q_begin + token;
+    }
+    // How many keys a token sees: always the first ones.
+    int64_t visible(int64_t token) const {
+        if (!p.causal) return seqlen_k;
+        return std::clamp<int64_t>(token + 1 + seqlen_k - seqlen_q, 0, seqlen_k);
+    }
+};
+
+// A range of the rows of a problem: what a thread takes at a time.
+struct Item {
+    int32_t sequence, head_k;
+    int64_t begin, end;
+    double cost;  // scores to compute
+};
+
+// Cuts all problems into items of at most max_rows rows (a multiple of kWidth), costliest first.
+inline std::vector<Item> make_items(const AttentionParams& p, int64_t max_rows) {
+    std::vector<Item> items;
+    for (int sequence = 0; sequence < p.batch; ++sequence) {
+        const Problem problem(p, sequence, 0);
+        const int64_t rows = problem.rows(), parts = ceil_div(rows, max_rows);
+        if (rows == 0) continue;
+        const int64_t step = round_up(ceil_div(rows, parts), kWidth);
+        for (int head_k = 0; head_k < p.num_heads_k; ++head_k)
+            for (int64_t begin = 0; begin < rows; begin += step) {
+                const int64_t end = std::min(begin + step, rows);
+                const int64_t keys = (problem.visible(begin / problem.group) +
+                                      problem.visible((end - 1) / problem.group)) /
+                                     2;
+                items.push_back({sequence, head_k, begin, end, double(end - begin) * double(keys)});
+            }
+    }
+    std::stable_sort(items.begin(), items.end(),
+                     [](const Item& a, const Item& b) { return a.cost > b.cost; });
+    return items;
+}
+
+// How many items a thread should get at least for a second thread to be worth its start.
+inline int64_t grain_of(const std::vector<Item>& items, int64_t head_dim) {
+    double cost = 0;
+    for (const Item& item : items) cost += item.cost * double(head_dim);
+    const double per_thread = 1 << 16;
+    return std::max<int64_t>(1, int64_t(per_thread * double(items.size()) / (cost + 1)));
+}
+
+// to[head_dim] = from, as floats; zero from there to a multiple of kWidth.
+template <class T>
+VLMKERNELS_INLINE void copy_row(float* to, const T* from, int64_t head_dim) {
+    int64_t d = 0;
+    for (; d + kWidth <= head_dim; d += kWidth) store(to + d, load(from + d));
+    if (d < head_dim) store(to + d, load_first(from + d, head_dim - d));
+}
+
+// Rows of keys or values as floats, followed by rows of zeros up to a multiple of kTileRows.
+template <class T>
+void copy_rows(float* to, int64_t ld, const T* from, int64_t stride, int64_t n, int64_t head_dim) {
+    for (int64_t i = 0; i < n; ++i) copy_row(to + i * ld, from + i * stride, head_dim);
+    std::fill(to + n * ld, to + round_up(n, kTileRows) * ld, 0.f);
+}
+
+// to[d] = scale * from[d].
+template <class T>
+VLMKERNELS_INLINE void store_row(T* to, const float* from, int64_t head_dim, float scale) {
+    for (int64_t d = 0; d < head_dim; d += kWidth)
+        store_first(to + d, load(from + d) * scale, head_dim - d);
+}
+
+// to[d, lane] = scale * rows[lane][d] for `lanes` columns, a multiple of kWidth, of which n exist;
+// the others become zero. `to` has room for head_dim rounded up to kWidth.
+template <class T>
+void transpose_in(float* to, int64_t lanes, int64_t n, int64_t head_dim, float scale,
+                  const T* const* rows) {
+    for (int64_t lane = 0; lane < lanes; lane += kWidth)
+        for (int64_t d = 0; d < head_dim; d += kWidth) {
+            Vec m[kWidth];
+            for (int i = 0; i < kWidth; ++i)
+                m[i] = lane + i < n ? load_first(rows[lane + i] + d, head_dim - d) * scale : Vec{};
+            transpose(m);
+            for (int i = 0; i < kWidth; ++i) store(to + (d + i) * lanes + lane, m[i]);
+        }
+}
+
+// The reverse: rows[lane][d] = scale[lane] * from[d, lane].
+template <class T>
+void transpose_out(const float* from, int64_t lanes, int64_t n, int64_t head_dim,
+                   const float* scale, T* const* rows) {
+    for (int64_t lane = 0; lane < n; lane += kWidth)
+        for (int64_t d = 0; d < head_dim; d += kWidth) {
+            Vec m[kWidth];
+            const Vec factor = load(scale + lane);
+            for (int i = 0; i < kWidth; ++i) m[i] = load(from + (d + i) * lanes + lane) * factor;
+            transpose(m);
+            for (int i = 0; i < kWidth && lane + i < n; ++i)
+                store_first(rows[lane + i] + d, m[i], head_dim - d);
+        }
+}
+
+// Scores of keys [first_key, first_key + keys) that a row does not see become -inf.
+template <int kCols>
+void mask_scores(float* scores, int64_t first_key, int64_t keys, const int32_t* visible) {
+    for (int64_t key = 0; key < keys; ++key)
+        for (int col = 0; col < kCols; ++col) {
+            Ints limit;
+            std::memcpy(&limit, visible + col * kWidth, sizeof limit);
+            float* at = scores + (key * kCols + col) * kWidth;
+            store(at, Ints{} + int32_t(first_key + key) < limit ? load(at) : splat(-kInfinity));
+        }
+}
+
+// Calls f.template operator()<cols>().
+template <class F>
+void dispatch_cols(int64_t cols, F&& f) {
+    static_assert(kTileCols == 3);
+    if (cols == 3) return f.template operator()<3>();
+    if (cols == 2) return f.template operator()<2>();
+    return f.template operator()<1>();
+}
+
+}  // namespace
+}  // namespace vlmkernels

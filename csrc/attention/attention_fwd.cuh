@@ -1,0 +1,118 @@
+// Forward: a CTA holds a block of queries of one head in shared memory and its output in registers,
+// and walks over the keys it sees, last block first, two blocks of keys and values in flight.
+// A warp owns 16 kMTiles whole rows, so softmax needs no exchange between warps.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "attention/instances.h"
+#include "attention/sequence.cuh"
+#include "common/launch.cuh"
+#include "common/mma.cuh"
+#include "common/softmax.cuh"
+
+namespace vlmkernels {
+
+template <class Element_, int kHeadDim_>
+struct AttentionFwdTile {
+    using Element = Element_;
+    static constexpr int kHeadDim = kHeadDim_;
+    static constexpr int kMTiles = kHeadDim <= 128 ? 2 : 1;  // the output stays in registers
+    static constexpr int kWarps = 4;
+    static constexpr int kThreads = kWarps * 32;
+    static constexpr int kBlockM = kWarps * kMTiles * 16;
+    static constexpr int kBlockN = kHeadDim <= 128 ? 64 : 32;
+    static constexpr int kStages = 2;
+    static constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
+    static constexpr int kKeyBytes = kBlockN * kHeadDim * 2;
+    static constexpr int kSharedBytes = kQueryBytes + kStages * 2 * kKeyBytes;
+    static_assert(kSharedBytes <= 99 * 1024, "sm_86 and sm_89 have no more");
+};
+
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads) attention_fwd_kernel(const AttentionParams p) {
+    using Element = typename Tile::Element;
+    constexpr int kBlockM = Tile::kBlockM, kBlockN = Tile::kBlockN, kHeadDim = Tile::kHeadDim;
+    extern __shared__ __align__(128) unsigned char shared[];
+    const int num_blocks = (p.seqlen_q + kBlockM - 1) / kBlockM;
+    const BlockOfHead work(num_blocks, p.num_heads);
+    // Causal: the last block sees the most keys; start with it.
+    const int row0 = (p.causal ? num_blocks - 1 - work.block : work.block) * kBlockM;
+    const Sequence sequence(p, work.batch);
+    if (row0 >= sequence.seqlen_q) return;
+    const int thread = threadIdx.x, lane = thread % 32, warp_row = thread / 32 * Tile::kMTiles * 16;
+    const int head_k = work.head / (p.num_heads / p.num_heads_k);
+    const Element* q = sequence.queries<Element>(p.q, row0, work.head);
+    const Element* k = sequence.keys<Element>(p.k, 0, head_k);
+    const Element* v = sequence.keys<Element>(p.v, 0, head_k);
+
+    const uint32_t q_tile = shared_address(shared);
+    auto k_tile = [&](int stage) {
+        return q_tile + Tile::kQueryBytes + stage * 2 * Tile::kKeyBytes;
+    };
+    auto load_keys = [&](int stage, int col0) {
+        const int num_keys = sequence.seqlen_k - col0;
+        load_tile<kBlockN, kHeadDim, Tile::kThreads>(k_tile(stage), k + col0 * p.k.token_stride,
+                                                     p.k.token_stride, num_keys, p.head_dim,
+                                                     thread);
+        load_tile<kBlockN, kHeadDim, Tile::kThreads>(
+            k_tile(stage) + Tile::kKeyBytes, v + col0 * p.v.token_stride, p.v.token_stride,
+            num_keys, p.head_dim, thread);
+    };
+    // Some row of the block sees keys [0, most_keys), every row [0, all_keys).
+    const int most_keys = sequence.visible_keys(min(row0 + kBlockM, sequence.seqlen_q) - 1);
+    const int all_keys = sequence.visible_keys(row0);
+    int block = (most_keys + kBlockN - 1) / kBlockN - 1;
+
+    load_tile<kBlockM, kHeadDim, Tile::kThreads>(q_tile, q, p.q.token_stride,
+                                                 sequence.seqlen_q - row0, p.head_dim, thread);
+    if (block >= 0) load_keys(0, block * kBlockN);
+    cp_async_commit();
+
+    float out[Tile::kMTiles][kHeadDim / 8][4] = {};
+    OnlineSoftmax<Tile::kMTiles> softmax;
+    const float scale_log2 = p.softmax_scale * kLog2e;
+    for (int stage = 0; block >= 0; --block, stage ^= 1) {
+        cp_async_wait<0>();
+        __syncthreads();  // this stage has landed, and all warps have left the other one
+        if (block > 0) load_keys(stage ^ 1, (block - 1) * kBlockN);
+        cp_async_commit();
+
+        float scores[Tile::kMTiles][kBlockN / 8][4];
+        multiply_rows<Element, Tile::kMTiles, kBlockN / 8, kHeadDim>(scores, lane, q_tile, warp_row,
+                                                                     k_tile(stage), 0);
+        if ((block + 1) * kBlockN > all_keys)
+            mask_scores(scores, sequence, row0 + warp_row, block * kBlockN, lane);
+        softmax.update(scores, out, scale_log2);
+        multiply_accumulators<Element, kHeadDim>(out, scores, lane,
+                                                 k_tile(stage) + Tile::kKeyBytes, 0);
+    }
+
+    softmax.finish();
+    float factor[Tile::kMTiles][2];
+#pragma unroll
+    for (int m = 0; m < Tile::kMTiles; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = row0 + warp_row + m * 16 + half * 8 + lane / 4;
+            factor[m][half] = softmax.inverse_sum(m, half);
+            if (lane % 4 == 0 && row < sequence.seqlen_q)
+                p.lse[sequence.lse_index(p, row, work.head)] =
+                    softmax.lse(m, half, p.softmax_scale);
+        }
+    cp_async_wait<0>();  // if there was no key, the queries may still be on their way
+    __syncthreads();
+    store_accumulators<Element, kHeadDim>(out, factor, lane, shared, warp_row, 0,
+                                          sequence.queries<Element>(p.out, row0, work.head),
+                                          p.out.token_stride, sequence.seqlen_q - row0, p.head_dim);
+}
+
+template <class Element, int kHeadDim>
+Error attention_fwd(const AttentionParams& p, Stream stream) {
+    using Tile = AttentionFwdTile<Element, kHeadDim>;
+    const int64_t blocks = (int64_t(p.seqlen_q) + Tile::kBlockM - 1) / Tile::kBlockM;
+    return launch(attention_fwd_kernel<Tile>, blocks * p.num_heads * p.batch, Tile::kThreads,
+                  Tile::kSharedBytes, stream, p);
+}
+
+}  // namespace vlmkernels

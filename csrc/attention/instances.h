@@ -1,0 +1,15 @@
+// What each of instances/*.cu provides.
+#pragma once
+
+#include "attention/attention.h"
+
+namespace vlmkernels {
+
+template <class Element, int kTileDim>
+Error attention_fwd(const AttentionParams& p, Stream stream);
+template <class Element, int kTileDim>
+Error attention_bwd(const AttentionBackwardParams& p, Stream stream);
+template <class Element, int kTileDim>
+Error attention_decode(const AttentionDecodeParams& p, Stream stream);
+
+}  // namespace vlmkernels

@@ -1,0 +1,7 @@
+#include "attention/attention_fwd.cuh"
+
+namespace vlmkernels {
+
+template Error attention_fwd<__nv_bfloat16, 192>(const AttentionParams&, Stream);
+
+}  // namespace vlmkernels

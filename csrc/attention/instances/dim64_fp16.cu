@@ -1,0 +1,7 @@
+#include "attention/attention_fwd.cuh"
+
+namespace vlmkernels {
+
+template Error attention_fwd<__half, 64>(const AttentionParams&, Stream);
+
+}  // namespace vlmkernels

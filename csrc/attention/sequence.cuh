@@ -1,0 +1,87 @@
+// Which rows of which tensors a CTA of an attention kernel works on, and which keys a query sees.
+#pragma once
+
+#include <cstdint>
+
+#include "attention/attention.h"
+#include "common/softmax.cuh"
+
+namespace vlmkernels {
+
+// A block of rows of one head of one sequence, from a linear grid with blocks varying fastest.
+struct BlockOfHead {
+    int block, head, batch;
+
+    __device__ BlockOfHead(int num_blocks, int num_heads) {
+        block = blockIdx.x % num_blocks;
+        head = blockIdx.x / num_blocks % num_heads;
+        batch = blockIdx.x / num_blocks / num_heads;
+    }
+};
+
+struct Sequence {
+    int batch;
+    int start_q, start_k;  // first token; 0 when dense
+    int seqlen_q, seqlen_k;
+    bool causal;
+
+    __device__ Sequence(const AttentionParams& p, int batch)
+        : batch(batch), start_q(0), start_k(0), seqlen_q(p.seqlen_q), seqlen_k(p.seqlen_k) {
+        causal = p.causal;
+        if (p.cu_seqlens_q) {
+            start_q = p.cu_seqlens_q[batch];
+            start_k = p.cu_seqlens_k[batch];
+            seqlen_q = min(p.cu_seqlens_q[batch + 1] - start_q, p.seqlen_q);
+            seqlen_k = min(p.cu_seqlens_k[batch + 1] - start_k, p.seqlen_k);
+        }
+        if (p.cache_seqlens) seqlen_k = max(0, min(p.cache_seqlens[batch], p.seqlen_k));
+    }
+
+    // Query i sees the keys [0, visible_keys(i)).
+    __device__ int visible_keys(int i) const {
+        return causal ? max(0, min(i + 1 + seqlen_k - seqlen_q, seqlen_k)) : seqlen_k;
+    }
+    // The first query that sees key j.
+    __device__ int first_query(int j) const { return causal ? max(0, j - seqlen_k + seqlen_q) : 0; }
+
+    template <class T>
+    __device__ T* queries(const HeadsView& view, int row, int head) const {
+        return at<T>(view, start_q + row, head);
+    }
+    template <class T>
+    __device__ T* keys(const HeadsView& view, int row, int head) const {
+        return at<T>(view, start_k + row, head);
+    }
+    // Index of row `row` of `head` in lse and what has its layout.
+    __device__ int64_t lse_index(const AttentionParams& p, int row, int head) const {
+        return batch * p.lse_batch_stride + head * p.lse_head_stride + start_q + row;
+    }
+
+  private:
+    template <class T>
+    __device__ T* at(const HeadsView& view, int64_t token, int head) const {
+        return static_cast<T*>(view.data) + batch * view.batch_stride + token * view.token_stride +
+               head * view.head_stride;
+    }
+};
+
+// Sets the scores of keys that a query must not see to -inf. Rows are queries row0.., columns keys
+// col0.. of a warp's accumulators.
+template <int kM, int kN>
+__device__ void mask_scores(float (&scores)[kM][kN][4], const Sequence& sequence, int row0,
+                            int col0, int lane) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int limit =
+                sequence.visible_keys(row0 + m * 16 + half * 8 + lane / 4) - col0 - lane % 4 * 2;
+#pragma unroll
+            for (int n = 0; n < kN; ++n)
+#pragma unroll
+                for (int e = 0; e < 2; ++e)
+                    if (n * 8 + e >= limit) scores[m][n][half * 2 + e] = negative_infinity();
+        }
+}
+
+}  // namespace vlmkernels

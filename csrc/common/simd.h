@@ -1,0 +1,159 @@
+// Vectors of the instruction set that this copy of a CPU kernel is compiled for (see isa.h): loads
+// and stores that convert 16-bit floats, exp2, and a transpose in registers.
+#pragma once
+
+#include <utility>
+
+#include "common/cpu.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace vlmkernels {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;  // floats in a vector
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kWidth * 4)));
+typedef uint32_t Bits __attribute__((vector_size(kWidth * 4)));
+typedef uint16_t HalfBits __attribute__((vector_size(kWidth * 2)));
+
+#define VLMKERNELS_INLINE inline __attribute__((always_inline))
+
+VLMKERNELS_INLINE Vec splat(float x) { return x - Vec{}; }
+
+VLMKERNELS_INLINE HalfBits load_bits(const void* p) {
+    HalfBits bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return bits;
+}
+VLMKERNELS_INLINE Vec load(const float* p) {
+    Vec x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+VLMKERNELS_INLINE Vec load(const BFloat16* p) {
+    return (Vec)(__builtin_convertvector(load_bits(p), Bits) << 16);
+}
+VLMKERNELS_INLINE Vec load(const Half* p) {
+#if defined(__AVX512F__)
+    return _mm512_cvtph_ps((__m256i)load_bits(p));
+#elif defined(__AVX2__)
+    return _mm256_cvtph_ps((__m128i)load_bits(p));
+#else
+    Vec x;
+    for (int i = 0; i < kWidth; ++i) x[i] = to_float(p[i]);
+    return x;
+#endif
+}
+
+VLMKERNELS_INLINE void store(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
+VLMKERNELS_INLINE void store(BFloat16* p, Vec x) {
+    Bits bits = (Bits)x;
+    Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    HalfBits y = __builtin_convertvector(x == x ? rounded : Bits{} + 0x7fc0, HalfBits);
+    std::memcpy(p, &y, sizeof y);
+}
+VLMKERNELS_INLINE void store(Half* p, Vec x) {
+#if defined(__AVX512F__)
+    HalfBits y = (HalfBits)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+    std::memcpy(p, &y, sizeof y);
+#elif defined(__AVX2__)
+    HalfBits y = (HalfBits)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+    std::memcpy(p, &y, sizeof y);
+#else
+    for (int i = 0; i < kWidth; ++i) p[i] = from_float<Half>(x[i]);
+#endif
+}
+
+// The first n lanes from memory, the others zero; nothing beyond them is read.
+template <class T>
+VLMKERNELS_INLINE Vec load_first(const T* p, int64_t n) {
+    if (n >= kWidth) return load(p);
+    T lanes[kWidth] = {};
+    for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+    return load(lanes);
+}
+template <class T>
+VLMKERNELS_INLINE void store_first(T* p, Vec x, int64_t n) {
+    if (n >= kWidth) return store(p, x);
+    T lanes[kWidth];
+    store(lanes, x);
+    for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+VLMKERNELS_INLINE Vec max(Vec a, Vec b) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+VLMKERNELS_INLINE float sum(Vec x) {
+    float total = 0;
+    for (int i = 0; i < kWidth; ++i) total += x[i];
+    return total;
+}
+
+// 2^x for x <= 127, about 1 ulp; exactly 0 from x = -126.5 down to -inf; NaN stays NaN.
+VLMKERNELS_INLINE Vec exp2(Vec x) {
+    // max(a, b) is b when a comparison with NaN fails, so NaN must be the second.
+    x = max(splat(-127.f), x);
+    const Vec magic = splat(12582912.f + 127.f);  // 1.5 * 2^23: adding it rounds to an integer
+    Vec shifted = x + magic;
+    Vec f = x - (shifted - magic);  // in [-0.5, 0.5]
+    // Minimax polynomial of 2^f, relative error 2e-9.
+    Vec y = f * 1.53458118e-4f + 1.33999312e-3f;
+    y = y * f + 9.61848896e-3f;
+    y = y * f + 5.55032878e-2f;
+    y = y * f + 2.40226469e-1f;
+    y = y * f + 6.93147206e-1f;
+    y = y * f + 1.f;
+    return y * (Vec)((Bits)shifted << 23);  // the low bits of `shifted` are the exponent of 2^n
+}
+
+template <int half, int... i>
+VLMKERNELS_INLINE void exchange(Vec& a, Vec& b, std::integer_sequence<int, i...>) {
+    Vec low = __builtin_shufflevector(a, b, ((i & half) ? i - half + kWidth : i)...);
+    Vec high = __builtin_shufflevector(a, b, ((i & half) ? i + kWidth : i + half)...);
+    a = low;
+    b = high;
+}
+
+// Transposes a kWidth x kWidth matrix of registers: blocks of 1, 2, 4, ... change places.
+template <int half = 1>
+VLMKERNELS_INLINE void transpose(Vec (&rows)[kWidth]) {
+    if constexpr (half < kWidth) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i)
+            if (!(i & half))
+                exchange<half>(rows[i], rows[i + half], std::make_integer_sequence<int, kWidth>());
+        transpose<half * 2>(rows);
+    }
+}
+
+// Lane i is the sum of rows[i].
+template <int half = 1>
+VLMKERNELS_INLINE Vec row_sums(Vec (&rows)[kWidth]) {
+    if constexpr (half == kWidth) {
+        return rows[0];
+    } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; i += 2 * half) {
+            exchange<half>(rows[i], rows[i + half], std::make_integer_sequence<int, kWidth>());
+            rows[i] += rows[i + half];
+        }
+        return row_sums<half * 2>(rows);
+    }
+}
+
+}  // namespace
+}  // namespace vlmkernels

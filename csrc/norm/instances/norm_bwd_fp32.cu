@@ -1,0 +1,7 @@
+#include "norm/norm_bwd.cuh"
+
+namespace vlmkernels {
+
+template Error launch_norm_backward_typed<float>(const NormBackwardParams& p, Stream stream);
+
+}  // namespace vlmkernels

@@ -1,0 +1,159 @@
+"""`vlmkernels train digits` and `vlmkernels demo`; heavy imports inside: --help is quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .data import Example
+    from .demo import Reader
+    from .train import Run
+
+train_app = typer.Typer(help="Train a model.", no_args_is_help=True)
+REPORT_EVERY = 100  # steps
+SAVE_EVERY = 200
+CANVASES = 200  # held-out, with three questions each
+SHOWN = 6  # questions printed by the demo
+
+
+@train_app.callback()
+def _group() -> None:
+    """Keeps `digits` a subcommand while it is the only one."""
+
+
+@train_app.command("digits")
+def train_digits(
+    out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = Path("digits_model"),
+    resume: Annotated[bool, typer.Option(help="Go on where a killed run saved last.")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Length of the run.")] = 3000,
+    seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
+) -> None:
+    """Train the digits model on the CPU and measure it on held-out digits."""
+    from rich.console import Console
+
+    from .train import Run, Settings
+
+    console = Console()
+    run = Run(out, Settings(steps=steps, seed=seed))
+    if resume:
+        run.resume()
+        console.print(f"resumed at step {run.step}")
+    _run(run, console)
+    run.export()
+    console.print(f"wrote {out}")
+    from .demo import Reader, held_out_questions
+
+    _answers(Reader.load(out), held_out_questions(CANVASES), console)
+
+
+def _run(run: Run, console: Console) -> None:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training", total=run.settings.steps, completed=run.step)
+        losses: list[float] = []
+        while run.step < run.settings.steps:
+            losses.append(run.advance())
+            last = run.step == run.settings.steps
+            if run.step % SAVE_EVERY == 0 or last:
+                run.save()
+            if run.step % REPORT_EVERY == 0 or last:
+                mean = sum(losses) / len(losses)
+                console.print(f"step {run.step:5d}  loss {mean:.4f}")
+                losses.clear()
+            progress.update(task, completed=run.step)
+
+
+def demo(
+    image: Annotated[Path | None, typer.Option(help="Your own picture of digits.")] = None,
+    question: Annotated[str | None, typer.Option(help="What to ask about --image.")] = None,
+    out: Annotated[Path, typer.Option(help="Where pictures are saved.")] = Path("demo_output"),
+    model: Annotated[Path | None, typer.Option(help="Another checkpoint to show.")] = None,
+    canvases: Annotated[int, typer.Option(min=8, help="Held-out canvases to ask about.")] = 200,
+) -> None:
+    """Show the shipped model reading digits that it never saw, or your own picture of digits."""
+    from rich.console import Console
+
+    from .demo import CHECKPOINT, Reader
+
+    console = Console()
+    if question is not None and image is None:
+        raise ValueError("question: expected together with --image")
+    if image is not None:
+        _own_image(image, question, model or CHECKPOINT, out, console)
+        return
+    _show(Reader.load(model or CHECKPOINT), canvases, out, console)
+
+
+def _own_image(image: Path, question: str | None, model: Path, out: Path, console: Console) -> None:
+    from .data import QUESTIONS
+    from .demo import Reader, ask_about
+
+    asked = [question] if question else [phrasings[0] for phrasings in QUESTIONS.values()]
+    answers = ask_about(Reader.load(model), image, asked, out)
+    for q, a in zip(asked, answers, strict=True):
+        console.print(f"{q}  [bold]{a}[/bold]")
+    console.print(f"what the model saw: {out / 'seen.png'}")
+
+
+def _show(reader: Reader, canvases: int, out: Path, console: Console) -> None:
+    from .demo import TIMED_IMAGES, held_out_questions, save_gallery, time_per_image
+
+    count = sum(p.numel() for p in reader.model.parameters())
+    console.print(f"Qwen2-VL, {count:,} parameters, {reader.model.dtype} on {reader.model.device}")
+    _backends(console)
+    examples = held_out_questions(canvases)
+    answers = _answers(reader, examples, console)
+    console.print(f"gallery: {save_gallery(examples, answers, out)}")
+    times = time_per_image(reader, examples)
+    ours, eager = (times[name].median / TIMED_IMAGES * 1e3 for name in ("ours", "eager"))
+    console.print(
+        f"time per image, pixels to answer, batches of {TIMED_IMAGES}: {ours:.2f} ms with our ops, "
+        f"{eager:.2f} ms with plain PyTorch ops, {eager / ours:.2f}x"
+    )
+
+
+def _answers(reader: Reader, examples: list[Example], console: Console) -> list[str]:
+    """Asks everything, prints a few answers and the score."""
+    from rich.table import Table
+
+    from .evaluate import accuracy
+
+    with console.status(f"asking {len(examples)} questions about held-out digits"):
+        answers = reader.answer(examples)
+    table = Table("question", "answer", "truth")
+    for example, given in list(zip(examples, answers, strict=True))[:SHOWN]:
+        style = "green" if given == example.answer else "red"
+        table.add_row(example.question, f"[{style}]{given}[/{style}]", example.answer)
+    console.print(table)
+    for kind, (right, total) in accuracy(examples, answers).items():
+        console.print(f"{kind:8} {right:4d} of {total:4d} whole answers exact  {right / total:.1%}")
+    return answers
+
+
+def _backends(console: Console) -> None:
+    from rich.table import Table
+
+    from vlmkernels.info import backends
+
+    table = Table("op", "backend", "why")
+    for op, (backend, why) in backends().items():
+        table.add_row(op, backend, why)
+    console.print(table)
