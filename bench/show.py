@@ -31,7 +31,7 @@ def cells(row: Row) -> list[str]:
     """The cells of one row, in the order of HEAD."""
     head = [row["op"], row["shape"], row["dtype"], row["direction"]]
     if "us" not in row:
-        return [*head, row["failed"], *[""] * (len(HEAD) - 5)]
+        return [*head, "failed", *[""] * (len(HEAD) - 5)]
     return [
         *head,
         time(row["us"]),
