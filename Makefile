@@ -85,7 +85,7 @@ $(PTXEMU_BUILD)/libcudart.so:
 	sh $(PTXEMU)/build.sh $(PTXEMU_BUILD)
 
 build/transformers-oldest: constraints.txt | $(VENV)/requirements
-	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ transformers==5.17.0
+	$(BIN)/pip install --quiet --upgrade --target $@ transformers==5.17.0 huggingface_hub==1.33.0
 	touch $@
 
 clean:

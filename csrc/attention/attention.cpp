@@ -209,7 +209,9 @@ static bool attention_backward(py::handle dout_, py::handle dlse_, py::handle q_
     p.dk = heads_view(dk);
     p.dv = heads_view(dv);
     if (!has_kernel(q)) return false;
-    return run(q, nullptr, [&] { dispatch_isa([&]<class Isa>() { attention_bwd_cpu<Isa>(p); }); });
+    return run(
+        q, [&](Stream stream) { return launch_attention_backward(p, stream); },
+        [&] { dispatch_isa([&]<class Isa>() { attention_bwd_cpu<Isa>(p); }); });
 }
 
 static void check_cache_seqlens(const Tensor& cache_seqlens, const Tensor& q, const Tensor& cache) {
@@ -233,6 +235,8 @@ static int decode_splits(py::handle q_, py::handle k_, py::handle v_) {
     Tensor q(op, "q", q_), k(op, "k_cache", k_), v(op, "v_cache", v_);
     AttentionParams p = check_qkv(q, k, v, 4);
     int num_splits = 1;
+    if (takes_cuda(q) && is_half(q.dtype))
+        run(q, [&](Stream) { return attention_decode_splits(p, &num_splits); }, nullptr);
     return num_splits;
 }
 
@@ -253,8 +257,9 @@ static bool attention_decode(py::handle q_, py::handle k_, py::handle v_, py::ha
     p.partial_out = partial_out.ptr<float>();
     p.partial_lse = partial_lse.ptr<float>();
     if (!has_kernel(q)) return false;
-    return run(q, nullptr,
-               [&] { dispatch_isa([&]<class Isa>() { attention_decode_cpu<Isa>(p); }); });
+    return run(
+        q, [&](Stream stream) { return launch_attention_decode(p, stream); },
+        [&] { dispatch_isa([&]<class Isa>() { attention_decode_cpu<Isa>(p); }); });
 }
 
 static const Binding binding([](py::module_& m) {

@@ -3,9 +3,11 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <iterator>
 #include <utility>
 
+#include "attention/attention_rows.cuh"
 #include "attention/instances.h"
 
 namespace vlmkernels {
@@ -30,6 +32,42 @@ static Error dispatch(const AttentionParams& p, F&& f) {
 Error launch_attention(const AttentionParams& p, Stream stream) {
     return dispatch(p, [&]<class Element, int kTileDim>() {
         return attention_fwd<Element, kTileDim>(p, stream);
+    });
+}
+
+Error launch_attention_backward(const AttentionBackwardParams& p, Stream stream) {
+    return dispatch(p, [&]<class Element, int kTileDim>() {
+        Error error = attention_row_stats<Element>(p, stream);
+        return error ? error : attention_bwd<Element, kTileDim>(p, stream);
+    });
+}
+
+// Rows that share a key head. Beyond a few tiles of them the forward kernel is the better one.
+static bool takes_forward(const AttentionParams& p) {
+    return int64_t(p.seqlen_q) * (p.num_heads / p.num_heads_k) > 4 * kDecodeRows;
+}
+
+Error attention_decode_splits(const AttentionParams& p, int* num_splits) {
+    *num_splits = 1;
+    if (takes_forward(p) || p.batch == 0 || p.seqlen_q == 0) return cudaSuccess;
+    int device = 0, num_sms = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess)
+        error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
+    if (error != cudaSuccess) return error;
+    const int rows = p.seqlen_q * (p.num_heads / p.num_heads_k);
+    const int64_t ctas = int64_t(rows + kDecodeRows - 1) / kDecodeRows * p.num_heads_k * p.batch;
+    const int64_t wanted = 2 * num_sms / ctas;                 // two CTAs on each SM
+    const int64_t useful = (int64_t(p.seqlen_k) + 127) / 128;  // 128 keys for each split
+    *num_splits = int(std::clamp<int64_t>(std::min(wanted, useful), 1, 128));
+    return cudaSuccess;
+}
+
+Error launch_attention_decode(const AttentionDecodeParams& p, Stream stream) {
+    if (takes_forward(p)) return launch_attention(p, stream);
+    return dispatch(p, [&]<class Element, int kTileDim>() {
+        Error error = attention_decode<Element, kTileDim>(p, stream);
+        return error || p.num_splits == 1 ? error : attention_combine<Element>(p, stream);
     });
 }
 

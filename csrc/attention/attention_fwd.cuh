@@ -21,7 +21,7 @@ struct AttentionFwdTile {
     static constexpr int kWarps = 4;
     static constexpr int kThreads = kWarps * 32;
     static constexpr int kBlockM = kWarps * kMTiles * 16;
-    static constexpr int kBlockN = kHeadDim <= 128 ? 64 : 32;
+    static constexpr int kBlockN = kHeadDim <= 112 ? 64 : kHeadDim == 128 ? 48 : 32;
     static constexpr int kStages = 2;
     static constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
     static constexpr int kKeyBytes = kBlockN * kHeadDim * 2;
@@ -30,19 +30,39 @@ struct AttentionFwdTile {
 };
 
 template <class Tile>
+__device__ void store_fwd(const AttentionParams& p,
+                          const float (&out)[Tile::kMTiles][Tile::kHeadDim / 8][4],
+                          OnlineSoftmax<Tile::kMTiles>& softmax, unsigned char* shared) {
+    const QueryBlock<Tile> queries(p);
+    softmax.finish();
+    float factor[Tile::kMTiles][2];
+#pragma unroll
+    for (int m = 0; m < Tile::kMTiles; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = queries.warp_row + m * 16 + half * 8 + queries.lane / 4;
+            factor[m][half] = softmax.inverse_sum(m, half);
+            if (queries.lane % 4 == 0 && row < queries.num_rows())
+                p.lse[queries.sequence.lse_index(p, queries.row0 + row, queries.head)] =
+                    softmax.lse(m, half, p.softmax_scale);
+        }
+    using Element = typename Tile::Element;
+    store_accumulators<Element, Tile::kHeadDim>(
+        out, factor, queries.lane, shared, queries.warp_row, 0,
+        queries.sequence.template queries<Element>(p.out, queries.row0, queries.head),
+        p.out.token_stride, queries.num_rows(), p.head_dim);
+}
+
+template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads) attention_fwd_kernel(const AttentionParams p) {
     using Element = typename Tile::Element;
     constexpr int kBlockM = Tile::kBlockM, kBlockN = Tile::kBlockN, kHeadDim = Tile::kHeadDim;
     extern __shared__ __align__(128) unsigned char shared[];
-    const int num_blocks = (p.seqlen_q + kBlockM - 1) / kBlockM;
-    const BlockOfHead work(num_blocks, p.num_heads);
-    // Causal: the last block sees the most keys; start with it.
-    const int row0 = (p.causal ? num_blocks - 1 - work.block : work.block) * kBlockM;
-    const Sequence sequence(p, work.batch);
-    if (row0 >= sequence.seqlen_q) return;
-    const int thread = threadIdx.x, lane = thread % 32, warp_row = thread / 32 * Tile::kMTiles * 16;
-    const int head_k = work.head / (p.num_heads / p.num_heads_k);
-    const Element* q = sequence.queries<Element>(p.q, row0, work.head);
+    const QueryBlock<Tile> queries(p);
+    const Sequence& sequence = queries.sequence;
+    const int row0 = queries.row0, thread = queries.thread, lane = queries.lane;
+    if (queries.num_rows() <= 0) return;
+    const int head_k = queries.head / (p.num_heads / p.num_heads_k);
     const Element* k = sequence.keys<Element>(p.k, 0, head_k);
     const Element* v = sequence.keys<Element>(p.v, 0, head_k);
 
@@ -52,20 +72,22 @@ __global__ void __launch_bounds__(Tile::kThreads) attention_fwd_kernel(const Att
     };
     auto load_keys = [&](int stage, int col0) {
         const int num_keys = sequence.seqlen_k - col0;
+        const int thread = kHeadDim > 96 ? thread_in_block() : queries.thread;
         load_tile<kBlockN, kHeadDim, Tile::kThreads>(k_tile(stage), k + col0 * p.k.token_stride,
                                                      p.k.token_stride, num_keys, p.head_dim,
                                                      thread);
-        load_tile<kBlockN, kHeadDim, Tile::kThreads>(
-            k_tile(stage) + Tile::kKeyBytes, v + col0 * p.v.token_stride, p.v.token_stride,
-            num_keys, p.head_dim, thread);
+        load_tile<kBlockN, kHeadDim, Tile::kThreads>(k_tile(stage) + Tile::kKeyBytes,
+                                                     v + col0 * p.v.token_stride, p.v.token_stride,
+                                                     num_keys, p.head_dim, thread);
     };
     // Some row of the block sees keys [0, most_keys), every row [0, all_keys).
     const int most_keys = sequence.visible_keys(min(row0 + kBlockM, sequence.seqlen_q) - 1);
     const int all_keys = sequence.visible_keys(row0);
     int block = (most_keys + kBlockN - 1) / kBlockN - 1;
 
-    load_tile<kBlockM, kHeadDim, Tile::kThreads>(q_tile, q, p.q.token_stride,
-                                                 sequence.seqlen_q - row0, p.head_dim, thread);
+    load_tile<kBlockM, kHeadDim, Tile::kThreads>(
+        q_tile, sequence.queries<Element>(p.q, row0, queries.head), p.q.token_stride,
+        queries.num_rows(), p.head_dim, thread);
     if (block >= 0) load_keys(0, block * kBlockN);
     cp_async_commit();
 
@@ -79,38 +101,24 @@ __global__ void __launch_bounds__(Tile::kThreads) attention_fwd_kernel(const Att
         cp_async_commit();
 
         float scores[Tile::kMTiles][kBlockN / 8][4];
-        multiply_rows<Element, Tile::kMTiles, kBlockN / 8, kHeadDim>(scores, lane, q_tile, warp_row,
-                                                                     k_tile(stage), 0);
+        multiply_rows<Element, Tile::kMTiles, kBlockN / 8, kHeadDim>(
+            scores, lane, q_tile, queries.warp_row, k_tile(stage), 0);
         if ((block + 1) * kBlockN > all_keys)
-            mask_scores(scores, sequence, row0 + warp_row, block * kBlockN, lane);
+            mask_scores(scores, sequence, row0 + queries.warp_row, block * kBlockN, lane);
         softmax.update(scores, out, scale_log2);
-        multiply_accumulators<Element, kHeadDim>(out, scores, lane,
-                                                 k_tile(stage) + Tile::kKeyBytes, 0);
+        multiply_accumulators<Element, kHeadDim>(out, scores, lane, k_tile(stage) + Tile::kKeyBytes,
+                                                 0);
     }
 
-    softmax.finish();
-    float factor[Tile::kMTiles][2];
-#pragma unroll
-    for (int m = 0; m < Tile::kMTiles; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int row = row0 + warp_row + m * 16 + half * 8 + lane / 4;
-            factor[m][half] = softmax.inverse_sum(m, half);
-            if (lane % 4 == 0 && row < sequence.seqlen_q)
-                p.lse[sequence.lse_index(p, row, work.head)] =
-                    softmax.lse(m, half, p.softmax_scale);
-        }
     cp_async_wait<0>();  // if there was no key, the queries may still be on their way
     __syncthreads();
-    store_accumulators<Element, kHeadDim>(out, factor, lane, shared, warp_row, 0,
-                                          sequence.queries<Element>(p.out, row0, work.head),
-                                          p.out.token_stride, sequence.seqlen_q - row0, p.head_dim);
+    store_fwd<Tile>(p, out, softmax, shared);
 }
 
 template <class Element, int kHeadDim>
 Error attention_fwd(const AttentionParams& p, Stream stream) {
     using Tile = AttentionFwdTile<Element, kHeadDim>;
-    const int64_t blocks = (int64_t(p.seqlen_q) + Tile::kBlockM - 1) / Tile::kBlockM;
+    const int64_t blocks = QueryBlock<Tile>::num_blocks(p);
     return launch(attention_fwd_kernel<Tile>, blocks * p.num_heads * p.batch, Tile::kThreads,
                   Tile::kSharedBytes, stream, p);
 }

@@ -5,6 +5,8 @@
 
 namespace vlmkernels {
 
+inline constexpr int kDecodeRows = 16;  // of query heads times queries that one CTA takes
+
 template <class Element, int kTileDim>
 Error attention_fwd(const AttentionParams& p, Stream stream);
 template <class Element, int kTileDim>

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "attention/attention.h"
+#include "common/ptx.cuh"
 #include "common/softmax.cuh"
 
 namespace vlmkernels {
@@ -13,9 +14,10 @@ struct BlockOfHead {
     int block, head, batch;
 
     __device__ BlockOfHead(int num_blocks, int num_heads) {
-        block = blockIdx.x % num_blocks;
-        head = blockIdx.x / num_blocks % num_heads;
-        batch = blockIdx.x / num_blocks / num_heads;
+        const int index = blockIdx.x;
+        block = index % num_blocks;
+        head = index / num_blocks % num_heads;
+        batch = index / num_blocks / num_heads;
     }
 };
 
@@ -65,6 +67,33 @@ struct Sequence {
     }
 };
 
+// The queries of a CTA, and those of the calling warp. Kernels make it a second time for their
+// epilogue: nothing of it then has to stay in registers over the main loop.
+template <class Tile>
+struct QueryBlock {
+    const BlockOfHead work;
+    const Sequence sequence;
+    const int head, row0;  // of the CTA
+    const int thread, lane, warp_row;
+
+    __device__ explicit QueryBlock(const AttentionParams& p) : QueryBlock(p, num_blocks(p)) {}
+    __device__ int num_rows() const { return sequence.seqlen_q - row0; }
+    static constexpr int num_blocks(const AttentionParams& p) {
+        return (p.seqlen_q + Tile::kBlockM - 1) / Tile::kBlockM;
+    }
+
+  private:
+    // Causal: the last block sees the most keys; it is the first to start.
+    __device__ QueryBlock(const AttentionParams& p, int blocks)
+        : work(blocks, p.num_heads),
+          sequence(p, work.batch),
+          head(work.head),
+          row0((p.causal ? blocks - 1 - work.block : work.block) * Tile::kBlockM),
+          thread(thread_in_block()),
+          lane(thread % 32),
+          warp_row(thread / 32 * Tile::kMTiles * 16) {}
+};
+
 // Sets the scores of keys that a query must not see to -inf. Rows are queries row0.., columns keys
 // col0.. of a warp's accumulators.
 template <int kM, int kN>
@@ -82,6 +111,30 @@ __device__ void mask_scores(float (&scores)[kM][kN][4], const Sequence& sequence
                 for (int e = 0; e < 2; ++e)
                     if (n * 8 + e >= limit) scores[m][n][half * 2 + e] = negative_infinity();
         }
+}
+
+// The same with keys key0.. as rows and queries query0.. as columns.
+template <int kM, int kN>
+__device__ void mask_transposed(float (&scores)[kM][kN][4], const Sequence& sequence, int key0,
+                                int query0, int lane) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int first =
+                sequence.first_query(key0 + m * 16 + half * 8 + lane / 4) - query0 - lane % 4 * 2;
+#pragma unroll
+            for (int n = 0; n < kN; ++n)
+#pragma unroll
+                for (int e = 0; e < 2; ++e)
+                    if (n * 8 + e < first) scores[m][n][half * 2 + e] = negative_infinity();
+        }
+}
+
+// What the backward kernels need of each row of q, at its index in lse: lse log2(e), +inf where the
+// row sees no key (so that p = 0), and delta.
+__device__ inline float2* row_stats(const AttentionBackwardParams& p) {
+    return reinterpret_cast<float2*>(p.delta);
 }
 
 }  // namespace vlmkernels

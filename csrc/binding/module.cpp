@@ -39,6 +39,7 @@ static bool has_cuda_kernels_for(py::handle tensor) {
 }
 
 static void define(py::module_& m) {
+    isa_level();  // a wrong VLMKERNELS_ISA fails the import
     m.def("register_tensor_types", &register_tensor_types);
     m.def("build_info", &build_info);
     m.def("takes_cuda", &has_cuda_kernels_for);

@@ -16,17 +16,15 @@ struct Avx512 {
     static constexpr const char* kName = "avx512";
 };
 
-// Calls f.template operator()<Isa>() with the best instruction set of this machine.
+// The best instruction set of this machine: 0 baseline, 1 avx2, 2 avx512. The environment variable
+// VLMKERNELS_ISA (one of these names, read once) caps it; another value is an invalid_argument.
+int isa_level();
+
+// Calls f.template operator()<Isa>() with the tag of isa_level().
 template <class F>
 auto dispatch_isa(F&& f) {
 #if defined(__x86_64__)
-    static const int level = [] {
-        __builtin_cpu_init();
-        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-            return 2;
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
-    }();
+    const int level = isa_level();
     if (level == 2) return f.template operator()<Avx512>();
     if (level == 1) return f.template operator()<Avx2>();
 #endif

@@ -16,8 +16,8 @@ Error launch(void (*kernel)(Params), int64_t num_blocks, int threads, int shared
     if (num_blocks == 0) return cudaSuccess;
     if (num_blocks > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
     if (shared_bytes > 48 * 1024) {
-        cudaError_t error = cudaFuncSetAttribute(
-            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+        cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
         if (error != cudaSuccess) return error;
     }
     kernel<<<unsigned(num_blocks), threads, shared_bytes, stream>>>(params);

@@ -48,9 +48,10 @@ __device__ void load_tile(uint32_t tile, const T* source, int64_t row_stride, in
 
 // What a fragment of 16x16 elements is to the product a b of m16n8k16.
 enum class Operand {
-    kA,           // tile is m x k: the four registers of a
-    kB,           // tile is n x k: b of n tiles 0 (registers 0, 1) and 1 (registers 2, 3)
-    kBTransposed  // tile is k x n: as kB
+    kA,            // tile is m x k: the four registers of a
+    kATransposed,  // tile is k x m: as kA
+    kB,            // tile is n x k: b of n tiles 0 (registers 0, 1) and 1 (registers 2, 3)
+    kBTransposed   // tile is k x n: as kB
 };
 
 // Loads 16x16 fragments of a tile; holds what depends on the lane only.
@@ -60,7 +61,7 @@ struct FragmentLoader {
     uint32_t row_offset, chunk_offset;
 
     __device__ explicit FragmentLoader(int lane) {
-        const bool chunk_by_8 = kOperand == Operand::kB;
+        const bool chunk_by_8 = kOperand == Operand::kB || kOperand == Operand::kATransposed;
         const int row = lane % 8 + (lane / (chunk_by_8 ? 16 : 8) % 2) * 8;
         const int chunk = lane / (chunk_by_8 ? 8 : 16) % 2;
         row_offset = row * Layout::kRowBytes;
@@ -71,7 +72,7 @@ struct FragmentLoader {
         constexpr int kGroup = Layout::kGroup;
         const uint32_t address = tile + row_offset + (chunk_offset ^ chunk0 % kGroup * 16) +
                                  (row0 * Layout::kRowBytes + chunk0 / kGroup * kGroup * 16);
-        if constexpr (kOperand == Operand::kBTransposed)
+        if constexpr (kOperand == Operand::kBTransposed || kOperand == Operand::kATransposed)
             ldmatrix_transposed(fragment, address);
         else
             ldmatrix(fragment, address);
@@ -110,22 +111,31 @@ __device__ void multiply_rows(float (&c)[kM][kN][4], int lane, uint32_t a, int r
     for (int m = 0; m < kM; ++m)
 #pragma unroll
         for (int n = 0; n < kN; ++n) c[m][n][0] = c[m][n][1] = c[m][n][2] = c[m][n][3] = 0;
+    // Fragments are loaded one step ahead of their use.
+    constexpr int kStepsK = kCols / 16, kStepsN = kN / 2;
+    uint32_t a_fragment[2][kM][4], b_fragment[2][4];
+    auto load = [&](int k, int n) {
+        if (n == 0)
 #pragma unroll
-    for (int k = 0; k < kCols / 16; ++k) {
-        uint32_t a_fragment[kM][4];
+            for (int m = 0; m < kM; ++m) load_a(a_fragment[k % 2][m], a, row_a + m * 16, k * 2);
+        load_b(b_fragment[(k * kStepsN + n) % 2], b, row_b + n * 16, k * 2);
+    };
+    load(0, 0);
 #pragma unroll
-        for (int m = 0; m < kM; ++m) load_a(a_fragment[m], a, row_a + m * 16, k * 2);
+    for (int k = 0; k < kStepsK; ++k)
 #pragma unroll
-        for (int n = 0; n < kN; n += 2) {
-            uint32_t b_fragment[4];
-            load_b(b_fragment, b, row_b + n * 8, k * 2);
+        for (int n = 0; n < kStepsN; ++n) {
+            if (n + 1 < kStepsN)
+                load(k, n + 1);
+            else if (k + 1 < kStepsK)
+                load(k + 1, 0);
+            const uint32_t (&b_now)[4] = b_fragment[(k * kStepsN + n) % 2];
 #pragma unroll
             for (int m = 0; m < kM; ++m) {
-                mma(c[m][n], a_fragment[m], b_fragment[0], b_fragment[1], T());
-                mma(c[m][n + 1], a_fragment[m], b_fragment[2], b_fragment[3], T());
+                mma(c[m][n * 2], a_fragment[k % 2][m], b_now[0], b_now[1], T());
+                mma(c[m][n * 2 + 1], a_fragment[k % 2][m], b_now[2], b_now[3], T());
             }
         }
-    }
 }
 
 // c += p b for p in accumulators (16 kM x 8 kK), rounded to T, and rows row_b.. of tile b, its
@@ -135,19 +145,27 @@ __device__ void multiply_accumulators(float (&c)[kM][kN][4], const float (&p)[kM
                                       uint32_t b, int row_b, int chunk0 = 0) {
     static_assert(kN % 2 == 0 && kK % 2 == 0);
     const FragmentLoader<kCols, Operand::kBTransposed> load_b(lane);
+    constexpr int kStepsK = kK / 2, kStepsN = kN / 2;
+    uint32_t a_fragment[kM][4], b_fragment[2][4];
+    auto load = [&](int k, int n) {
+        load_b(b_fragment[(k * kStepsN + n) % 2], b, row_b + k * 16, chunk0 + n * 2);
+    };
+    load(0, 0);
 #pragma unroll
-    for (int k = 0; k < kK; k += 2) {
-        uint32_t a_fragment[kM][4];
+    for (int k = 0; k < kStepsK; ++k) {
 #pragma unroll
-        for (int m = 0; m < kM; ++m) pack_a<T>(a_fragment[m], p[m][k], p[m][k + 1]);
+        for (int m = 0; m < kM; ++m) pack_a<T>(a_fragment[m], p[m][k * 2], p[m][k * 2 + 1]);
 #pragma unroll
-        for (int n = 0; n < kN; n += 2) {
-            uint32_t b_fragment[4];
-            load_b(b_fragment, b, row_b + k * 8, chunk0 + n);
+        for (int n = 0; n < kStepsN; ++n) {
+            if (n + 1 < kStepsN)
+                load(k, n + 1);
+            else if (k + 1 < kStepsK)
+                load(k + 1, 0);
+            const uint32_t (&b_now)[4] = b_fragment[(k * kStepsN + n) % 2];
 #pragma unroll
             for (int m = 0; m < kM; ++m) {
-                mma(c[m][n], a_fragment[m], b_fragment[0], b_fragment[1], T());
-                mma(c[m][n + 1], a_fragment[m], b_fragment[2], b_fragment[3], T());
+                mma(c[m][n * 2], a_fragment[m], b_now[0], b_now[1], T());
+                mma(c[m][n * 2 + 1], a_fragment[m], b_now[2], b_now[3], T());
             }
         }
     }

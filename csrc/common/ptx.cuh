@@ -12,6 +12,13 @@ __device__ inline uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// threadIdx.x, read anew at each call: what is derived from it need not stay in registers.
+__device__ inline int thread_in_block() {
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(x));
+    return x;
+}
+
 // Copies 16 bytes to shared memory without passing registers; writes zeros, and reads nothing, when
 // not valid.
 __device__ inline void cp_async(uint32_t shared, const void* global, bool valid = true) {
@@ -29,6 +36,22 @@ __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;\
 template <int kPending>
 __device__ inline void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+// cp_async of 4, 8 or 16 bytes; both addresses need that alignment only.
+template <int kBytes>
+__device__ void cp_async(uint32_t shared, const void* global, bool valid = true) {
+    if constexpr (kBytes == 16)
+        cp_async(shared, global, valid);
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;\n" ::"r"(shared), "l"(global),
+                     "n"(kBytes), "r"(valid ? kBytes : 0)
+                     : "memory");
+}
+__device__ inline void store_shared(uint32_t shared, const uint32_t (&r)[4]) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(shared), "r"(r[0]), "r"(r[1]),
+                 "r"(r[2]), "r"(r[3])
+                 : "memory");
 }
 
 // Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.

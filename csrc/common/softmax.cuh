@@ -28,6 +28,7 @@ struct OnlineSoftmax {
     __device__ OnlineSoftmax() {
 #pragma unroll
         for (int m = 0; m < kM; ++m)
+#pragma unroll
             for (int half = 0; half < 2; ++half)
                 max[m][half] = negative_infinity(), sum[m][half] = 0;
     }
@@ -42,8 +43,8 @@ struct OnlineSoftmax {
                 float new_max = max[m][half];
 #pragma unroll
                 for (int n = 0; n < kN; ++n)
-                    new_max = fmaxf(new_max, fmaxf(scores[m][n][half * 2],
-                                                   scores[m][n][half * 2 + 1]));
+                    new_max =
+                        fmaxf(new_max, fmaxf(scores[m][n][half * 2], scores[m][n][half * 2 + 1]));
                 new_max = quad_max(new_max);
                 // A row that has seen nothing yet: any finite offset gives exp2(-inf) = 0.
                 const float offset = new_max == negative_infinity() ? 0 : new_max * scale_log2;
@@ -58,9 +59,10 @@ struct OnlineSoftmax {
                         row_sum += scores[m][n][e];
                     }
                 sum[m][half] = sum[m][half] * correction + row_sum;
+                if (__any_sync(~0u, correction != 1))  // seldom, after the first blocks
 #pragma unroll
-                for (int d = 0; d < kD; ++d)
-                    out[m][d][half * 2] *= correction, out[m][d][half * 2 + 1] *= correction;
+                    for (int d = 0; d < kD; ++d)
+                        out[m][d][half * 2] *= correction, out[m][d][half * 2 + 1] *= correction;
             }
     }
 
@@ -68,6 +70,7 @@ struct OnlineSoftmax {
     __device__ void finish() {
 #pragma unroll
         for (int m = 0; m < kM; ++m)
+#pragma unroll
             for (int half = 0; half < 2; ++half) sum[m][half] = quad_sum(sum[m][half]);
     }
     // 1 / sum, 0 for a row that saw no key.

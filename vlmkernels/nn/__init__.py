@@ -1,5 +1,6 @@
 """Drop-in modules: parameters and a call, with the state_dict keys of what they replace."""
 
+from vlmkernels.nn.attention import MultiheadAttention
 from vlmkernels.nn.norm import LayerNorm, RMSNorm
 from vlmkernels.nn.null import Null
 from vlmkernels.nn.patch_embed import PatchEmbed2d, PatchEmbed3d
@@ -8,6 +9,7 @@ from vlmkernels.nn.rope import MRotaryEmbedding, RotaryEmbedding, VisionRotaryEm
 __all__ = [
     "LayerNorm",
     "MRotaryEmbedding",
+    "MultiheadAttention",
     "Null",
     "PatchEmbed2d",
     "PatchEmbed3d",

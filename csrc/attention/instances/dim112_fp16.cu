@@ -1,7 +1,11 @@
+#include "attention/attention_bwd.cuh"
+#include "attention/attention_decode.cuh"
 #include "attention/attention_fwd.cuh"
 
 namespace vlmkernels {
 
 template Error attention_fwd<__half, 112>(const AttentionParams&, Stream);
+template Error attention_bwd<__half, 112>(const AttentionBackwardParams&, Stream);
+template Error attention_decode<__half, 112>(const AttentionDecodeParams&, Stream);
 
 }  // namespace vlmkernels

@@ -1,7 +1,11 @@
+#include "attention/attention_bwd.cuh"
+#include "attention/attention_decode.cuh"
 #include "attention/attention_fwd.cuh"
 
 namespace vlmkernels {
 
 template Error attention_fwd<__nv_bfloat16, 80>(const AttentionParams&, Stream);
+template Error attention_bwd<__nv_bfloat16, 80>(const AttentionBackwardParams&, Stream);
+template Error attention_decode<__nv_bfloat16, 80>(const AttentionDecodeParams&, Stream);
 
 }  // namespace vlmkernels

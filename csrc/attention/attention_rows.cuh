@@ -1,0 +1,86 @@
+// Kernels over rows, that is one head of one query each: what the backward needs to know of them,
+// and the combination of what the splits of a decoding found.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "attention/sequence.cuh"
+#include "common/launch.cuh"
+#include "common/mma.cuh"
+
+namespace vlmkernels {
+
+// Writes row_stats: 8 lanes per row of out, heads of a token next to each other as in memory.
+template <class Element>
+__global__ void __launch_bounds__(256) attention_row_stats_kernel(const AttentionBackwardParams p) {
+    const int64_t num_tokens = p.cu_seqlens_q ? p.lse_head_stride : p.seqlen_q;
+    const int64_t index = (int64_t(blockIdx.x) * 256 + threadIdx.x) / 8;
+    const int64_t token = index / p.num_heads % num_tokens;
+    const int64_t head = index % p.num_heads, batch = index / p.num_heads / num_tokens;
+    const bool valid = batch < (p.cu_seqlens_q ? 1 : p.batch);
+    auto row = [&](const HeadsView& view) {
+        return static_cast<const Element*>(view.data) + batch * view.batch_stride +
+               token * view.token_stride + head * view.head_stride;
+    };
+    float sum = 0;
+    for (int chunk = threadIdx.x % 8; valid && chunk * 8 < p.head_dim; chunk += 8) {
+        const uint4 out = *reinterpret_cast<const uint4*>(row(p.out) + chunk * 8);
+        const uint4 dout = *reinterpret_cast<const uint4*>(row(p.dout) + chunk * 8);
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            sum += float(reinterpret_cast<const Element*>(&out)[i]) *
+                   float(reinterpret_cast<const Element*>(&dout)[i]);
+    }
+    for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+    if (!valid || threadIdx.x % 8) return;
+    const int64_t at = batch * p.lse_batch_stride + head * p.lse_head_stride + token;
+    const float lse = p.lse[at] == negative_infinity() ? -negative_infinity() : p.lse[at] * kLog2e;
+    row_stats(p)[at] = make_float2(lse, sum - (p.dlse ? p.dlse[at] : 0));
+}
+
+template <class Element>
+Error attention_row_stats(const AttentionBackwardParams& p, Stream stream) {
+    const int64_t tokens = p.cu_seqlens_q ? p.lse_head_stride : int64_t(p.batch) * p.seqlen_q;
+    return launch(attention_row_stats_kernel<Element>, (tokens * p.num_heads + 31) / 32, 256, 0,
+                  stream, p);
+}
+
+// out = sum_s exp(lse_s - lse) out_s over the splits: a warp per row.
+template <class Element>
+__global__ void __launch_bounds__(128) attention_combine_kernel(const AttentionDecodeParams p) {
+    const int64_t num_rows = int64_t(p.batch) * p.seqlen_q * p.num_heads;
+    const int64_t row = int64_t(blockIdx.x) * 4 + threadIdx.x / 32;
+    if (row >= num_rows) return;
+    const int lane = threadIdx.x % 32;
+    const int64_t token = row / p.num_heads, head = row % p.num_heads;
+    const int64_t batch = token / p.seqlen_q, query = token % p.seqlen_q;
+    const int64_t at = batch * p.lse_batch_stride + head * p.lse_head_stride + query;
+    auto lse_of = [&](int split) { return p.partial_lse[split * num_rows + at]; };
+    float max = negative_infinity(), sum = 0;
+    for (int split = 0; split < p.num_splits; ++split) max = fmaxf(max, lse_of(split));
+    const float offset = max == negative_infinity() ? 0 : max;
+    for (int split = 0; split < p.num_splits; ++split) sum += expf(lse_of(split) - offset);
+    const float inverse = sum > 0 ? 1 / sum : sum;
+    if (lane == 0) p.lse[at] = sum == 0 ? max : max + logf(sum);
+    Element* out = static_cast<Element*>(p.out.data) + batch * p.out.batch_stride +
+                   query * p.out.token_stride + head * p.out.head_stride;
+    for (int column = lane * 2; column < p.head_dim; column += 64) {
+        float x = 0, y = 0;
+        for (int split = 0; split < p.num_splits; ++split) {
+            const float weight = expf(lse_of(split) - offset) * inverse;
+            const float2 part = *reinterpret_cast<const float2*>(
+                p.partial_out + (split * num_rows + row) * p.head_dim + column);
+            x += part.x * weight;
+            y += part.y * weight;
+        }
+        *reinterpret_cast<uint32_t*>(out + column) = pack<Element>(x, y);
+    }
+}
+
+template <class Element>
+Error attention_combine(const AttentionDecodeParams& p, Stream stream) {
+    const int64_t rows = int64_t(p.batch) * p.seqlen_q * p.num_heads;
+    return launch(attention_combine_kernel<Element>, (rows + 3) / 4, 128, 0, stream, p);
+}
+
+}  // namespace vlmkernels

@@ -1,0 +1,168 @@
+"""MultiheadAttention: drop-in for `torch.nn.MultiheadAttention(batch_first=True)`."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from vlmkernels import ops
+
+
+def _attention(*args: Any, **options: Any) -> Tensor:
+    return cast(Tensor, ops.attention(*args, **options))
+
+
+class MultiheadAttention(torch.nn.MultiheadAttention):
+    """out = out_proj(concat_h(softmax(q_h k_h^T / sqrt(head_dim)) v_h)).
+
+    q, k, v are the projected inputs. Parameters, their initialisation and the state_dict are those
+    of `torch.nn.MultiheadAttention` (it is one); attention is `ops.attention`, which never forms
+    the attention weights.
+
+    Args:
+        embed_dim, num_heads: head_dim = embed_dim / num_heads is a multiple of 8 up to 256.
+        dropout: 0.
+        bias, kdim, vdim, device, dtype: as in torch.
+        batch_first: must be True; the default is torch's, so that swapping the class never
+            silently changes what a dimension means.
+
+    Raises:
+        ValueError: dropout, add_bias_kv, add_zero_attn or batch_first=False is asked for.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not batch_first:
+            raise ValueError(
+                "MultiheadAttention: batch_first must be True; transpose inputs with seqlen first"
+            )
+        if dropout or add_bias_kv or add_zero_attn:
+            raise ValueError(
+                "MultiheadAttention: dropout, add_bias_kv and add_zero_attn are not supported; "
+                "use torch.nn.MultiheadAttention for them"
+            )
+        super().__init__(
+            embed_dim, num_heads, bias=bias, kdim=kdim, vdim=vdim, batch_first=True,
+            device=device, dtype=dtype,
+        )  # fmt: skip
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, None]:
+        """Attends from query to key and value.
+
+        Args:
+            query: (batch, seqlen_q, embed_dim), or without batch.
+            key, value: (batch, seqlen_k, kdim or vdim), or without batch.
+            key_padding_mask: bool (batch, seqlen_k), True where a key is padding. Padding is
+                removed before the projections, so it costs nothing. A sequence of nothing but
+                padding gives out_proj(0), where torch gives NaN.
+            need_weights: must be False, which is the default here.
+            attn_mask: ignored with is_causal=True (torch wants it there), else must be None.
+            is_causal: query i sees the keys j <= i; seqlen_q = seqlen_k.
+
+        Returns:
+            (out, None), out as query.
+
+        Raises:
+            ValueError: a combination that is not supported; the message says what to use.
+        """
+        self._check(query, key, key_padding_mask, need_weights, attn_mask, is_causal)
+        if query.dim() == 2:
+            mask = None if key_padding_mask is None else key_padding_mask[None]
+            out, _ = self.forward(query[None], key[None], value[None], mask, is_causal=is_causal)
+            return out[0], None
+        if key_padding_mask is not None:
+            attended = self._attend_unpadded(query, key, value, ~key_padding_mask)
+        else:
+            q, k, v = self._project(query, key, value)
+            attended = _attention(q, k, v, causal=is_causal)
+        return self.out_proj(attended.flatten(-2)), None
+
+    def _check(
+        self,
+        query: Tensor,
+        key: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+    ) -> None:
+        if need_weights:
+            raise ValueError(
+                "MultiheadAttention: need_weights must be False, as weights are never formed; "
+                "use torch.nn.MultiheadAttention to look at them"
+            )
+        if attn_mask is not None and not is_causal:
+            raise ValueError(
+                "MultiheadAttention: attn_mask is not supported; use is_causal=True for a causal "
+                "mask, key_padding_mask for padding, else torch.nn.MultiheadAttention"
+            )
+        if is_causal and query.shape[-2] != key.shape[-2]:
+            raise ValueError(
+                "MultiheadAttention: is_causal needs as many keys as queries, got "
+                f"{query.shape[-2]} queries and {key.shape[-2]} keys"
+            )
+        if key_padding_mask is None:
+            return
+        if is_causal:
+            raise ValueError(
+                "MultiheadAttention: key_padding_mask and is_causal together are not supported; "
+                "use ops.attention with cu_seqlens_q on the unpadded tokens"
+            )
+        if key_padding_mask.dtype != torch.bool or key_padding_mask.shape != key.shape[:-1]:
+            raise ValueError(
+                f"MultiheadAttention: key_padding_mask must be bool of shape {(*key.shape[:-1],)}, "
+                f"got {key_padding_mask.dtype} {tuple(key_padding_mask.shape)}"
+            )
+
+    def _attend_unpadded(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor) -> Tensor:
+        batch, seqlen_q, _ = query.shape
+        q, k, v = self._project(query.flatten(0, 1), key[valid], value[valid])
+        starts_q = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * seqlen_q
+        starts_k = functional.pad(valid.sum(1).cumsum(0), (1, 0)).int()
+        out = _attention(
+            q, k, v, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k,
+            max_seqlen_q=seqlen_q, max_seqlen_k=valid.shape[1],
+        )  # fmt: skip
+        return out.view(batch, seqlen_q, *out.shape[1:])
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., num_heads, head_dim) each; one product where the inputs are one tensor."""
+        heads = (self.num_heads, self.head_dim)
+        if self._qkv_same_embed_dim and query is key and key is value:
+            qkv = functional.linear(query, self.in_proj_weight, self.in_proj_bias)
+            q, k, v = qkv.unflatten(-1, (3, *heads)).unbind(-3)
+            return q, k, v
+        weights = (
+            self.in_proj_weight.chunk(3)
+            if self._qkv_same_embed_dim
+            else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        )
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        q, k, v = (
+            functional.linear(x, weight, bias).unflatten(-1, heads)
+            for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
+        )
+        return q, k, v
