@@ -71,7 +71,8 @@ def time_per_image(reader: Reader, examples: list[Example]) -> Mapping[str, Timi
         with reference_ops():
             generate(reader.model, inputs)
 
-    return time_interleaved({"ours": lambda: generate(reader.model, inputs), "eager": reference})
+    variants = {"ours": lambda: generate(reader.model, inputs), "eager": reference}
+    return time_interleaved(variants, end_to_end=True)
 
 
 def ask_about(reader: Reader, image: str | Path, asked: list[str], out: Path) -> list[str]:
