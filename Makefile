@@ -1,7 +1,7 @@
 # Two commands do everything on a fresh clone (Python >= 3.11 and a C++ compiler are enough):
 #   make demo                the package at work: a small VLM reads scanned digits (IMAGE=path: your own image)
 #   make test                all tests; the CUDA kernels run too, emulated, where an emulator is found
-# More: make lint, bench, train, emulated, isolated, wheel, core, clean.
+# More: make lint, bench, bench-check, results, train, emulated, isolated, wheel, core, clean.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +13,7 @@ PTXEMU_BUILD ?= $(CURDIR)/build/ptxemu
 EMULATED := $(wildcard $(PTXEMU)/build.sh)
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: demo test lint bench train emulated isolated wheel core clean format
+.PHONY: demo test lint bench bench-check results train emulated isolated wheel core clean format
 
 demo: $(VENV)/installed
 	$(BIN)/vlmkernels demo $(if $(IMAGE),--image "$(IMAGE)") $(if $(QUESTION),--question "$(QUESTION)")
@@ -37,7 +37,15 @@ format: $(VENV)/requirements
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*')
 
 bench: $(VENV)/installed
-	$(BIN)/python -m bench.run $(OPS) --json build/bench.json
+	$(BIN)/vlmkernels bench $(OPS) --json build/bench.json --plot build/bench
+
+# No op may lose more than a fifth of its ratio to eager PyTorch in the committed floor.
+bench-check: $(VENV)/installed
+	$(BIN)/vlmkernels bench $(OPS) --device cpu --rivals none --check bench/floor.json
+
+# The run of this machine that docs/results.md and README.md show; leave the machine alone meanwhile.
+results: $(VENV)/installed
+	$(BIN)/python -m bench.publish --run $(OPS) --count
 
 train: $(VENV)/installed
 	$(BIN)/vlmkernels train digits
@@ -77,7 +85,7 @@ $(PTXEMU_BUILD)/libcudart.so:
 	sh $(PTXEMU)/build.sh $(PTXEMU_BUILD)
 
 build/transformers-oldest: constraints.txt | $(VENV)/requirements
-	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ transformers==5.17.0
+	$(BIN)/pip install --quiet --upgrade --target $@ transformers==5.17.0 huggingface_hub==1.33.0
 	touch $@
 
 clean:

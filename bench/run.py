@@ -1,96 +1,175 @@
-"""Runs the benches: `python -m bench.run [op ...]`; the variants of a case are interleaved."""
+"""Measures ops and whole models against their rivals, interleaved, and tells what was measured.
+
+  vlmkernels bench                      every op and model on this machine
+  vlmkernels bench attention norm       some of them
+  vlmkernels bench --check old.json     also compare: exit code 1 when something became slower
+  vlmkernels bench --from run.json --plot DIR    pictures and a report of a saved run
+
+Correctness comes before timing: a variant that does not agree with eager PyTorch is reported as
+wrong. Ctrl-C keeps what was measured. Also: python -m bench.run.
+"""
 
 import argparse
 import importlib
-import json
 import pkgutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+import bench.models
 import bench.ops
+from bench import check, rivals
 from bench.case import Case
-from vlmkernels.testing.timer import time_interleaved
+from bench.measure import ceilings, measure
+from bench.record import Run, load, new_run, save
+from bench.show import table
+from vlmkernels.testing.shapes import SHAPES
+
+DIRECTIONS = {"fwd": ("fwd",), "bwd": ("bwd",), "both": ()}
 
 
-def room_names() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules(bench.ops.__path__))
+def names() -> list[str]:
+    """What can be measured: the rooms, then the models."""
+    packages = (bench.ops, bench.models)
+    return [m.name for package in packages for m in pkgutil.iter_modules(package.__path__)]
 
 
-def measure(case: Case) -> dict[str, Any]:
-    """Times all variants of a case; x_eager > 1 means that ours is faster."""
-    timings = time_interleaved(case.variants)
-    ours = timings["vlmkernels"]
-    return {
-        "op": case.op,
-        "shape": case.shape,
-        "dtype": case.dtype,
-        "direction": case.direction,
-        "us": ours.median * 1e6,
-        "us_low": ours.low * 1e6,
-        "us_high": ours.high * 1e6,
-        "gflops": case.flops / ours.median / 1e9,
-        "gbps": case.bytes / ours.median / 1e9,
-        "x_eager": timings["eager"].median / ours.median,
-        "others_us": {k: v.median * 1e6 for k, v in timings.items() if k != "vlmkernels"},
-    }
-
-
-def all_cases(rooms: list[str], device: str, dtypes: list[torch.dtype]) -> Iterator[Case]:
-    for room in rooms:
-        module = importlib.import_module(f"bench.ops.{room}")
-        for dtype in dtypes:
-            yield from module.cases(device, dtype)
-
-
-def table(rows: list[dict[str, Any]], title: str) -> Table:
-    view = Table(title=title)
-    for column in ("op", "shape", "dtype", "dir"):
-        view.add_column(column)
-    for column in ("us", "GFLOP/s", "GB/s", "x eager"):
-        view.add_column(column, justify="right")
-    for row in rows:
-        view.add_row(
-            row["op"],
-            row["shape"],
-            row["dtype"],
-            row["direction"],
-            f"{row['us']:.1f}",
-            f"{row['gflops']:.1f}",
-            f"{row['gbps']:.1f}",
-            f"{row['x_eager']:.2f}",
-        )
-    return view
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("ops", nargs="*", help=f"which of {', '.join(room_names())}; default all")
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vlmkernels bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="op", help=f"of {', '.join(names())}")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", nargs="*", default=None)
-    parser.add_argument("--json", type=Path, default=None)
-    args = parser.parse_args()
-    unknown = sorted(set(args.ops) - set(room_names()))
+    parser.add_argument("--mode", choices=DIRECTIONS, default="both")
+    parser.add_argument("--dtype", default="", help="float32,bfloat16,...")
+    parser.add_argument("--shapes", default="", help=f"of {','.join(SHAPES)}")
+    parser.add_argument("--rivals", default="all", help="all, none, or names: 'SDPA flash,Liger'")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of every variant")
+    parser.add_argument("--threads", type=int, default=0, help="on the CPU; default: torch's")
+    parser.add_argument("--from", dest="source", type=Path, help="a saved run; measure nothing")
+    parser.add_argument("--json", type=Path, help="write the run here, after every row")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="pictures and report.html")
+    parser.add_argument("--check", type=Path, metavar="OLD", help="compare with this run")
+    return parser
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    unknown = sorted(set(args.names) - set(names()))
     if unknown:
-        parser.error(f"unknown op {', '.join(unknown)}; there are {', '.join(room_names())}")
-    names = args.dtype or (["bfloat16"] if args.device == "cuda" else ["float32"])
-    dtypes = [getattr(torch, name) for name in names]
-    console, rows = Console(), []
+        parser.error(f"unknown op {', '.join(unknown)}; there are {', '.join(names())}")
+    args.shapes = [s for s in args.shapes.split(",") if s]
+    unknown = sorted(set(args.shapes) - set(SHAPES))
+    if unknown:
+        parser.error(f"unknown shape {', '.join(unknown)}; there are {', '.join(SHAPES)}")
+    default = "bfloat16" if args.device.startswith("cuda") else "float32"
+    args.dtypes = [getattr(torch, name, None) for name in (args.dtype or default).split(",")]
+    if not all(isinstance(dtype, torch.dtype) for dtype in args.dtypes):
+        parser.error(f"unknown dtype in {args.dtype!r}")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("no CUDA device that torch can use")
+    return args
+
+
+def _modules(chosen: Sequence[str]) -> list[Any]:
+    found = []
+    for package in (bench.ops, bench.models):
+        for module in pkgutil.iter_modules(package.__path__):
+            if not chosen or module.name in chosen:
+                found.append(importlib.import_module(f"{package.__name__}.{module.name}"))
+    return found
+
+
+def _wanted(case: Case, args: argparse.Namespace) -> bool:
+    if args.shapes and case.shape.split()[0] not in args.shapes:
+        return False
+    directions = DIRECTIONS[args.mode]
+    return case.tokens > 0 or not directions or case.direction in directions
+
+
+def _chosen_rivals(args: argparse.Namespace) -> list[rivals.Rival]:
+    if args.rivals == "none":
+        return []
+    here = rivals.available(args.device)
+    if args.rivals == "all":
+        return here
+    wanted = set(args.rivals.split(","))
+    unknown = sorted(wanted - {r.name for r in here})
+    if unknown:
+        there = ", ".join(sorted({r.name for r in here}))
+        raise ValueError(f"--rivals: expected some of {there}, got {', '.join(unknown)}")
+    return [r for r in here if r.name in wanted]
+
+
+def _cases(args: argparse.Namespace, progress: Progress, task: Any) -> Iterator[Case]:
+    for module in _modules(args.names):
+        for dtype in args.dtypes:
+            for case in module.cases(args.device, dtype):
+                if _wanted(case, args):
+                    label = f"{case.op} {case.shape} {case.dtype} {case.direction}"
+                    progress.update(task, description=label)
+                    yield case
+            progress.advance(task)
+
+
+def run_all(args: argparse.Namespace, console: Console) -> Run:
+    """Measures what the options ask for; after every row the run is on disk."""
+    run, here = new_run(args.device), _chosen_rivals(args)
+    columns = (BarColumn(20), TextColumn("{task.completed}/{task.total} files"))
+    columns += (TimeElapsedColumn(), TextColumn("{task.description}"))  # type: ignore[assignment]
+    total = len(_modules(args.names)) * len(args.dtypes)
     try:
-        with console.status("measuring") as status:
-            for case in all_cases(args.ops or room_names(), args.device, dtypes):
-                status.update(f"{case.op} {case.shape} {case.dtype} {case.direction}")
-                rows.append(measure(case))
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("copy and matrix product", total=total)
+            for dtype in args.dtypes:
+                run["ceilings"][_name(dtype)] = ceilings(args.device, dtype)
+            for case in _cases(args, progress, task):
+                others = rivals.variants(case, here)
+                ceiling = run["ceilings"][case.dtype]
+                options = {"device": args.device, "rivals": others, "rounds": args.rounds}
+                run["rows"].append(measure(case, ceiling, **options))
+                if args.json:
+                    save(run, args.json)
+            run["complete"] = True
     except KeyboardInterrupt:
-        console.print("stopped: showing what was measured")
-    threads = f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""
-    console.print(table(rows, f"{args.device}{threads}, torch {torch.__version__}"))
+        console.print(f"stopped: keeping the {len(run['rows'])} rows that were measured")
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
+        save(run, args.json)
+    return run
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _options(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    console = Console(width=None if sys.stdout.isatty() else 170)
+    run = load(args.source) if args.source else run_all(args, console)
+    console.print(table(run))
+    if args.plot:
+        from bench.report import write_report
+
+        console.print(f"report: {write_report(run, args.plot)}")
+    failed = [row for row in run["rows"] if "failed" in row]
+    for row in failed:
+        console.print(f"FAILED {check.key(row)}: {row['failed']}")
+    slower = []
+    if args.check:
+        slower = check.regressions(run, load(args.check))
+        console.print(check.summary(run, load(args.check), slower))
+    if failed or slower:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

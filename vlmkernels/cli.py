@@ -69,6 +69,23 @@ def ask(
     print()
 
 
+@app.command(
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+def bench(context: typer.Context) -> None:
+    """Measure ops and models against their rivals; `vlmkernels bench --help` tells the options."""
+    root = Path(__file__).parent
+    places = [root / "_bench", root.parent]  # in a wheel, and in the source tree
+    found = [str(place) for place in places if (place / "bench" / "run.py").exists()]
+    if not found:
+        raise OSError("bench: expected the folder bench/ beside the package, found none")
+    sys.path.insert(0, found[0])
+    from bench.run import main as run
+
+    run(context.args)
+
+
 def _device(name: str) -> torch.device:
     import torch
 

@@ -1,148 +1,121 @@
-"""attention at the shapes of real VLMs, against what runs there today: SDPA, image by image."""
+"""attention and attention_decode against scaled_dot_product_attention, which runs there today.
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+Packed sequences are attended one by one by the eager code, as transformers' vision towers do.
+"""
+
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from bench.case import Case
+from bench.case import Case, both_directions, dtype_name, forward
 from vlmkernels import ops
+from vlmkernels.testing.shapes import Shape, shape
 
-
-@dataclass(frozen=True)
-class Shape:
-    """Sequences of these lengths, packed; the CPU takes the first `cpu_lengths` of them."""
-
-    name: str
-    lengths: tuple[int, ...]
-    cpu_lengths: int
-    num_heads: int
-    num_heads_k: int
-    head_dim: int
-    causal: bool = False
-
-    def on(self, device: str) -> tuple[int, ...]:
-        return self.lengths if device == "cuda" else self.lengths[: self.cpu_lengths]
-
-
-SHAPES = (
-    Shape("vit_l14_336", (577,) * 32, 1, 16, 16, 64),
-    # Images of different size, as the processor's dynamic resolution makes them.
-    Shape("qwen2vl_vision", (256, 400, 144, 576, 1024, 2304, 3600, 1480), 4, 16, 16, 80),
-    Shape("qwen2_5vl_windows", (64,) * 256, 24, 16, 16, 80),
-    Shape("qwen2vl_7b_prefill", (512, 2048, 4096), 1, 28, 4, 128, causal=True),
-    Shape("digits", (20, 60, 33, 41, 27, 50, 38, 22) * 8, 16, 4, 4, 32),
-)
-DECODES = (("qwen2vl_7b_decode", 28, 4, 128), ("vicuna_7b_decode", 32, 32, 128))
+# Images of different size, as dynamic resolution makes them; and windows of 8 x 8 patches.
+IMAGES = (256, 400, 144, 576, 1024, 2304, 3600, 1480)
+WINDOW = 64
 
 
 def cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
-    for shape in SHAPES:
-        yield from _cases(shape, device, dtype)
-    for decode in DECODES:
-        yield _decode_case(*decode, device, dtype)
+    cuda = device.startswith("cuda")
+    randn = partial(torch.randn, device=device, dtype=dtype)
+    for name in ("vit_l_14_336", "siglip_so400m_14_384", *(["vit_bigg_14_448"] if cuda else [])):
+        yield from dense(randn, shape(name), 32 if cuda else 1, shape(name).num_tokens)
+    for seqlen in (1024, 2048, 4096, 8192, 16384) if cuda else (256, 512, 1024):
+        yield from dense(randn, shape("qwen2vl_7b"), 1, seqlen, on_line=True)
+    yield from packed(randn, shape("qwen2vl_vision"), IMAGES if cuda else IMAGES[:4])
+    yield from packed(randn, shape("qwen25vl_vision"), (WINDOW,) * (256 if cuda else 24))
+    for name in ("qwen2vl_7b", "llava15_7b"):
+        yield decode(randn, shape(name), *((16, 4096) if cuda else (2, 1024)))
 
 
-def _cases(shape: Shape, device: str, dtype: torch.dtype) -> Iterator[Case]:
-    lengths = shape.on(device)
-    tokens, heads, heads_k, dim = sum(lengths), shape.num_heads, shape.num_heads_k, shape.head_dim
-    q, dout = (torch.randn(tokens, heads, dim, device=device).to(dtype) for _ in range(2))
-    k, v = (torch.randn(tokens, heads_k, dim, device=device).to(dtype) for _ in range(2))
-    forward = _variants(lengths, shape.causal, heads != heads_k, q)
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    flops = 4 * heads * dim * sum(n * n for n in lengths) // (2 if shape.causal else 1)
-    size = (2 * heads + 2 * heads_k) * tokens * dim * dtype.itemsize
-    distinct = f"{len(lengths)}x{lengths[0]}" if len({*lengths}) == 1 else f"{len(lengths)} seqs"
-    common: dict[str, Any] = {
-        "op": "attention",
-        "shape": f"{shape.name} {distinct} {heads}/{heads_k}x{dim}",
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-    yield Case(
-        **common, direction="fwd", bytes=size, flops=flops,
-        variants={name: _forward(run, (q, k, v)) for name, run in forward.items()},
-    )  # fmt: skip
-    yield Case(
-        **common, direction="fwd+bwd", bytes=3 * size, flops=7 * flops // 2,
-        variants={name: _both(run, leaves, dout) for name, run in forward.items()},
-    )  # fmt: skip
+def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    qt, kt, vt = (x.transpose(-3, -2) for x in (q, k, v))
+    gqa = q.shape[-2] != k.shape[-2]
+    out = F.scaled_dot_product_attention(qt, kt, vt, is_causal=causal, enable_gqa=gqa)
+    return out.transpose(-3, -2)
 
 
-def _forward(run: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Callable[[], Tensor]:
-    def call() -> Tensor:
-        with torch.no_grad():
-            return run(*inputs)
-
-    return call
-
-
-def _both(
-    run: Callable[..., Tensor], leaves: Sequence[Tensor], dout: Tensor
-) -> Callable[[], tuple[Tensor, ...]]:
-    return lambda: torch.autograd.grad(run(*leaves), leaves, dout)
-
-
-def _variants(
-    lengths: tuple[int, ...], causal: bool, gqa: bool, like: Tensor
-) -> dict[str, Callable[..., Tensor]]:
-    cu_seqlens = torch.tensor((0, *lengths), device=like.device).cumsum(0).int()
-    longest = max(lengths)
-
-    def vlmkernels(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return ops.attention(q, k, v, causal=causal, cu_seqlens_q=cu_seqlens, max_seqlen_q=longest)
-
-    def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        out = scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=gqa
-        )
-        return out[0].transpose(0, 1)
-
-    def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """As transformers' vision towers do it: split, attend one by one, concatenate."""
-        parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-        return torch.cat([sdpa(*part) for part in parts])
-
-    variants: dict[str, Callable[..., Tensor]] = {"vlmkernels": vlmkernels, "eager": eager}
-    if len(lengths) > 1 and sum(lengths) <= 16384:
-        mask = _block_mask(lengths, causal, like)
-        variants["sdpa dense mask"] = lambda q, k, v: sdpa(q, k, v, mask)
-    return variants
-
-
-def _block_mask(lengths: tuple[int, ...], causal: bool, like: Tensor) -> Tensor:
-    index = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    mask = index[:, None] == index
-    return (mask.tril() if causal else mask).to(like.device)
-
-
-def _decode_case(
-    name: str, num_heads: int, num_heads_k: int, head_dim: int, device: str, dtype: torch.dtype
-) -> Case:
-    batch, seqlen = (16, 4096) if device == "cuda" else (2, 1024)
-    q = torch.randn(batch, 1, num_heads, head_dim, device=device).to(dtype)
-    k, v = (
-        torch.randn(batch, seqlen, num_heads_k, head_dim, device=device).to(dtype) for _ in range(2)
+def dense(
+    randn: Any, s: Shape, batch: int, seqlen: int, *, on_line: bool = False
+) -> Iterator[Case]:
+    q = randn(batch, seqlen, s.num_heads, s.head_dim).requires_grad_()
+    k, v = (randn(batch, seqlen, s.num_heads_k, s.head_dim).requires_grad_() for _ in range(2))
+    yield from both_directions(
+        "attention",
+        {"q": q, "k": k, "v": v, "causal": s.causal},
+        sdpa,
+        op="attention",
+        shape=f"{s.name} {batch}x{seqlen} {s.num_heads}/{s.num_heads_k}x{s.head_dim}",
+        dtype=dtype_name(q),
+        **work(q, k, batch * seqlen**2, s),
+        seqlen=seqlen if on_line else 0,
     )
-    cache_seqlens = torch.full((batch,), seqlen, dtype=torch.int32, device=device)
 
-    def eager() -> Tensor:
-        qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
-        out = scaled_dot_product_attention(qt, kt, vt, enable_gqa=num_heads != num_heads_k)
-        return out.transpose(1, 2)
 
+def packed(randn: Any, s: Shape, lengths: tuple[int, ...]) -> Iterator[Case]:
+    tokens, same = sum(lengths), len({*lengths}) == 1
+    q, k, v = (randn(tokens, s.num_heads, s.head_dim).requires_grad_() for _ in range(3))
+    cu_seqlens = torch.tensor((0, *lengths), device=q.device).cumsum(0).int()
+
+    def eager(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+        parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+        return torch.cat([sdpa(*(x[None] for x in part))[0] for part in parts])
+
+    sizes = f"{len(lengths)}x{lengths[0]}" if same else f"{len(lengths)} images {tokens}"
+    yield from both_directions(
+        "attention",
+        {
+            **{"q": q, "k": k, "v": v, "cu_seqlens_q": cu_seqlens},
+            **{"max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths)},
+        },
+        eager,
+        op="attention",
+        shape=f"{s.name} packed {sizes} {s.num_heads}x{s.head_dim}",
+        dtype=dtype_name(q),
+        **work(q, k, sum(n * n for n in lengths), s),
+    )
+
+
+def work(q: Tensor, k: Tensor, pairs: int, s: Shape) -> dict[str, tuple[int, int]]:
+    """Bytes and FLOPs of forward and backward; pairs of a query and a key, without the mask."""
+    flops = 4 * pairs * s.num_heads * s.head_dim // (2 if s.causal else 1)
+    num_bytes = 2 * (q.numel() + k.numel()) * q.itemsize
+    # Backward reads q, k, v, out, dout and writes dq, dk, dv; five products instead of two.
+    backward = (4 * q.numel() + 4 * k.numel()) * q.itemsize
+    return {"bytes": (num_bytes, backward), "flops": (flops, 5 * flops // 2)}
+
+
+def decode(randn: Any, s: Shape, batch: int, seqlen: int) -> Case:
+    """One new token of every row against a full cache."""
+    inputs: dict[str, Tensor] = {
+        "q": randn(batch, 1, s.num_heads, s.head_dim),
+        "k_cache": randn(batch, seqlen, s.num_heads_k, s.head_dim),
+        "v_cache": randn(batch, seqlen, s.num_heads_k, s.head_dim),
+    }
+    seqlens = torch.full((batch,), seqlen, dtype=torch.int32, device=inputs["q"].device)
+    inputs["cache_seqlens"] = seqlens
+
+    def eager(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor) -> Tensor:
+        return sdpa(q, k_cache, v_cache)
+
+    cache = inputs["k_cache"]
     return Case(
         op="attention_decode",
-        shape=f"{name} {batch}x{seqlen} {num_heads}/{num_heads_k}x{head_dim}",
-        dtype=str(dtype).removeprefix("torch."),
+        shape=f"{s.name} {batch}x{seqlen} {s.num_heads}/{s.num_heads_k}x{s.head_dim}",
+        dtype=dtype_name(cache),
         direction="fwd",
-        bytes=2 * k.numel() * dtype.itemsize,
-        flops=4 * batch * num_heads * seqlen * head_dim,
+        bytes=2 * cache.numel() * cache.itemsize,
+        flops=4 * batch * s.num_heads * seqlen * s.head_dim,
         variants={
-            "vlmkernels": lambda: ops.attention_decode(q, k, v, cache_seqlens),
-            "eager": eager,
+            "vlmkernels": forward(ops.attention_decode, inputs),
+            "eager": forward(eager, inputs),
         },
+        function="attention_decode",
+        inputs=inputs,
+        eager=eager,
     )

@@ -1,23 +1,28 @@
 """null against torch's clone: the memory ceiling of this machine."""
 
 from collections.abc import Iterator
-from functools import partial
 
 import torch
+from torch import Tensor
 
-from bench.case import Case
-from vlmkernels import ops
+from bench.case import Case, both_directions, dtype_name
+
+
+def clone(x: Tensor) -> Tensor:
+    return x.clone()
 
 
 def cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
     for num_bytes in (1 << 16, 1 << 22, 1 << 26):
         x = torch.randn(num_bytes // dtype.itemsize, device=device).to(dtype)
-        yield Case(
+        forward, _ = both_directions(
+            "null",
+            {"x": x.requires_grad_()},
+            clone,
             op="null",
             shape=f"{num_bytes >> 10} KiB",
-            dtype=str(dtype).removeprefix("torch."),
-            direction="fwd",
-            bytes=2 * num_bytes,
-            flops=0,
-            variants={"vlmkernels": partial(ops.null, x), "eager": x.clone},
+            dtype=dtype_name(x),
+            bytes=(2 * num_bytes,) * 2,
+            flops=(0, 0),
         )
+        yield forward

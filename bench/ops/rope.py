@@ -1,17 +1,19 @@
-"""rope against transformers' code, which reads tables of cos and sin made once per forward pass.
+"""rope against transformers' code, which reads tables of cos and sin made once for all layers.
 
-`vlmkernels` computes cos and sin in every call, `vlmkernels from tables` reads the same tables.
+mrope and vision_rope compute cos and sin in every call; rope_from_tables reads the same tables.
+q and k are slices of a fused qkv, as the models have them.
 """
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.case import Case
-from vlmkernels import ops
+from bench.case import Case, both_directions, dtype_name
+from vlmkernels.testing.shapes import Shape, shape
+
+SECTIONS = (16, 24, 24)
 
 
 def rotate_half(x: Tensor) -> Tensor:
@@ -32,61 +34,57 @@ def eager_vision(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 
 
 def cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
-    scale = 16 if device == "cuda" else 1
-    # name, tokens, num_heads, num_heads_k, head_dim
-    for shape in (
-        ("qwen2vl_7b", 512 * scale, 28, 4, 128),
-        ("qwen2vl_7b decode", 8, 28, 4, 128),
-        ("qwen2vl_vision", 1024 * scale, 16, 16, 80),
+    scale = 16 if device.startswith("cuda") else 1
+    for name, tokens in (
+        *(("qwen2vl_7b", 512 * scale), ("qwen2vl_7b", 8), ("qwen2vl_2b", 512 * scale)),
+        ("qwen2vl_vision", 1024 * scale),
     ):
-        yield from cases_of(device, dtype, *shape)
+        yield from cases_of(shape(name), tokens, device, dtype)
 
 
-def cases_of(
-    device: str, dtype: torch.dtype, name: str, tokens: int, heads: int, heads_k: int, head_dim: int
-) -> Iterator[Case]:
-    """Forward and backward; q and k are slices of a fused qkv, as the models have them."""
-    vision = "vision" in name
-    qkv = torch.randn(tokens, heads + 2 * heads_k, head_dim, device=device).to(dtype)
-    q, k, _ = qkv.split([heads, heads_k, heads_k], dim=1)
-    positions = torch.arange(tokens, device=device).repeat(2 if vision else 3, 1) % 1000
-    angles = positions[0].unsqueeze(-1) * 1e4 ** -torch.linspace(0, 1, head_dim // 2, device=device)
-    cos, sin = (
-        t.repeat(1, 2).to(torch.float32 if vision else dtype) for t in (angles.cos(), angles.sin())
-    )
-    eager = eager_vision if vision else eager_text
+def cases_of(s: Shape, tokens: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
+    heads = [s.num_heads, s.num_heads_k, s.num_heads_k]
+    qkv = torch.randn(tokens, sum(heads), s.head_dim, device=device, dtype=dtype)
+    q, k, _ = qkv.requires_grad_().split(heads, dim=1)
+    axes = 2 if s.is_vision else 3
+    positions = torch.arange(tokens, device=device).repeat(axes, 1) % 1000
+    positions = (positions * torch.arange(1, axes + 1, device=device)[:, None]) % 1000
+    cos, sin = (t.to(torch.float32 if s.is_vision else dtype) for t in tables(positions, s))
+    eager = eager_vision if s.is_vision else eager_text
 
-    def ours(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        if vision:
-            return ops.vision_rope(q, k, positions)
-        return ops.mrope(q, k, positions, (16, 24, 24))
+    def eager_with_tables(q: Tensor, k: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+        return eager(q, k, cos, sin)
 
-    rotations = {
-        "vlmkernels": ours,
-        "vlmkernels from tables": lambda q, k: ops.rope_from_tables(q, k, cos, sin),
-        "eager": lambda q, k: eager(q, k, cos, sin),
+    numbers = q.numel() + k.numel()
+    common: dict[str, Any] = {
+        "shape": f"{s.name} {tokens} {s.num_heads}+{s.num_heads_k}x{s.head_dim}",
+        "dtype": dtype_name(q),
+        "bytes": (2 * numbers * q.itemsize,) * 2,
+        "flops": (3 * numbers,) * 2,
     }
-    directions: dict[str, dict[str, Callable[[], Any]]] = {
-        "fwd": {name: partial(rotate, q, k) for name, rotate in rotations.items()},
-        "bwd": {name: gradient(rotate, q, k) for name, rotate in rotations.items()},
-    }
-    for direction, variants in directions.items():
-        yield Case(
-            op="rope",
-            shape=f"{name} {tokens}x{heads}+{heads_k}x{head_dim}",
-            dtype=str(dtype).removeprefix("torch."),
-            direction=direction,
-            bytes=2 * (q.numel() + k.numel()) * dtype.itemsize,
-            flops=3 * (q.numel() + k.numel()),
-            variants=variants,
+    rotary = {"q": q, "k": k, "position_ids": positions}
+    if s.is_vision:
+        yield from both_directions(
+            "vision_rope", rotary, eager_with_tables, op="vision_rope", **common
         )
+    else:
+        rotary["sections"] = SECTIONS
+        yield from both_directions("mrope", rotary, eager_with_tables, op="mrope", **common)
+    given = {"q": q, "k": k, "cos": cos, "sin": sin}
+    yield from both_directions("rope_from_tables", given, eager, op="rope_from_tables", **common)
 
 
-def gradient(
-    rotate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], q: Tensor, k: Tensor
-) -> Callable[[], tuple[Tensor, ...]]:
-    """A function that runs only the backward of rotate(q, k)."""
-    inputs = [x.detach().requires_grad_() for x in (q, k)]
-    outputs = rotate(*inputs)
-    grads = [torch.randn_like(x) for x in outputs]
-    return lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True)
+def tables(positions: Tensor, s: Shape) -> tuple[Tensor, Tensor]:
+    """cos and sin (num_tokens, head_dim), float32, as transformers' rotary modules give them."""
+    pairs = s.head_dim // 2
+    if s.is_vision:
+        quarter = torch.arange(pairs // 2, device=positions.device).float()
+        frequencies = 1e4 ** (-quarter / (pairs // 2))
+        angles = torch.cat([row.float().outer(frequencies) for row in positions], dim=-1)
+    else:
+        steps = torch.arange(pairs, device=positions.device).float()
+        sections = torch.tensor(SECTIONS, device=positions.device)
+        axis = torch.arange(3, device=positions.device).repeat_interleave(sections)
+        angles = positions.float()[axis].T * 1e6 ** (-steps / pairs)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()

@@ -48,9 +48,10 @@ __device__ void load_tile(uint32_t tile, const T* source, int64_t row_stride, in
 
 // What a fragment of 16x16 elements is to the product a b of m16n8k16.
 enum class Operand {
-    kA,           // tile is m x k: the four registers of a
-    kB,           // tile is n x k: b of n tiles 0 (registers 0, 1) and 1 (registers 2, 3)
-    kBTransposed  // tile is k x n: as kB
+    kA,            // tile is m x k: the four registers of a
+    kATransposed,  // tile is k x m: as kA
+    kB,            // tile is n x k: b of n tiles 0 (registers 0, 1) and 1 (registers 2, 3)
+    kBTransposed   // tile is k x n: as kB
 };
 
 // Loads 16x16 fragments of a tile; holds what depends on the lane only.
@@ -60,7 +61,7 @@ struct FragmentLoader {
     uint32_t row_offset, chunk_offset;
 
     __device__ explicit FragmentLoader(int lane) {
-        const bool chunk_by_8 = kOperand == Operand::kB;
+        const bool chunk_by_8 = kOperand == Operand::kB || kOperand == Operand::kATransposed;
         const int row = lane % 8 + (lane / (chunk_by_8 ? 16 : 8) % 2) * 8;
         const int chunk = lane / (chunk_by_8 ? 8 : 16) % 2;
         row_offset = row * Layout::kRowBytes;
@@ -71,7 +72,7 @@ struct FragmentLoader {
         constexpr int kGroup = Layout::kGroup;
         const uint32_t address = tile + row_offset + (chunk_offset ^ chunk0 % kGroup * 16) +
                                  (row0 * Layout::kRowBytes + chunk0 / kGroup * kGroup * 16);
-        if constexpr (kOperand == Operand::kBTransposed)
+        if constexpr (kOperand == Operand::kBTransposed || kOperand == Operand::kATransposed)
             ldmatrix_transposed(fragment, address);
         else
             ldmatrix(fragment, address);

@@ -38,6 +38,22 @@ __device__ inline void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
+// cp_async of 4, 8 or 16 bytes; both addresses need that alignment only.
+template <int kBytes>
+__device__ void cp_async(uint32_t shared, const void* global, bool valid = true) {
+    if constexpr (kBytes == 16)
+        cp_async(shared, global, valid);
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;\n" ::"r"(shared), "l"(global),
+                     "n"(kBytes), "r"(valid ? kBytes : 0)
+                     : "memory");
+}
+__device__ inline void store_shared(uint32_t shared, const uint32_t (&r)[4]) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(shared), "r"(r[0]), "r"(r[1]),
+                 "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
+
 // Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
 __device__ inline void ldmatrix(uint32_t (&r)[4], uint32_t shared) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"

@@ -91,8 +91,11 @@ static Patches patches_of(const Tensor& x, const Tensor& weight) {
         p.stride_t = video ? x.stride(2) : 0;
         p.stride_h = x.stride(-2);
     }
-    if (p.num_patches >= int64_t(1) << 31)
-        value_error(x, "must have fewer than 2^31 patches", std::to_string(p.num_patches));
+    if (p.num_patches >= int64_t(1) << 30)
+        value_error(x, "must have fewer than 2^30 patches", std::to_string(p.num_patches));
+    if (p.channels * p.stride_channel + p.patch_t * p.stride_t + p.patch_h * p.stride_h >=
+        int64_t(1) << 31)
+        value_error(x, "must have fewer than 2^31 elements per image", shape_text(x));
     expect_last_dim_contiguous(x);
     return p;
 }
@@ -131,8 +134,8 @@ static bool patch_embed(py::handle x_, py::handle weight_, py::handle bias_, py:
                        .dim = dim,
                        .num_positions = positions,
                        .dtype = x.dtype};
-    (void)p;
-    return false;  // the kernels follow }, nullptr);
+    return has_kernel(x.dtype) &&
+           run(x, [&](Stream stream) { return launch_patch_embed(p, stream); }, nullptr);
 }
 
 static bool patch_embed_dx(py::handle dy_, py::handle weight_, py::handle dx_) {
@@ -152,8 +155,8 @@ static bool patch_embed_dx(py::handle dy_, py::handle weight_, py::handle dx_) {
                          .patches = patches,
                          .dim = dim,
                          .dtype = dy.dtype};
-    (void)p;
-    return false;  // the kernels follow }, nullptr);
+    return has_kernel(dy.dtype) &&
+           run(dy, [&](Stream stream) { return launch_patch_embed_dx(p, stream); }, nullptr);
 }
 
 static bool patch_embed_dweight(py::handle dy_, py::handle x_, py::handle dweight_,
@@ -191,8 +194,8 @@ static bool patch_embed_dweight(py::handle dy_, py::handle x_, py::handle dweigh
                               .dim = dim,
                               .num_splits = workspace.given ? splits : 1,
                               .dtype = dy.dtype};
-    (void)p;
-    return false;  // the kernels follow }, nullptr);
+    return has_kernel(dy.dtype) &&
+           run(dy, [&](Stream stream) { return launch_patch_embed_dweight(p, stream); }, nullptr);
 }
 
 static const Binding binding([](py::module_& m) {

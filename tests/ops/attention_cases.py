@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.conftest import Backend
 from vlmkernels import ops
-from vlmkernels.testing import assert_as_accurate
+from vlmkernels.testing import assert_as_accurate, max_error
 
 Attention = Callable[..., tuple[Tensor, Tensor]]
 
@@ -95,7 +95,18 @@ def check(p: Problem, attention: Attention, by_hand: Attention, name: str = "") 
     same[1] = p.to(torch.float32).results(by_hand)[1]
     for part, *values in zip(("out", "lse", "dq", "dk", "dv"), got, same, exact, strict=True):
         assert values[0].is_contiguous()
-        assert_as_accurate(f"{name} {part}", *values)
+        if not (part.startswith("d") and max_error(values[0], values[2]) <= cancellation(p)):
+            assert_as_accurate(f"{name} {part}", *values)
+
+
+def cancellation(p: Problem) -> float:
+    """In ds = p (dout v^T - delta) the difference may be far smaller than its terms: one float32
+    rounding of these, through k or q, is no error of the kernel."""
+    if not p.k.numel() or not p.q.numel():
+        return 0.0
+    term = p.dout.double().norm(dim=-1).max() * p.v.double().norm(dim=-1).max()
+    factor = torch.maximum(p.q.abs().max(), p.k.abs().max()) * p.q.shape[-1] ** -0.5
+    return float(torch.finfo(torch.float32).eps * term * factor)
 
 
 def check_dense(
@@ -114,8 +125,6 @@ def check_dense(
     )
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return ops.attention(
-            q, k, v, causal=causal, softmax_scale=softmax_scale, return_lse=True
-        )
+        return ops.attention(q, k, v, causal=causal, softmax_scale=softmax_scale, return_lse=True)
 
     check(p, ours, lambda *qkv: eager(*qkv, causal, softmax_scale), f"{shape} {causal} {dtype}")

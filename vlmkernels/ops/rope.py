@@ -15,6 +15,7 @@ from vlmkernels import _core
 from vlmkernels.ops import _library
 
 
+@_library.public
 def rope(
     q: Tensor,
     k: Tensor,
@@ -52,6 +53,7 @@ def rope(
     return _rotate(q, k, position_ids, theta, rotary_dim, [rotary_dim // 2], "sections", inplace)
 
 
+@_library.public
 def mrope(
     q: Tensor,
     k: Tensor,
@@ -79,6 +81,7 @@ def mrope(
     return _rotate(q, k, position_ids, theta, rotary_dim, list(sections), layout, inplace)
 
 
+@_library.public
 def vision_rope(
     q: Tensor, k: Tensor, position_ids: Tensor, *, theta: float = 10000.0, inplace: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -96,6 +99,7 @@ def vision_rope(
     return _rotate(q, k, position_ids, theta, head_dim, sections, "axial", inplace)
 
 
+@_library.public
 def rope_from_tables(
     q: Tensor,
     k: Tensor,

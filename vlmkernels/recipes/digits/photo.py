@@ -18,22 +18,21 @@ from vlmkernels.models.images import load_rgb
 
 from .data import CELL, MAX_COLUMNS, MAX_DIGITS, MAX_ROWS
 
-WORKING_SIDE = 480  # px: larger pictures are shrunk to this before ink is looked for
+WORKING_SIDE = 320  # px: larger pictures are shrunk to this before ink is looked for
 MIN_CONTRAST = 30  # grey levels between ink and paper
 
 Grey = NDArray[np.float64]
-Mask = NDArray[np.bool_]
 
 
 @dataclass
 class Box:
-    """Bounding box of one piece of ink, ends exclusive, and its pixels."""
+    """Bounding box of one piece of ink, ends exclusive, and the ink in it."""
 
     top: int
     bottom: int
     left: int
     right: int
-    mask: Mask
+    ink: Grey
 
     @property
     def height(self) -> int:
@@ -60,12 +59,12 @@ def normalise(image: object) -> NDArray[np.uint8]:
     for i, row in enumerate(rows):
         for j, box in enumerate(row):
             place = slice(CELL * i, CELL * (i + 1)), slice(CELL * j, CELL * (j + 1))
-            canvas[place] = _scan(box.mask)
+            canvas[place] = _scan(box.ink)
     return canvas
 
 
-def _ink(grey: NDArray[np.uint8]) -> Mask:
-    """True on ink. Paper is what a wide median filter leaves; ink differs from it."""
+def _ink(grey: NDArray[np.uint8]) -> Grey:
+    """0 on paper to 1 on full ink. Paper is what a wide median filter leaves."""
     picture = Image.fromarray(grey)
     if max(picture.size) > WORKING_SIDE:
         picture.thumbnail((WORKING_SIDE, WORKING_SIDE), Image.Resampling.BOX)
@@ -74,9 +73,11 @@ def _ink(grey: NDArray[np.uint8]) -> Mask:
     dark, light = -np.percentile(difference, 0.5), np.percentile(difference, 99.5)
     difference = -difference if dark > light else difference
     if max(dark, light) < MIN_CONTRAST:
-        return np.zeros(values.shape, np.bool_)
-    mask: Mask = difference > _otsu(difference.clip(0))
-    return mask
+        return np.zeros(values.shape)
+    threshold = _otsu(difference.clip(0))
+    full = np.percentile(difference[difference > threshold], 75)
+    # A little below the threshold: the soft edge of a stroke is ink as well.
+    return np.where(difference > 0.7 * threshold, (difference / full).clip(0, 1), 0.0)
 
 
 def _paper(picture: Image.Image) -> Grey:
@@ -105,7 +106,7 @@ def _otsu(values: Grey) -> float:
     return float(edges[1 + int(np.argmax(below * above * (mean_below - mean_above) ** 2))])
 
 
-def _pieces(ink: Mask) -> list[Box]:
+def _pieces(ink: Grey) -> list[Box]:
     """Connected pieces of ink (8 neighbours), specks left out."""
     padded = np.pad(ink, 1)
     labels = np.zeros(padded.shape, np.int64)
@@ -122,17 +123,17 @@ def _pieces(ink: Mask) -> list[Box]:
                 if padded[near] and not labels[near]:
                     labels[near] = label
                     stack.append(near)
-        pieces.append(_box(np.array(pixels)))
+        pieces.append(_box(ink, np.array(pixels)))
     tallest = max((p.height for p in pieces), default=0)
     return [p for p in pieces if p.height >= max(4, tallest // 6)]
 
 
-def _box(pixels: NDArray[np.int64]) -> Box:
+def _box(ink: Grey, pixels: NDArray[np.int64]) -> Box:
     top, left = pixels.min(axis=0)
     bottom, right = pixels.max(axis=0) + 1
-    mask = np.zeros((bottom - top, right - left), np.bool_)
-    mask[pixels[:, 0] - top, pixels[:, 1] - left] = True
-    return Box(int(top), int(bottom), int(left), int(right), mask)
+    own = np.zeros((bottom - top, right - left))
+    own[pixels[:, 0] - top, pixels[:, 1] - left] = ink[pixels[:, 0], pixels[:, 1]]
+    return Box(int(top), int(bottom), int(left), int(right), own)
 
 
 def _join(pieces: list[Box]) -> list[Box]:
@@ -157,14 +158,14 @@ def _join(pieces: list[Box]) -> list[Box]:
 def _union(a: Box, b: Box) -> Box:
     top, left = min(a.top, b.top), min(a.left, b.left)
     bottom, right = max(a.bottom, b.bottom), max(a.right, b.right)
-    mask = np.zeros((bottom - top, right - left), np.bool_)
+    ink = np.zeros((bottom - top, right - left))
     for box in (a, b):
         place = (
             slice(box.top - top, box.bottom - top),
             slice(box.left - left, box.right - left),
         )
-        mask[place] |= box.mask
-    return Box(top, bottom, left, right, mask)
+        ink[place] += box.ink
+    return Box(top, bottom, left, right, ink)
 
 
 def _rows(boxes: list[Box]) -> list[list[Box]]:
@@ -182,11 +183,11 @@ def _rows(boxes: list[Box]) -> list[list[Box]]:
     return [sorted(row, key=lambda b: b.left) for row in rows]
 
 
-def _scan(mask: Mask) -> NDArray[np.uint8]:
-    """One digit's bitmap -> (8, 8) uint8: the ink in each of 8x8 blocks, aspect kept, centred."""
-    height, width = mask.shape
+def _scan(ink: Grey) -> NDArray[np.uint8]:
+    """One digit -> (8, 8) uint8: the ink in each of 8x8 blocks, aspect kept, centred."""
+    height, width = ink.shape
     side = max(height, width)
     square = np.zeros((side, side), np.uint8)
     top, left = (side - height) // 2, (side - width) // 2
-    square[top : top + height, left : left + width] = mask * np.uint8(255)
+    square[top : top + height, left : left + width] = (255 * ink).round()
     return np.asarray(Image.fromarray(square).resize((CELL, CELL), Image.Resampling.BOX))

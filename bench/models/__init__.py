@@ -1,0 +1,1 @@
+"""Benches of whole models, one small file each: `cases(device, dtype)` as in bench/ops."""

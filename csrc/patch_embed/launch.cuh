@@ -1,0 +1,93 @@
+// Chooses tiles and launches: included by instances/*.cu, one element type each.
+#pragma once
+
+#include "patch_embed/patch_embed.cuh"
+
+namespace vlmkernels {
+
+template <class T>
+using LargeTile = GemmTile<T, 128, 128, 32, 2, 2, 4>;
+template <class T>
+using SmallTile = GemmTile<T, 64, 64, 32, 2, 2, 4>;
+
+template <class Tile>
+int64_t num_tiles(int64_t m, int64_t n) {
+    return ((m + Tile::kM - 1) / Tile::kM) * ((n + Tile::kN - 1) / Tile::kN);
+}
+
+// Calls f.template operator()<Tile>() with the tile for an m x n result: small ones where large
+// ones would leave much of a GPU idle.
+template <class T, class F>
+Error with_tile(int64_t m, int64_t n, F&& f) {
+    if (num_tiles<LargeTile<T>>(m, n) >= 100) return f.template operator()<LargeTile<T>>();
+    return f.template operator()<SmallTile<T>>();
+}
+
+template <class Tile, class... Args>
+Error launch_tiles(void (*kernel)(Args...), int64_t m, int64_t n, int splits, Stream stream,
+                   const std::type_identity_t<Args>&... args) {
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             Tile::kSharedBytes);
+    if (error != cudaSuccess) return error;
+    const dim3 grid(unsigned(num_tiles<Tile>(m, n)), unsigned(splits));
+    kernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>(args...);
+    return cudaGetLastError();
+}
+
+template <class T>
+Error launch(const PatchEmbedParams& p, Stream stream) {
+    const int rows = int(p.patches.num_patches), dim = int(p.dim);
+    const auto* pos_embed = static_cast<const T*>(p.pos_embed);
+    const auto* bias = static_cast<const T*>(p.bias);
+    const PatchEmbedEpilogue<T> epilogue{
+        .y = {static_cast<T*>(p.y), dim, rows, dim},
+        .bias = {bias, dim, bias ? 1 : 0, dim},
+        .pos_embed = {pos_embed, dim, pos_embed ? int(p.num_positions) : 0, dim},
+        .positions = FastDivide(unsigned(p.num_positions))};
+    const MatrixView<const T> weight(static_cast<const T*>(p.weight), p.patches.num_columns, dim,
+                                     p.patches.num_columns);
+    return with_view(static_cast<const T*>(p.x), p.patches, [&]<class View>(const View& x) {
+        return with_tile<T>(rows, dim, [&]<class Tile>() {
+            return launch_tiles<Tile>(patch_embed_kernel<Tile, View, T>, rows, dim, 1, stream, x,
+                                      weight, epilogue);
+        });
+    });
+}
+
+template <class T>
+Error launch(const PatchEmbedDxParams& p, Stream stream) {
+    const int rows = int(p.patches.num_patches), dim = int(p.dim);
+    const int columns = p.patches.num_columns;
+    const MatrixView<const T> dy(static_cast<const T*>(p.dy), dim, rows, dim);
+    const MatrixView<const T> weight(static_cast<const T*>(p.weight), columns, dim, columns);
+    return with_view(static_cast<T*>(p.dx), p.patches, [&]<class View>(const View& dx) {
+        return with_tile<T>(rows, columns, [&]<class Tile>() {
+            return launch_tiles<Tile>(patch_embed_dx_kernel<Tile, View, T>, rows, columns, 1,
+                                      stream, dy, weight, dx);
+        });
+    });
+}
+
+template <class T>
+Error launch(const PatchEmbedDweightParams& p, Stream stream) {
+    const int rows = int(p.patches.num_patches), dim = int(p.dim);
+    const int columns = p.patches.num_columns;
+    const MatrixView<const T> dy(static_cast<const T*>(p.dy), dim, rows, dim);
+    auto *dweight = static_cast<T*>(p.dweight), *dbias = static_cast<T*>(p.dbias);
+    const PatchEmbedDweightEpilogue<T> epilogue{
+        .dweight = {dweight, columns, dim, columns}, .dbias = dbias, .workspace = p.workspace};
+    Error error = with_view(static_cast<const T*>(p.x), p.patches, [&]<class View>(const View& x) {
+        return with_tile<T>(dim, int64_t(columns) * p.num_splits, [&]<class Tile>() {
+            const int steps = (rows + Tile::kK - 1) / Tile::kK;
+            const int per_split = (steps + p.num_splits - 1) / p.num_splits;
+            return launch_tiles<Tile>(patch_embed_dweight_kernel<Tile, View, T>, dim, columns,
+                                      p.num_splits, stream, dy, x, per_split, epilogue);
+        });
+    });
+    if (error || !p.workspace) return error;
+    patch_embed_sum_splits_kernel<T><<<grid_for(p.dim * (columns + 1), 256), 256, 0, stream>>>(
+        p.workspace, dweight, dbias, p.num_splits, p.dim, columns);
+    return cudaGetLastError();
+}
+
+}  // namespace vlmkernels

@@ -1,0 +1,36 @@
+// Launchers: nothing to do for no patches, else by element type.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "patch_embed/patch_embed.h"
+
+namespace vlmkernels {
+
+// instances/*.cu
+template <class T>
+Error launch(const PatchEmbedParams& p, Stream stream);
+template <class T>
+Error launch(const PatchEmbedDxParams& p, Stream stream);
+template <class T>
+Error launch(const PatchEmbedDweightParams& p, Stream stream);
+
+template <class Params>
+static Error dispatch(const Params& p, Stream stream) {
+    return p.dtype == DType::kFloat16 ? launch<__half>(p, stream)
+                                      : launch<__nv_bfloat16>(p, stream);
+}
+
+Error launch_patch_embed(const PatchEmbedParams& p, Stream stream) {
+    return p.patches.num_patches ? dispatch(p, stream) : cudaSuccess;
+}
+
+Error launch_patch_embed_dx(const PatchEmbedDxParams& p, Stream stream) {
+    return p.patches.num_patches ? dispatch(p, stream) : cudaSuccess;
+}
+
+Error launch_patch_embed_dweight(const PatchEmbedDweightParams& p, Stream stream) {
+    return dispatch(p, stream);  // no patches: zeros
+}
+
+}  // namespace vlmkernels

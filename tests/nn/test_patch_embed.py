@@ -1,0 +1,101 @@
+"""PatchEmbed2d, PatchEmbed3d in the place of torch's convolutions and transformers' modules."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from vlmkernels import nn
+
+transformers = pytest.importorskip("transformers")
+
+
+def tokens(y: Tensor) -> Tensor:
+    return y.flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize(("kernel_size", "bias"), [*product([4, (4, 6)], [True, False])])
+def test_conv2d(kernel_size: int | tuple[int, int], bias: bool) -> None:
+    conv = torch.nn.Conv2d(3, 16, kernel_size, stride=kernel_size, bias=bias)
+    module = nn.PatchEmbed2d(3, 16, kernel_size, bias)
+    assert [*module.state_dict()] == [*conv.state_dict()]
+    module.load_state_dict(conv.state_dict())
+    x = torch.randn(2, 3, 13, 14)
+    torch.testing.assert_close(module(x), tokens(conv(x)))
+    pos_embed = torch.randn(module(x).shape[1:])
+    torch.testing.assert_close(module(x, pos_embed), tokens(conv(x)) + pos_embed)
+
+
+def test_conv3d() -> None:
+    conv = torch.nn.Conv3d(3, 16, (2, 4, 4), stride=(2, 4, 4), bias=False)
+    module = nn.PatchEmbed3d(3, 16, (2, 4, 4), bias=False)
+    conv.load_state_dict(module.state_dict())
+    x = torch.randn(2, 3, 5, 8, 12)
+    torch.testing.assert_close(module(x), tokens(conv(x)))
+
+
+def test_initialised_as_the_convolution() -> None:
+    torch.manual_seed(1)
+    conv = torch.nn.Conv2d(3, 16, 4, dtype=torch.bfloat16)
+    torch.manual_seed(1)
+    module = nn.PatchEmbed2d(3, 16, 4, dtype=torch.bfloat16)
+    assert torch.equal(module.weight, conv.weight) and torch.equal(module.bias, conv.bias)
+    assert nn.PatchEmbed2d(3, 16, 4, device="meta").weight.is_meta
+
+
+def test_from_conv_shares_parameters() -> None:
+    conv = torch.nn.Conv2d(3, 16, 4, stride=4).eval()
+    module = nn.PatchEmbed2d.from_conv(conv)
+    assert module.weight is conv.weight and module.bias is conv.bias and not module.training
+    assert isinstance(module, nn.PatchEmbed2d)
+    x = torch.randn(1, 3, 8, 8)
+    module(x).sum().backward()
+    ours = conv.weight.grad.clone()
+    conv.zero_grad()
+    conv(x).sum().backward()
+    torch.testing.assert_close(ours, conv.weight.grad)
+    assert "3, 16, kernel_size=(4, 4), bias=True" in repr(module)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"stride": 2}, {"stride": 4, "padding": 1}, {"stride": 4, "dilation": 2}, {"groups": 3}],
+)
+def test_from_conv_refuses_other_convolutions(arguments: dict[str, int]) -> None:
+    conv = torch.nn.Conv2d(3, 15, 4, **{"stride": 4, **arguments})
+    with pytest.raises(ValueError, match=r"conv must have stride == kernel_size, .* got Conv2d\("):
+        nn.PatchEmbed2d.from_conv(conv)
+    with pytest.raises(TypeError, match="conv must be a Conv3d, got Conv2d"):
+        nn.PatchEmbed3d.from_conv(conv)
+
+
+def test_qwen2_vl() -> None:
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import PatchEmbed
+
+    theirs = PatchEmbed(patch_size=14, temporal_patch_size=2, in_channels=3, embed_dim=32)
+    ours = nn.PatchEmbed3d.from_conv(theirs.proj)
+    rows = torch.randn(12, 3 * 2 * 14 * 14)
+    torch.testing.assert_close(ours(rows), theirs(rows))
+
+
+def test_vit() -> None:
+    from transformers.models.vit.modeling_vit import ViTConfig, ViTEmbeddings
+
+    config = ViTConfig(hidden_size=32, image_size=32, patch_size=8, hidden_dropout_prob=0.0)
+    theirs = ViTEmbeddings(config)
+    ours = nn.PatchEmbed2d.from_conv(theirs.patch_embeddings.projection)
+    x = torch.randn(2, 3, 32, 32)
+    got = ours(x, theirs.position_embeddings[0, 1:].contiguous())
+    torch.testing.assert_close(got, theirs(x)[:, 1:])
+
+
+def test_clip() -> None:
+    from transformers.models.clip.modeling_clip import CLIPVisionConfig, CLIPVisionEmbeddings
+
+    config = CLIPVisionConfig(hidden_size=32, num_attention_heads=2, image_size=28, patch_size=14)
+    theirs = CLIPVisionEmbeddings(config)
+    ours = nn.PatchEmbed2d.from_conv(theirs.patch_embedding)
+    x = torch.randn(2, 3, 28, 28)
+    got = ours(x, theirs.position_embedding.weight[1:])
+    torch.testing.assert_close(got, theirs(x)[:, 1:])
