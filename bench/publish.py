@@ -48,7 +48,7 @@ def results_page(root: Path, runs: list[tuple[str, Run]]) -> str:
         wrong = wrong_rivals(run)
         if wrong:
             parts.append("Wrong, and not timed:\n" + "\n".join(f"- {line}" for line in wrong))
-        pictures = sorted(_pictures(root, name).glob("*.svg"))
+        pictures = sorted(_pictures(root, name).glob("*.png"))
         parts += [f"![{p.stem}]({p.relative_to(root / 'docs')})" for p in pictures]
     parts += [] if runs else [NO_RUN]
     if counted.RESULT.exists():
@@ -115,7 +115,7 @@ def draw(root: Path = ROOT) -> None:
         folder = _pictures(root, name)
         folder.mkdir(parents=True)
         for file, figure in plot.figures(run).items():
-            figure.savefig(folder / f"{file}.svg", metadata={"Date": None})
+            figure.savefig(folder / f"{file}.png", dpi=100)
 
 
 def main() -> None:
