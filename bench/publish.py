@@ -35,7 +35,7 @@ COUNTED = """## Counted, not measured
 What each CUDA kernel costs in a small call, counted without a GPU: registers, shared memory and
 stack (spills would be there) by the compiler, the rest by executing it on an emulated CUDA runtime.
 "floor us" is what the busiest unit of an {gpu} needs for these counts at its full rate on all SMs;
-it ignores latency, DRAM and launches, and is no prediction."""
+it ignores latency, DRAM and launches, and is no prediction. Commit {commit}."""
 
 
 def results_page(root: Path, runs: list[tuple[str, Run]]) -> str:
@@ -63,7 +63,8 @@ def _pictures(root: Path, name: str) -> Path:
 def _counted_section(document: Run) -> str:
     lines = ["| " + " | ".join(counted.HEAD) + " |", "|" + "---|" * len(counted.HEAD)]
     lines += ["| " + " | ".join(counted.cells(row)) + " |" for row in document["rows"]]
-    return COUNTED.format(gpu=document["gpu"]["name"]) + "\n\n" + "\n".join(lines)
+    text = COUNTED.format(gpu=document["gpu"]["name"], commit=document["commit"])
+    return text + "\n\n" + "\n".join(lines)
 
 
 def readme_table(runs: list[tuple[str, Run]]) -> str:
