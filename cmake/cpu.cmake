@@ -1,5 +1,6 @@
 # CPU kernels (csrc/<room>/<room>_cpu.cpp) are compiled once per instruction set; csrc/common/isa.h picks one at run time.
 # VLMKERNELS_ISA names the tag type that each copy instantiates its entry points for.
+include(CheckCXXCompilerFlag)
 set(VLMKERNELS_CPU_LIBRARIES "")
 function(add_cpu_kernels sources)
   if(NOT sources)
@@ -12,6 +13,11 @@ function(add_cpu_kernels sources)
   set(flags_Baseline "")
   set(flags_Avx2 -mavx2 -mfma -mf16c)
   set(flags_Avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512)
+  # Tiles are used by hand only, where isa_level() says that there are some.
+  check_cxx_compiler_flag("-mamx-tile -mamx-bf16" has_amx_flags)
+  if(has_amx_flags)
+    list(APPEND flags_Avx512 -mamx-tile -mamx-bf16)
+  endif()
   foreach(isa ${isas})
     add_library(cpu_${isa} OBJECT ${sources})
     target_include_directories(cpu_${isa} PRIVATE csrc)

@@ -95,7 +95,7 @@ def test_python_function_length(path: Path) -> None:
 
 def cpp_functions(text: str) -> Iterator[tuple[str, int]]:
     """(head, lines) of each function body; namespaces, structs and enums are looked into."""
-    text = re.sub(r"//[^\n]*", "", text)
+    text = re.sub(r"//[^\n]*|^#(\\\n|[^\n])*", "", text, flags=re.M)
     text = re.sub(r'"(\\.|[^"\\\n])*"', '""', text)
     depth, head, begin, line = 0, "", 0, 1
     open_heads: list[str] = []

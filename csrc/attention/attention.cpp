@@ -48,13 +48,13 @@ static AttentionParams check_qkv(const Tensor& q, const Tensor& k, const Tensor&
         if (t->ndim != rank)
             value_error(*t, std::string("must have shape ") + words, shape_text(*t));
     expect_dtype(q, kFloats);
-    expect_rows(q);
-    expect_like(k, q);
-    expect_like(v, q);
     const int64_t head_dim = q.size(-1), num_heads = q.size(-2), num_heads_k = k.size(-2);
     if (head_dim < 8 || head_dim > kMaxHeadDim || head_dim % 8)
         value_error(q, "must have a head_dim that is a multiple of 8 from 8 to 256",
                     std::to_string(head_dim));
+    expect_rows(q);
+    expect_like(k, q);
+    expect_like(v, q);
     if (k.size(-1) != head_dim)
         value_error(k, "must have the head_dim of q (" + std::to_string(head_dim) + ")",
                     std::to_string(k.size(-1)));
@@ -155,8 +155,9 @@ static void set_outputs(AttentionParams& p, const Tensor& q, const Tensor& out, 
     expect_lse(lse, q);
     p.out = heads_view(out);
     p.lse = lse.ptr<float>();
-    p.lse_batch_stride = q.ndim == 4 ? lse.stride(0) : 0;
-    p.lse_head_stride = lse.stride(-2);
+    p.lse_batch_stride =
+        q.ndim == 4 ? q.size(-2) * q.size(-3) : 0;  // of empty ones torch has others
+    p.lse_head_stride = q.size(-3);
 }
 
 // A CUDA kernel takes 16-bit floats; a CPU kernel also float32.

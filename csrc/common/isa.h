@@ -16,8 +16,9 @@ struct Avx512 {
     static constexpr const char* kName = "avx512";
 };
 
-// The best instruction set of this machine: 0 baseline, 1 avx2, 2 avx512. The environment variable
-// VLMKERNELS_ISA (one of these names, read once) caps it; another value is an invalid_argument.
+// The best instruction set of this machine: 0 baseline, 1 avx2, 2 avx512, 3 amx (avx512 with tiles
+// of bfloat16, for the few kernels that ask). The environment variable VLMKERNELS_ISA (one of these
+// names, read once) caps it; another value is an invalid_argument.
 int isa_level();
 
 // Calls f.template operator()<Isa>() with the tag of isa_level().
@@ -25,7 +26,7 @@ template <class F>
 auto dispatch_isa(F&& f) {
 #if defined(__x86_64__)
     const int level = isa_level();
-    if (level == 2) return f.template operator()<Avx512>();
+    if (level >= 2) return f.template operator()<Avx512>();
     if (level == 1) return f.template operator()<Avx2>();
 #endif
     return f.template operator()<Baseline>();

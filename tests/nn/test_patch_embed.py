@@ -15,7 +15,7 @@ def tokens(y: Tensor) -> Tensor:
     return y.flatten(2).transpose(1, 2)
 
 
-@pytest.mark.parametrize(("kernel_size", "bias"), product([4, (4, 6)], [True, False]))
+@pytest.mark.parametrize(("kernel_size", "bias"), [*product([4, (4, 6)], [True, False])])
 def test_conv2d(kernel_size: int | tuple[int, int], bias: bool) -> None:
     conv = torch.nn.Conv2d(3, 16, kernel_size, stride=kernel_size, bias=bias)
     module = nn.PatchEmbed2d(3, 16, kernel_size, bias)

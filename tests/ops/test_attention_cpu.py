@@ -85,7 +85,7 @@ def test_accuracy_of_decoding(heads: tuple[int, int], dtype: torch.dtype) -> Non
         assert_as_accurate(what, *values)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "amx"])
 def test_every_isa(isa: str) -> None:
     """The tests of accuracy again, on each instruction set up to this machine's best."""
     root = Path(__file__).resolve().parents[2]
@@ -103,7 +103,7 @@ def test_unknown_isa() -> None:
         env={**os.environ, "VLMKERNELS_ISA": "avx3"}, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 1
-    assert "VLMKERNELS_ISA must be baseline, avx2 or avx512, got avx3" in run.stderr
+    assert "VLMKERNELS_ISA must be baseline, avx2, avx512 or amx, got avx3" in run.stderr
 
 
 @pytest.mark.usefixtures("threads")

@@ -9,6 +9,7 @@ from vlmkernels import _core
 from vlmkernels.ops import _library
 
 
+@_library.public
 def attention(
     q: Tensor,
     k: Tensor,
@@ -76,6 +77,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+@_library.public
 def attention_decode(
     q: Tensor,
     k_cache: Tensor,

@@ -47,7 +47,9 @@ def test_each_digit_lands_in_its_cell(rows: list[list[int]], dark_ink: bool) -> 
     assert canvas.shape == (8 * len(rows), 8 * len(rows[0]))
     scans = load_scans()[1].pixels.astype(float)
     for cell, scan in zip(cells(canvas), chain(*rows), strict=True):
-        assert np.corrcoef(cell.ravel(), scans[scan].ravel())[0, 1] > 0.5
+        # A scan is not always centred in its own box.
+        shifted = [np.roll(cell, shift, axis=1).ravel() for shift in (-1, 0, 1)]
+        assert max(np.corrcoef(s, scans[scan].ravel())[0, 1] for s in shifted) > 0.75
 
 
 def test_a_short_row_leaves_black_cells() -> None:

@@ -91,7 +91,8 @@ def demo(
     """Show the shipped model reading digits that it never saw, or your own picture of digits."""
     from rich.console import Console
 
-    from .demo import CHECKPOINT, Reader
+    from . import CHECKPOINT
+    from .demo import Reader
 
     console = Console()
     if question is not None and image is None:
@@ -139,7 +140,8 @@ def _answers(reader: Reader, examples: list[Example], console: Console) -> list[
     with console.status(f"asking {len(examples)} questions about held-out digits"):
         answers = reader.answer(examples)
     table = Table("question", "answer", "truth")
-    for example, given in list(zip(examples, answers, strict=True))[:SHOWN]:
+    # Every fourth: another canvas and another kind of question each time.
+    for example, given in list(zip(examples, answers, strict=True))[: 4 * SHOWN : 4]:
         style = "green" if given == example.answer else "red"
         table.add_row(example.question, f"[{style}]{given}[/{style}]", example.answer)
     console.print(table)

@@ -44,11 +44,13 @@ def _draw_panel(
     picture = Image.fromarray(panel[0][0].canvas.pixels)
     size = picture.width * ZOOM, picture.height * ZOOM
     picture = picture.resize(size, Image.Resampling.NEAREST)
-    sheet.paste(picture.convert("RGB"), (left, top))
-    draw.rectangle((left - 1, top - 1, left + picture.width, top + picture.height), outline=FRAME)
+    bottom = top + space
+    sheet.paste(picture.convert("RGB"), (left, bottom - picture.height))
+    frame = (left - 1, bottom - picture.height - 1, left + picture.width, bottom)
+    draw.rectangle(frame, outline=FRAME)
     font = ImageFont.load_default(FONT_SIZE)
     for i, (example, given) in enumerate(panel):
-        at = (left, top + space + 6 + LINE * i)
+        at = (left, bottom + 6 + LINE * i)
         draw.text(at, f"{example.kind}: ", INK, font)
         x = left + draw.textlength(f"{example.kind}: ", font)
         if given == example.answer:

@@ -18,7 +18,7 @@ from vlmkernels.models.images import load_rgb
 
 from .data import CELL, MAX_COLUMNS, MAX_DIGITS, MAX_ROWS
 
-WORKING_SIDE = 480  # px: larger pictures are shrunk to this before ink is looked for
+WORKING_SIDE = 320  # px: larger pictures are shrunk to this before ink is looked for
 MIN_CONTRAST = 30  # grey levels between ink and paper
 
 Grey = NDArray[np.float64]

@@ -1,0 +1,83 @@
+// A panel: query rows whose online softmax runs block of keys by block of keys.
+#pragma once
+
+#include "attention/attention_cpu.h"
+
+namespace vlmkernels {
+namespace {
+
+constexpr int64_t kMostLanes = 64;
+
+struct Panel {
+    int64_t begin, rows, cols;          // first row of the problem, rows that exist, vectors
+    int64_t fewest_keys, most_keys;     // that a row sees
+    float* q;                           // as columns: [head_dim, lanes]
+    float* out;                         // [head_dim, lanes], to be divided by sum
+    bool started = false;               // out holds something
+    alignas(64) float max[kMostLanes];  // of the scores, in base 2, so far
+    alignas(64) float sum[kMostLanes];
+    alignas(64) float rescale[kMostLanes];
+    alignas(64) int32_t visible[kMostLanes];
+};
+
+// A panel of rows [begin, end) that has seen no key; fills rows with where they are in q.
+template <class T>
+void start_panel(Panel& panel, const Problem& problem, int64_t begin, int64_t end, const T** rows) {
+    panel.begin = begin;
+    panel.rows = end - begin;
+    panel.fewest_keys = problem.visible(begin / problem.group);  // rows see ever more keys
+    panel.most_keys = problem.visible((end - 1) / problem.group);
+    panel.started = false;
+    std::fill(panel.max, panel.max + kMostLanes, -kInfinity);
+    std::fill(panel.sum, panel.sum + kMostLanes, 0.f);
+    problem.for_rows(begin, panel.rows, [&](int64_t lane, int64_t token, int64_t head) {
+        rows[lane] = problem.query<const T>(problem.p.q, token, head);
+        panel.visible[lane] = int32_t(problem.visible(token));
+    });
+    std::fill(panel.visible + panel.rows, panel.visible + kMostLanes, int32_t(panel.most_keys));
+}
+
+// Takes the scores of a block, times scale, into the maxima, and scales the sums to them. `base` is
+// what to subtract from the scaled scores before exp2.
+template <int kCols>
+void raise_max(Panel& panel, const float* scores, int64_t keys, float scale, Vec (&base)[kCols]) {
+    for (int c = 0; c < kCols; ++c) base[c] = splat(-kInfinity);
+    for (int64_t key = 0; key < keys; ++key)
+        for (int c = 0; c < kCols; ++c)
+            base[c] = max(base[c], load(scores + (key * kCols + c) * kWidth));
+    for (int c = 0; c < kCols; ++c) {
+        const int lane = c * kWidth;
+        const Vec before = load(panel.max + lane), now = max(before, base[c] * scale);
+        base[c] = now == -kInfinity ? Vec{} : now;  // nothing seen yet
+        const Vec rescale = exp2(before - base[c]);
+        store(panel.max + lane, now);
+        store(panel.rescale + lane, rescale);
+        store(panel.sum + lane, load(panel.sum + lane) * rescale);
+    }
+}
+
+template <int kCols>
+void add_sums(Panel& panel, const Vec (&sums)[kCols]) {
+    for (int c = 0; c < kCols; ++c) {
+        float* sum = panel.sum + c * kWidth;
+        store(sum, load(sum) + sums[c]);
+    }
+}
+
+template <class T>
+void finish_panel(Panel& panel, const Problem& problem) {
+    const AttentionParams& p = problem.p;
+    if (!panel.started) std::fill(panel.out, panel.out + p.head_dim * panel.cols * kWidth, 0.f);
+    alignas(64) float scale[kMostLanes];
+    T* rows[kMostLanes];
+    problem.for_rows(panel.begin, panel.rows, [&](int64_t lane, int64_t token, int64_t head) {
+        const float sum = panel.sum[lane];
+        scale[lane] = sum == 0 ? 0 : 1 / sum;
+        rows[lane] = problem.query<T>(p.out, token, head);
+        p.lse[problem.lse_index(token, head)] = panel.max[lane] * kLn2 + std::log(sum);
+    });
+    transpose_out(panel.out, panel.cols * kWidth, panel.rows, p.head_dim, scale, rows);
+}
+
+}  // namespace
+}  // namespace vlmkernels

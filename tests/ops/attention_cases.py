@@ -1,0 +1,130 @@
+"""What the attention tests share: eager attention, random problems full of NaN traps, the check."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.conftest import Backend
+from vlmkernels import ops
+from vlmkernels.testing import assert_as_accurate, max_error
+
+Attention = Callable[..., tuple[Tensor, Tensor]]
+
+
+def eager(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool = False, softmax_scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T) v and lse, dense, all in the dtype of q: what people write by hand."""
+    seqlen_q, seqlen_k, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * (softmax_scale or q.shape[-1] ** -0.5)
+    seen = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=q.device)
+    if causal:
+        seen = seen.tril(seqlen_k - seqlen_q)
+    blind = ~seen.any(-1)  # queries that see no key
+    scores = scores.masked_fill(~seen, -torch.inf).masked_fill(blind[:, None], 0)
+    probabilities = scores.softmax(-1).masked_fill(blind[:, None], 0)
+    out = torch.einsum("bhqk,bkhd->bqhd", probabilities, v)
+    lse = scores.logsumexp(-1) if seqlen_k else scores.sum(-1)
+    return out, lse.masked_fill(blind, -torch.inf)
+
+
+def eager_packed(
+    q: Tensor, k: Tensor, v: Tensor, lengths_q: list[int], lengths_k: list[int], causal: bool
+) -> tuple[Tensor, Tensor]:
+    parts = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)
+    outs, lses = zip(*(eager(a[None], b[None], c[None], causal) for a, b, c in parts), strict=True)
+    return torch.cat(outs, 1)[0], torch.cat(lses, 2)[0]
+
+
+def cu_seqlens(lengths: list[int], device: str) -> Tensor:
+    ends = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    return torch.tensor(ends, dtype=torch.int32, device=device)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Inputs and the gradients of out and lse."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    dlse: Tensor
+
+    def to(self, dtype: torch.dtype) -> "Problem":
+        q, k, v, dout = (x.to(dtype) for x in (self.q, self.k, self.v, self.dout))
+        return replace(self, q=q, k=k, v=v, dout=dout)
+
+    def results(self, attention: Attention) -> list[Tensor]:
+        """out, lse, dq, dk, dv."""
+        leaves = [x.detach().requires_grad_() for x in (self.q, self.k, self.v)]
+        out, lse = attention(*leaves)
+        dlse = self.dlse.to(lse.dtype).masked_fill(lse == -torch.inf, 0)
+        return [out, lse, *torch.autograd.grad((out, lse), leaves, (self.dout, dlse))]
+
+
+def trapped(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    """Random heads (..., tokens, num_heads, head_dim), a slice of a larger tensor of NaN."""
+    *batch, tokens, num_heads, head_dim = shape
+    storage = torch.full((*batch, tokens + 3, num_heads + 2, head_dim + 8), torch.nan, dtype=dtype)
+    view = storage.to(device)[..., 1 : tokens + 1, 1 : num_heads + 1, :head_dim]
+    return view.copy_(torch.randn(shape))
+
+
+def problem(
+    q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: torch.dtype, backend: Backend
+) -> Problem:
+    *batch, tokens, num_heads, _ = q_shape
+    return Problem(
+        trapped(q_shape, dtype, backend.device),
+        trapped(k_shape, dtype, backend.device),
+        trapped(k_shape, dtype, backend.device),
+        trapped(q_shape, dtype, backend.device),
+        torch.randn(*batch, num_heads, tokens, device=backend.device),
+    )
+
+
+def check(p: Problem, attention: Attention, by_hand: Attention, name: str = "") -> None:
+    """Against float64, with eager PyTorch in the same dtype (lse: float32) as the yardstick."""
+    got, same = p.results(attention), p.results(by_hand)
+    exact = p.to(torch.float64).results(by_hand)
+    same[1] = p.to(torch.float32).results(by_hand)[1]
+    for part, *values in zip(("out", "lse", "dq", "dk", "dv"), got, same, exact, strict=True):
+        assert values[0].is_contiguous()
+        if not (part.startswith("d") and max_error(values[0], values[2]) <= cancellation(p)):
+            assert_as_accurate(f"{name} {part}", *values)
+
+
+def cancellation(p: Problem) -> float:
+    """In ds = p (dout v^T - delta) the difference may be far smaller than its terms: one float32
+    rounding of these, through k or q, is no error of the kernel."""
+    if not p.k.numel() or not p.q.numel():
+        return 0.0
+    term = p.dout.double().norm(dim=-1).max() * p.v.double().norm(dim=-1).max()
+    factor = torch.maximum(p.q.abs().max(), p.k.abs().max()) * p.q.shape[-1] ** -0.5
+    return float(torch.finfo(torch.float32).eps * term * factor)
+
+
+def check_dense(
+    backend: Backend,
+    shape: tuple[int, int, int, int, int, int],
+    causal: bool,
+    dtype: torch.dtype,
+    softmax_scale: float | None = None,
+) -> None:
+    """shape: batch, seqlen_q, seqlen_k, num_heads, num_heads_k, head_dim."""
+    batch, seqlen_q, seqlen_k, num_heads, num_heads_k, head_dim = shape
+    p = problem(
+        (batch, seqlen_q, num_heads, head_dim),
+        (batch, seqlen_k, num_heads_k, head_dim),
+        *(dtype, backend),
+    )
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return ops.attention(q, k, v, causal=causal, softmax_scale=softmax_scale, return_lse=True)
+
+    check(p, ours, lambda *qkv: eager(*qkv, causal, softmax_scale), f"{shape} {causal} {dtype}")

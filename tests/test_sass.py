@@ -1,0 +1,64 @@
+"""What the compiler made of the CUDA kernels: nothing spilled, and tensor cores where they belong.
+
+Reads the machine code in _C with cuobjdump and nvdisasm (test requirements); no GPU is needed.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vlmkernels import _core
+
+if _core._load("_C").build_info()["cuda"] == 0:
+    pytest.skip("this build has no CUDA kernels", allow_module_level=True)
+
+TOOLS = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin"))
+PATH = os.pathsep.join([*map(str, TOOLS), os.environ["PATH"], "/usr/local/cuda/bin"])
+# Kernels that multiply matrices.
+MATRIX = ("attention_fwd", "attention_dq", "attention_dkdv", "attention_decode")
+
+
+@pytest.fixture(scope="module")
+def kernels() -> dict[str, str]:
+    """The instructions of each kernel, of every architecture in the binary."""
+    tool = shutil.which("cuobjdump", path=PATH)
+    assert tool, "pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+    run = subprocess.run(
+        [tool, "-sass", _core._load("_C").__file__],
+        capture_output=True, text=True, check=True, env={**os.environ, "PATH": PATH},
+    )  # fmt: skip
+    return dict(sections(run.stdout))
+
+
+def sections(listing: str) -> Iterator[tuple[str, str]]:
+    arch = ""
+    for part in re.split(r"(?=\s+Function : |arch = )", listing):
+        if part.startswith("arch = "):
+            arch = part.split()[2]
+        elif name := re.match(r"\s+Function : (\S+)", part):
+            yield f"{arch} {name[1]}", part
+
+
+def test_every_kernel_is_there(kernels: dict[str, str]) -> None:
+    assert kernels
+    for name in ("null_kernel", "attention_fwd_kernel", "attention_dkdv_kernel"):
+        assert any(name in kernel for kernel in kernels), name
+
+
+def test_nothing_spills(kernels: dict[str, str]) -> None:
+    """Local memory is slow memory: spilled registers, or an array with a computed index."""
+    spilled = [name for name, code in kernels.items() if re.search(r"\b(LDL|STL)\b", code)]
+    assert spilled == []
+
+
+def test_matrix_kernels_use_tensor_cores(kernels: dict[str, str]) -> None:
+    for name, code in kernels.items():
+        if any(f"{kind}_kernel" in name for kind in MATRIX):
+            assert re.search(r"\b(HMMA|HGMMA)\b", code), name
+            assert re.search(r"\b(LDGSTS|UTMALDG)\b", code), name  # asynchronous copies feed them
