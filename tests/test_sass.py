@@ -21,7 +21,10 @@ if _core._load("_C").build_info()["cuda"] == 0:
 TOOLS = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin"))
 PATH = os.pathsep.join([*map(str, TOOLS), os.environ["PATH"], "/usr/local/cuda/bin"])
 # Kernels that multiply matrices.
-MATRIX = ("attention_fwd", "attention_dq", "attention_dkdv", "attention_decode")
+MATRIX = (
+    *("attention_fwd", "attention_dq", "attention_dkdv", "attention_decode"),
+    *("patch_embed", "patch_embed_dx", "patch_embed_dweight"),
+)
 
 
 @pytest.fixture(scope="module")
