@@ -103,3 +103,10 @@ def test_json(tmp_path: Path) -> None:
     counted.write(tmp_path / "c.json", [launch(128, 32)])
     text = (tmp_path / "c.json").read_text()
     assert "counted, not measured" in text and Gpu.name in text
+
+
+def test_names_that_the_emulator_cut_short_are_found() -> None:
+    usage = {"void f<int>(P)": (10, 0), "void f<int, 4>(P)": (12, 8), "void g(P)": (99, 0)}
+    assert counted._usage_of("void f<int>(P)", usage) == (10, 0)
+    assert counted._usage_of("void f<int...", usage) == (12, 8)
+    assert counted._usage_of("void h<...", usage) == counted._usage_of("void h(P)", usage) == (0, 0)
