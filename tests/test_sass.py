@@ -25,7 +25,7 @@ PATH = os.pathsep.join([*map(str, TOOLS), os.environ["PATH"], "/usr/local/cuda/b
 # Kernels that multiply matrices.
 MATRIX = (
     *("attention_fwd", "attention_dq", "attention_dkdv", "attention_decode"),
-    *("patch_embed_kernel", "patch_embed_dx_kernel", "patch_embed_dweight_kernel"),
+    *("patch_embed", "patch_embed_dx", "patch_embed_dweight"),
 )
 
 
