@@ -30,7 +30,7 @@ def _group() -> None:
 def train_digits(
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = Path("digits_model"),
     resume: Annotated[bool, typer.Option(help="Go on where a killed run saved last.")] = False,
-    steps: Annotated[int, typer.Option(min=1, help="Length of the run.")] = 4000,
+    steps: Annotated[int, typer.Option(min=1, help="Length of the run.")] = 3000,
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
 ) -> None:
     """Train the digits model on the CPU and measure it on held-out digits."""

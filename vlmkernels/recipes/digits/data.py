@@ -133,10 +133,10 @@ def compose(rng: np.random.Generator, pixels: NDArray[np.uint8], digits: Sequenc
 
 
 def distort(rng: np.random.Generator, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Each of (num_digits, 8, 8) turned, slanted, stretched, shifted, and made bolder or finer."""
+    """Each of (num_digits, 8, 8) turned, slanted, stretched and shifted a little, bilinearly."""
     count = len(pixels)
-    matrix = np.eye(2) + rng.uniform(-0.18, 0.18, (count, 2, 2))
-    shift = rng.uniform(-0.8, 0.8, (count, 2, 1))
+    matrix = np.eye(2) + rng.uniform(-0.12, 0.12, (count, 2, 2))
+    shift = rng.uniform(-0.5, 0.5, (count, 2, 1))
     centre = (CELL - 1) / 2
     grid = np.indices((CELL, CELL)).reshape(2, -1) - centre
     # Where each new pixel comes from; one pixel of margin holds what lies outside.
@@ -151,8 +151,6 @@ def distort(rng: np.random.Generator, pixels: NDArray[np.uint8]) -> NDArray[np.u
         + down * (1 - right) * padded[n, top + 1, left]
         + down * right * padded[n, top + 1, left + 1]
     )
-    boldness = np.exp(rng.uniform(-0.7, 0.7, (count, 1)))
-    values = 255 * (values / 255) ** boldness
     return values.round().astype(np.uint8).reshape(pixels.shape)
 
 

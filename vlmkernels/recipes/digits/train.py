@@ -36,7 +36,7 @@ STATE = "training_state.safetensors"
 class Settings:
     """What decides the weights that come out; a resumed run must have the same."""
 
-    steps: int = 4000
+    steps: int = 3000
     single_share: float = 0.15  # of the steps show one digit per canvas
     batch: int = 64
     lr: float = 1.5e-3
