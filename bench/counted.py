@@ -204,11 +204,11 @@ def _merged(launches: Iterator[Launch]) -> list[Launch]:
 
 
 def resources(core: Path) -> dict[str, tuple[int, int]]:
-    """Demangled kernel name -> (registers, stack bytes), of the newest architecture in the file."""
+    """Demangled kernel name -> (registers, stack bytes) of its code for sm_90a."""
     tool = shutil.which("cuobjdump") or _wheel_tool("cuobjdump")
     if tool is None:
         return {}
-    command = [tool, "--dump-resource-usage", str(core)]
+    command = [tool, "--dump-resource-usage", "-arch", "sm_90a", str(core)]
     text = subprocess.run(command, capture_output=True, text=True).stdout
     pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+)"
     return {demangled(name): (int(r), int(s)) for name, r, s in re.findall(pattern, text)}

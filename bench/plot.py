@@ -123,7 +123,9 @@ def ratios(run: Run, op: str, rows: list[Row]) -> Figure:
     left, right = min(1, *(low for low, _ in ends)), max(1, *(high for _, high in ends))
     axes.set_xscale("log")
     axes.set_xlim(left / 1.1, 1.1 * right * (right / left) ** 0.35)  # room for the texts
-    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if left / 1.1 < t < 1.3 * right]
+    wide = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+    steps = wide if right > 3 * left else (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.2, 1.5, 2, 2.5)
+    ticks = [tick for tick in steps if left / 1.1 < tick < 1.3 * right]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("time of the best rival / time of vlmkernels (gray: 1 is within the spread)")
@@ -191,4 +193,5 @@ def _finish(figure: Figure, axes: Any, run: Run, heading: str) -> Figure:
 
 def _heading(axes: Any, run: Run, heading: str) -> None:
     axes.set_title(f"{heading}\n", fontsize=11, loc="left")
-    axes.text(0, 1.02, title(run), fontsize=7, color="#555555", transform=axes.transAxes)
+    place = {"xytext": (0, 5), "textcoords": "offset points", "xycoords": "axes fraction"}
+    axes.annotate(title(run), (0, 1), fontsize=7, color="#555555", **place)
