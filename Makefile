@@ -22,7 +22,7 @@ demo: $(VENV)/installed
 test: export OMP_WAIT_POLICY = passive
 test: export PTXEMU_THREADS ?= 1
 test: $(VENV)/installed build/transformers-oldest
-	$(BIN)/python -m pytest -n $(JOBS) tests
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup tests
 	PYTHONPATH=build/transformers-oldest $(BIN)/python -m pytest -n $(JOBS) tests/models
 
 lint: $(VENV)/requirements

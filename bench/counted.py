@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.case import forward, gradient
-from bench.record import ROOT
+from bench.record import ROOT, commit
 from vlmkernels import _core, ops
 
 MARK, SETUP = "vlmkernels counted:", "(setup)"
@@ -136,7 +136,7 @@ def count(chosen: list[str], gpu: Gpu | None = None) -> list[Launch]:
         raise RuntimeError(f"the emulated run failed:\n{result.stderr[-2000:]}")
     launches, usage = _merged(parse(result.stderr)), resources(Path(_core.C.__file__))
     for launch in launches:
-        launch.registers, launch.stack = usage.get(launch.kernel, (0, 0))
+        launch.registers, launch.stack = _usage_of(launch.kernel, usage)
         launch.occupancy = occupancy(launch, gpu or Gpu())
         launch.floor_us, launch.bound = floor(launch, gpu or Gpu())
         launch.kernel = short_name(launch.kernel)
@@ -204,14 +204,22 @@ def _merged(launches: Iterator[Launch]) -> list[Launch]:
 
 
 def resources(core: Path) -> dict[str, tuple[int, int]]:
-    """Demangled kernel name -> (registers, stack bytes), of the newest architecture in the file."""
+    """Demangled kernel name -> (registers, stack bytes) of its code for sm_90a."""
     tool = shutil.which("cuobjdump") or _wheel_tool("cuobjdump")
     if tool is None:
         return {}
-    command = [tool, "--dump-resource-usage", str(core)]
+    command = [tool, "--dump-resource-usage", "-arch", "sm_90a", str(core)]
     text = subprocess.run(command, capture_output=True, text=True).stdout
     pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+)"
     return {demangled(name): (int(r), int(s)) for name, r, s in re.findall(pattern, text)}
+
+
+def _usage_of(kernel: str, usage: dict[str, tuple[int, int]]) -> tuple[int, int]:
+    """By name; the emulator cuts long ones short, so of all that begin so the costliest."""
+    if not kernel.endswith("..."):
+        return usage.get(kernel, (0, 0))
+    begin = kernel.removesuffix("...")
+    return max((u for name, u in usage.items() if name.startswith(begin)), default=(0, 0))
 
 
 def _wheel_tool(name: str) -> str | None:
@@ -289,7 +297,8 @@ def cells(row: dict[str, Any]) -> list[str]:
 def write(path: Path, launches: list[Launch]) -> None:
     rows = [asdict(launch) for launch in launches]
     path.parent.mkdir(parents=True, exist_ok=True)
-    document = {"label": "counted, not measured", "gpu": asdict(Gpu()), "rows": rows}
+    label = "counted, not measured"
+    document = {"label": label, "commit": commit(), "gpu": asdict(Gpu()), "rows": rows}
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
@@ -305,7 +314,7 @@ def main() -> None:
     launches = count(args.ops)
     view = Table(title=f"counted, not measured; floor on an {Gpu.name}")
     for column in HEAD:
-        view.add_column(column)
+        view.add_column(column, overflow="fold")
     for launch in launches:
         view.add_row(*cells(asdict(launch)))
     Console(width=None if sys.stdout.isatty() else 200).print(view)

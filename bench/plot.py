@@ -15,13 +15,18 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from bench.measure import OURS
+from bench.measure import EAGER, OURS
 from bench.record import Row, Run
 from bench.show import title
 
 OUR_COLOR = "#1b6ca8"
-COLORS = ("#d1495b", "#edae49", "#66a182", "#8d6a9f", "#7a7a7a", "#b5651d", "#2e4057", "#c38d9e")
-PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
+COLORS = ("#d1495b", "#edae49", "#66a182", "#8d6a9f", "#b5651d", "#2e4057", "#c38d9e")
+EAGER_COLOR, WITHIN_SPREAD = "#7a7a7a", "#a9b4bd"
+
+
+def number(value: float, _: Any = None) -> str:
+    """Without exponents: 2,900 and 5.62 and 0.001."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def figures(run: Run) -> dict[str, Figure]:
@@ -52,8 +57,9 @@ def variants(row: Row) -> dict[str, Row]:
 
 def colors(rows: list[Row]) -> dict[str, str]:
     """One color for each variant, the same in all pictures of these rows."""
-    names = sorted({name for row in rows for name in variants(row)} - {OURS})
-    return {OURS: OUR_COLOR} | {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
+    names = sorted({name for row in rows for name in variants(row)} - {OURS, EAGER})
+    fixed = {OURS: OUR_COLOR, EAGER: EAGER_COLOR}
+    return fixed | {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
 
 
 def roofline(run: Run, op: str, rows: list[Row]) -> Figure:
@@ -74,7 +80,9 @@ def roofline(run: Run, op: str, rows: list[Row]) -> Figure:
         ridge = c["gemm_tflops"] * 1e3 / c["copy_gbps"]
         x = [left, ridge, right]
         y = [min(c["gemm_tflops"], c["copy_gbps"] * i / 1e3) for i in x]
-        text = f"{dtype}: copy {c['copy_gbps']:,.0f} GB/s, GEMM {c['gemm_tflops']:.3g} TFLOP/s"
+        text = (
+            f"{dtype}: copy {number(c['copy_gbps'])} GB/s, GEMM {number(c['gemm_tflops'])} TFLOP/s"
+        )
         axes.plot(x, y, style, color="black", linewidth=1, label=text)
     for name, color in palette.items():
         size, order = (46, 3) if name == OURS else (22, 2)
@@ -89,45 +97,46 @@ def roofline(run: Run, op: str, rows: list[Row]) -> Figure:
             axes.scatter(x, y, s=size, color=color, marker=marker, zorder=order)
     axes.set(xscale="log", yscale="log", ylabel="TFLOP/s")
     axes.set_xlabel("FLOP per byte that must move (backward: triangles)")
-    axes.xaxis.set_major_formatter(PLAIN)
+    axes.xaxis.set_major_formatter(FuncFormatter(number))
     return _finish(figure, axes, run, f"{op}: roofline")
 
 
 def ratios(run: Run, op: str, rows: list[Row]) -> Figure:
-    """Time of the best rival over ours, one bar a row; the spread of both as a thin line."""
+    """Time of the best rival over ours, a bar from 1 for each row; the spread as a thin line."""
     figure, axes = plt.subplots(figsize=(8.5, 1.6 + 0.34 * len(rows)), layout="constrained")
-    labels = [f"{row['shape']}  {row['dtype']} {row['direction']}" for row in rows]
     values = [row["x_best"] for row in rows]
-    spread = [
-        [
-            row["x_best"] - row["rivals"][row["best"]]["us_low"] / row["us_high"],
-            row["rivals"][row["best"]]["us_high"] / row["us_low"] - row["x_best"],
-        ]
-        for row in rows
-    ]
-    y = range(len(rows))
-    low_high = [[max(0.0, s[i]) for s in spread] for i in range(2)]
+    ends = [_spread(row) for row in rows]
     shades = [
-        OUR_COLOR if value - low > 1 else COLORS[0] if value + high < 1 else "#a9b4bd"
-        for value, low, high in zip(values, *low_high, strict=True)
+        OUR_COLOR if low > 1 else COLORS[0] if high < 1 else WITHIN_SPREAD for low, high in ends
     ]
-    axes.barh(y, values, color=shades, height=0.65)
-    axes.errorbar(values, y, xerr=low_high, fmt="none", ecolor="black", elinewidth=0.8)
-    for i, row in enumerate(rows):
-        end = row["x_best"] + low_high[1][i]
+    axes.barh(range(len(rows)), [v - 1 for v in values], left=1, color=shades, height=0.65)
+    for i, (row, (low, high)) in enumerate(zip(rows, ends, strict=True)):
+        axes.plot((low, high), (i, i), color="black", linewidth=0.8)
         axes.annotate(
-            f"{row['x_best']:.2f}  {row['best']}", (end, i), (4, 0), fontsize=8,
+            f"{row['x_best']:.2f}  {row['best']}", (max(high, 1), i), (4, 0), fontsize=8,
             textcoords="offset points", va="center",
         )  # fmt: skip
     axes.axvline(1, color="black", linewidth=1)
-    axes.set_yticks(y, labels, fontsize=8)
+    labels = [f"{row['shape']}  {row['dtype']} {row['direction']}" for row in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.35 * max(v + e for v, e in zip(values, low_high[1], strict=True)))
-    axes.set_xlabel(
-        "time of the best rival / time of vlmkernels; above 1 ours is faster, gray: within spread"
-    )
-    _heading(axes, run, f"{op}: against the best rival")
+    left, right = min(1, *(low for low, _ in ends)), max(1, *(high for _, high in ends))
+    axes.set_xscale("log")
+    axes.set_xlim(left / 1.1, 1.1 * right * (right / left) ** 0.35)  # room for the texts
+    wide = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+    steps = wide if right > 3 * left else (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.2, 1.5, 2, 2.5)
+    ticks = [tick for tick in steps if left / 1.1 < tick < 1.3 * right]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("time of the best rival / time of vlmkernels (gray: 1 is within the spread)")
+    _heading(axes, run, f"{op}: against the best rival, above 1 vlmkernels is faster")
     return figure
+
+
+def _spread(row: Row) -> tuple[float, float]:
+    """The ratio at the quartiles of both that are worst and best for us."""
+    best = row["rivals"][row["best"]]
+    return best["us_low"] / row["us_high"], best["us_high"] / row["us_low"]
 
 
 def lengths(run: Run, op: str, rows: list[Row]) -> dict[str, Figure]:
@@ -176,7 +185,7 @@ def _slope(x: list[int], y: list[float]) -> float:
 
 def _finish(figure: Figure, axes: Any, run: Run, heading: str) -> Figure:
     axes.grid(which="major", linewidth=0.4, alpha=0.6)
-    axes.yaxis.set_major_formatter(PLAIN)
+    axes.yaxis.set_major_formatter(FuncFormatter(number))
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     _heading(axes, run, heading)
     return figure
@@ -184,4 +193,5 @@ def _finish(figure: Figure, axes: Any, run: Run, heading: str) -> Figure:
 
 def _heading(axes: Any, run: Run, heading: str) -> None:
     axes.set_title(f"{heading}\n", fontsize=11, loc="left")
-    axes.text(0, 1.02, title(run), fontsize=7, color="#555555", transform=axes.transAxes)
+    place = {"xytext": (0, 5), "textcoords": "offset points", "xycoords": "axes fraction"}
+    axes.annotate(title(run), (0, 1), fontsize=7, color="#555555", **place)

@@ -35,7 +35,7 @@ COUNTED = """## Counted, not measured
 What each CUDA kernel costs in a small call, counted without a GPU: registers, shared memory and
 stack (spills would be there) by the compiler, the rest by executing it on an emulated CUDA runtime.
 "floor us" is what the busiest unit of an {gpu} needs for these counts at its full rate on all SMs;
-it ignores latency, DRAM and launches, and is no prediction."""
+it ignores latency, DRAM and launches, and is no prediction. Commit {commit}."""
 
 
 def results_page(root: Path, runs: list[tuple[str, Run]]) -> str:
@@ -48,7 +48,7 @@ def results_page(root: Path, runs: list[tuple[str, Run]]) -> str:
         wrong = wrong_rivals(run)
         if wrong:
             parts.append("Wrong, and not timed:\n" + "\n".join(f"- {line}" for line in wrong))
-        pictures = sorted(_pictures(root, name).glob("*.svg"))
+        pictures = sorted(_pictures(root, name).glob("*.png"))
         parts += [f"![{p.stem}]({p.relative_to(root / 'docs')})" for p in pictures]
     parts += [] if runs else [NO_RUN]
     if counted.RESULT.exists():
@@ -63,7 +63,8 @@ def _pictures(root: Path, name: str) -> Path:
 def _counted_section(document: Run) -> str:
     lines = ["| " + " | ".join(counted.HEAD) + " |", "|" + "---|" * len(counted.HEAD)]
     lines += ["| " + " | ".join(counted.cells(row)) + " |" for row in document["rows"]]
-    return COUNTED.format(gpu=document["gpu"]["name"]) + "\n\n" + "\n".join(lines)
+    text = COUNTED.format(gpu=document["gpu"]["name"], commit=document["commit"])
+    return text + "\n\n" + "\n".join(lines)
 
 
 def readme_table(runs: list[tuple[str, Run]]) -> str:
@@ -115,7 +116,7 @@ def draw(root: Path = ROOT) -> None:
         folder = _pictures(root, name)
         folder.mkdir(parents=True)
         for file, figure in plot.figures(run).items():
-            figure.savefig(folder / f"{file}.svg", metadata={"Date": None})
+            figure.savefig(folder / f"{file}.png", dpi=100)
 
 
 def main() -> None:

@@ -71,6 +71,8 @@ def versions(cuda: bool) -> dict[str, str]:
 
 def commit() -> str:
     """The commit of the source tree, with "+" if a tracked file differs; "" outside of a clone."""
+    if not (ROOT / "pyproject.toml").exists():  # installed from a wheel, perhaps inside of a clone
+        return ""
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results")

@@ -5,7 +5,19 @@ from rich.table import Table
 from bench.record import Row, Run
 
 HEAD = (
-    *("op", "shape", "dtype", "dir", "us", "TFLOP/s", "GB/s", "% ceiling", "MB", "x eager"),
+    *(
+        "op",
+        "shape",
+        "dtype",
+        "dir",
+        "us",
+        "TFLOP/s",
+        "GB/s",
+        "tokens/s",
+        "% ceiling",
+        "MB",
+        "x eager",
+    ),
     "x best rival",
 )
 
@@ -37,6 +49,7 @@ def cells(row: Row) -> list[str]:
         time(row["us"]),
         f"{row['tflops']:.3g}" if row["flops"] else "",
         f"{row['gbps']:.1f}" if row["bytes"] else "",
+        f"{row['tokens_per_s']:.0f}" if "tokens_per_s" in row else "",
         f"{row['pct_ceiling']:.0f}" if "pct_ceiling" in row else "",
         f"{row['peak_mb']:.1f}",
         f"{row['x_eager']:.2f}",

@@ -18,10 +18,15 @@ from vlmkernels import _core
 if _core._load("_C").build_info()["cuda"] == 0:
     pytest.skip("this build has no CUDA kernels", allow_module_level=True)
 
+# One reading of the machine code for all tests here, also where they are spread over processes.
+pytestmark = pytest.mark.xdist_group("sass")
 TOOLS = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin"))
 PATH = os.pathsep.join([*map(str, TOOLS), os.environ["PATH"], "/usr/local/cuda/bin"])
 # Kernels that multiply matrices.
-MATRIX = ("attention_fwd", "attention_dq", "attention_dkdv", "attention_decode")
+MATRIX = (
+    *("attention_fwd", "attention_dq", "attention_dkdv", "attention_decode"),
+    *("patch_embed", "patch_embed_dx", "patch_embed_dweight"),
+)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Qwen2-VL from pixels to logits, against transformers with the very same (random) weights.
 
 Both models hold the same tensors, so that two fit where one does. On a CPU the published widths
-are kept and the number of layers is cut, which the shape says.
+are kept; layers and vocabulary are cut, which the shape says.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,9 +25,11 @@ def cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
         config = Qwen2VLConfig.preset("2B")
         yield from cases_of(config, (4, 1024, 64), "qwen2vl_2b", device, dtype)
     else:
-        config = replace(Qwen2VLConfig.preset("2B"), vocab_size=151936, num_hidden_layers=2)
+        ids: dict[str, Any] = {"image_token_id": 8000, "video_token_id": 8001}
+        ids |= {"vision_start_token_id": 8002, "bos_token_id": 8003, "eos_token_id": 8004}
+        config = replace(Qwen2VLConfig.preset("2B"), num_hidden_layers=2, vocab_size=8192, **ids)
         config.vision.depth = 2
-        name = "qwen2vl_2b, 2 of 28 and 2 of 32 layers,"
+        name = "qwen2vl_2b (2 layers each, vocabulary 8192)"
         yield from cases_of(config, (1, 192, 16), name, device, dtype)
 
 

@@ -196,14 +196,14 @@ class ForwardAmx {
 
     template <int kCols>
     void softmax(Panel& panel, int64_t keys) {
-        const float scale = p_.softmax_scale * kLog2E;
+        const float scale = p_.softmax_scale;
         Vec base[kCols], sums[kCols] = {};
         raise_max(panel, scores_, keys, scale, base);
         for (int64_t key = 0; key < keys; key += 2)
             for (int c = 0; c < kCols; ++c) {
                 const float* at = scores_ + (key * kCols + c) * kWidth;
-                const Vec first = exp2(load(at) * scale - base[c]);
-                const Vec second = exp2(load(at + kCols * kWidth) * scale - base[c]);
+                const Vec first = exp(load(at) * scale - base[c]);
+                const Vec second = exp(load(at + kCols * kWidth) * scale - base[c]);
                 store(probabilities_ + (key / 2 * kCols + c) * kWidth, as_pairs(first, second));
                 sums[c] += first + second;
             }

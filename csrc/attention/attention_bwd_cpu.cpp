@@ -88,14 +88,14 @@ class Backward {
             copy_row(dout_ + lane * ld_, problem.query<const T>(p_.dout, token, head), p_.head_dim);
             const int64_t at = problem.lse_index(token, head);
             // A row that sees no key has lse -inf: with +inf its p is 0.
-            lse_[lane] = p_.lse[at] == -kInfinity ? kInfinity : p_.lse[at] * kLog2E;
+            lse_[lane] = p_.lse[at] == -kInfinity ? kInfinity : p_.lse[at];
             delta_[lane] = dot(dout[lane], problem.query<const T>(p_.out, token, head)) -
                            (p_.dlse ? p_.dlse[at] : 0);
             visible_[lane] = int32_t(problem.visible(token));
         });
         const int64_t lanes = round_up(rows_, kWidth);
-        transpose_in(q_columns_, lanes, rows_, p_.head_dim, p_.softmax_scale * kLog2E, q);
-        transpose_in(dout_columns_, lanes, rows_, p_.head_dim, 1, dout);
+        transpose_in(q_columns_, lanes, rows_, p_.head_dim, q);
+        transpose_in(dout_columns_, lanes, rows_, p_.head_dim, dout);
     }
 
     float dot(const float* a, const T* b) const {
@@ -123,6 +123,7 @@ class Backward {
     // Scores become p, and dout v^T becomes ds.
     template <int kCols>
     void differentiate_softmax(int64_t keys) {
+        const float scale = p_.softmax_scale;
         Vec lse[kCols], delta[kCols];
         for (int c = 0; c < kCols; ++c) {
             lse[c] = load(lse_ + c * kWidth);
@@ -131,7 +132,7 @@ class Backward {
         for (int64_t key = 0; key < keys; ++key)
             for (int c = 0; c < kCols; ++c) {
                 const int64_t at = (key * kCols + c) * kWidth;
-                const Vec probability = exp2(load(p_scores_ + at) - lse[c]);
+                const Vec probability = exp(load(p_scores_ + at) * scale - lse[c]);
                 store(p_scores_ + at, probability);
                 store(ds_ + at, probability * (load(ds_ + at) - delta[c]));
             }

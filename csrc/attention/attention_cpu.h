@@ -23,7 +23,6 @@ typedef int32_t Ints __attribute__((vector_size(kWidth * 4)));
 constexpr int64_t kPanelRows = kTileCols * kWidth;  // query rows whose scores are one tile wide
 constexpr int64_t kBlockKeys = 64;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
 // Memory that is aligned for vectors; not initialised.
 class Buffer {
@@ -144,16 +143,15 @@ VLMKERNELS_INLINE void store_row(T* to, const float* from, int64_t head_dim, flo
         store_first(to + d, load(from + d) * scale, head_dim - d);
 }
 
-// to[d, lane] = scale * rows[lane][d] for `lanes` columns, a multiple of kWidth, of which n exist;
+// to[d, lane] = rows[lane][d] for `lanes` columns, a multiple of kWidth, of which n exist;
 // the others become zero. `to` has room for head_dim rounded up to kWidth.
 template <class T>
-void transpose_in(float* to, int64_t lanes, int64_t n, int64_t head_dim, float scale,
-                  const T* const* rows) {
+void transpose_in(float* to, int64_t lanes, int64_t n, int64_t head_dim, const T* const* rows) {
     for (int64_t lane = 0; lane < lanes; lane += kWidth)
         for (int64_t d = 0; d < head_dim; d += kWidth) {
             Vec m[kWidth];
             for (int i = 0; i < kWidth; ++i)
-                m[i] = lane + i < n ? load_first(rows[lane + i] + d, head_dim - d) * scale : Vec{};
+                m[i] = lane + i < n ? load_first(rows[lane + i] + d, head_dim - d) : Vec{};
             transpose(m);
             for (int i = 0; i < kWidth; ++i) store(to + (d + i) * lanes + lane, m[i]);
         }

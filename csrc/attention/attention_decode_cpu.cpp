@@ -16,7 +16,7 @@ struct Slice {
     int32_t sequence, head_k;
     int64_t begin, end;                    // keys
     float* out;                            // [rows, ld], to be divided by sum
-    float max[kMostRows], sum[kMostRows];  // of the scores in base 2
+    float max[kMostRows], sum[kMostRows];  // of the scaled scores
 };
 
 // scores[row, key] = q[row] . k[key]. Writes whole vectors: up to kWidth - 1 scores too many.
@@ -92,21 +92,22 @@ void dispatch_rows(int64_t rows, F&& f) {
 
 // Scores of one row become probabilities relative to the maximum so far, those of keys from
 // `visible` on 0. Returns by what everything before must be multiplied.
-float softmax_row(float* scores, int64_t keys, int64_t visible, float& max_so_far, float& total) {
+float softmax_row(float* scores, int64_t keys, int64_t visible, float scale, float& max_so_far,
+                  float& total) {
     const int64_t end = round_up(keys, kWidth);
     std::fill(scores + std::clamp<int64_t>(visible, 0, keys), scores + end, -kInfinity);
-    Vec most = splat(max_so_far);
+    Vec most = splat(-kInfinity);
     for (int64_t key = 0; key < end; key += kWidth) most = max(most, load(scores + key));
     const float before = max_so_far;
-    for (int i = 0; i < kWidth; ++i) max_so_far = std::max(max_so_far, most[i]);
+    for (int i = 0; i < kWidth; ++i) max_so_far = std::max(max_so_far, most[i] * scale);
     const float base = max_so_far == -kInfinity ? 0 : max_so_far;
     Vec sums{};
     for (int64_t key = 0; key < end; key += kWidth) {
-        const Vec probability = exp2(load(scores + key) - base);
+        const Vec probability = exp(load(scores + key) * scale - base);
         store(scores + key, probability);
         sums += probability;
     }
-    const float rescale = exp2(splat(before - base))[0];
+    const float rescale = exp(splat(before - base))[0];
     total = total * rescale + sum(sums);
     return rescale;
 }
@@ -155,7 +156,6 @@ class Decode {
         float* scores = q + rows_ * ld_;
         problem.for_rows(0, rows_, [&](int64_t row, int64_t token, int64_t head) {
             copy_row(q + row * ld_, problem.query<const T>(p_.q, token, head), p_.head_dim);
-            for (int64_t d = 0; d < ld_; ++d) q[row * ld_ + d] *= p_.softmax_scale * kLog2E;
         });
         std::fill(slice.max, slice.max + rows_, -kInfinity);
         std::fill(slice.sum, slice.sum + rows_, 0.f);
@@ -175,7 +175,7 @@ class Decode {
         problem.for_rows(0, rows_, [&](int64_t row, int64_t token, int64_t) {
             rescale[row] =
                 softmax_row(scores + row * kBlockKeys, keys, problem.visible(token) - key,
-                            slice.max[row], slice.sum[row]);
+                            p_.softmax_scale, slice.max[row], slice.sum[row]);
         });
         dispatch_rows(rows_, [&]<int kRows>(int64_t row) {
             add_values<kRows>(v, p_.v.token_stride, keys, scores + row * kBlockKeys, rescale + row,
@@ -192,7 +192,7 @@ class Decode {
             const float base = most == -kInfinity ? 0 : most;
             float* out = first->out + row * ld_;
             for (const Slice* s = first; s < end; ++s) {
-                const float weight = std::exp2(s->max[row] - base);
+                const float weight = std::exp(s->max[row] - base);
                 const float* part = s->out + row * ld_;
                 total += s->sum[row] * weight;
                 for (int64_t d = 0; d < ld_; ++d)
@@ -200,7 +200,7 @@ class Decode {
             }
             store_row(problem.query<T>(p_.out, token, head), out, p_.head_dim,
                       total == 0 ? 0 : 1 / total);
-            p_.lse[problem.lse_index(token, head)] = most * kLn2 + std::log(total);
+            p_.lse[problem.lse_index(token, head)] = most + std::log(total);
         });
     }
 

@@ -10,13 +10,13 @@ constexpr int kPanels = 4;
 
 // Scores become probabilities relative to the maximum so far.
 template <int kCols>
-void softmax(Panel& panel, float* scores, int64_t keys) {
+void softmax(Panel& panel, float* scores, int64_t keys, float scale) {
     Vec base[kCols], sums[kCols] = {};
-    raise_max(panel, scores, keys, 1, base);
+    raise_max(panel, scores, keys, scale, base);
     for (int64_t key = 0; key < keys; ++key)
         for (int c = 0; c < kCols; ++c) {
             float* at = scores + (key * kCols + c) * kWidth;
-            const Vec probability = exp2(load(at) - base[c]);
+            const Vec probability = exp(load(at) * scale - base[c]);
             store(at, probability);
             sums[c] += probability;
         }
@@ -25,13 +25,13 @@ void softmax(Panel& panel, float* scores, int64_t keys) {
 
 template <int kCols>
 void attend(Panel& panel, const float* k, const float* v, int64_t first_key, int64_t keys,
-            int64_t head_dim, float* scores) {
+            int64_t head_dim, float scale, float* scores) {
     const int64_t ld = round_up(head_dim, kWidth);
     constexpr int64_t lanes = kCols * kWidth;
     multiply_columns<kCols, false>(k, ld, panel.q, lanes, scores, lanes, keys, head_dim, Assign{});
     if (first_key + keys > panel.fewest_keys)
         mask_scores<kCols>(scores, first_key, keys, panel.visible);
-    softmax<kCols>(panel, scores, keys);
+    softmax<kCols>(panel, scores, keys, scale);
     auto accumulate = [&](auto finish) {
         multiply_columns<kCols, true>(v, ld, scores, lanes, panel.out, lanes, head_dim, keys,
                                       finish);
@@ -76,8 +76,7 @@ class Forward {
         const T* rows[kMostLanes];
         start_panel(panel, problem, begin, end, rows);
         panel.cols = ceil_div(panel.rows, kWidth);
-        transpose_in(panel.q, panel.cols * kWidth, panel.rows, p_.head_dim,
-                     p_.softmax_scale * kLog2E, rows);
+        transpose_in(panel.q, panel.cols * kWidth, panel.rows, p_.head_dim, rows);
     }
 
     void attend_block(const Problem& problem, int64_t count, int64_t key, int64_t keys) {
@@ -86,7 +85,8 @@ class Forward {
         for (int64_t i = 0; i < count; ++i)
             if (key < panels_[i].most_keys)
                 dispatch_cols(panels_[i].cols, [&]<int kCols>() {
-                    attend<kCols>(panels_[i], k_, v_, key, keys, p_.head_dim, scores_);
+                    attend<kCols>(panels_[i], k_, v_, key, keys, p_.head_dim, p_.softmax_scale,
+                                  scores_);
                 });
     }
 

@@ -14,7 +14,7 @@ struct Panel {
     float* q;                           // as columns: [head_dim, lanes]
     float* out;                         // [head_dim, lanes], to be divided by sum
     bool started = false;               // out holds something
-    alignas(64) float max[kMostLanes];  // of the scores, in base 2, so far
+    alignas(64) float max[kMostLanes];  // of the scaled scores so far
     alignas(64) float sum[kMostLanes];
     alignas(64) float rescale[kMostLanes];
     alignas(64) int32_t visible[kMostLanes];
@@ -38,7 +38,7 @@ void start_panel(Panel& panel, const Problem& problem, int64_t begin, int64_t en
 }
 
 // Takes the scores of a block, times scale, into the maxima, and scales the sums to them. `base` is
-// what to subtract from the scaled scores before exp2.
+// what to subtract from the scaled scores before exp.
 template <int kCols>
 void raise_max(Panel& panel, const float* scores, int64_t keys, float scale, Vec (&base)[kCols]) {
     for (int c = 0; c < kCols; ++c) base[c] = splat(-kInfinity);
@@ -49,7 +49,7 @@ void raise_max(Panel& panel, const float* scores, int64_t keys, float scale, Vec
         const int lane = c * kWidth;
         const Vec before = load(panel.max + lane), now = max(before, base[c] * scale);
         base[c] = now == -kInfinity ? Vec{} : now;  // nothing seen yet
-        const Vec rescale = exp2(before - base[c]);
+        const Vec rescale = exp(before - base[c]);
         store(panel.max + lane, now);
         store(panel.rescale + lane, rescale);
         store(panel.sum + lane, load(panel.sum + lane) * rescale);
@@ -74,7 +74,7 @@ void finish_panel(Panel& panel, const Problem& problem) {
         const float sum = panel.sum[lane];
         scale[lane] = sum == 0 ? 0 : 1 / sum;
         rows[lane] = problem.query<T>(p.out, token, head);
-        p.lse[problem.lse_index(token, head)] = panel.max[lane] * kLn2 + std::log(sum);
+        p.lse[problem.lse_index(token, head)] = panel.max[lane] + std::log(sum);
     });
     transpose_out(panel.out, panel.cols * kWidth, panel.rows, p.head_dim, scale, rows);
 }

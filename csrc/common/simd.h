@@ -1,5 +1,5 @@
 // Vectors of the instruction set that this copy of a CPU kernel is compiled for (see isa.h): loads
-// and stores that convert 16-bit floats, exp2, and a transpose in registers.
+// and stores that convert 16-bit floats, exp, and a transpose in registers.
 #pragma once
 
 #include <utility>
@@ -103,19 +103,20 @@ VLMKERNELS_INLINE float sum(Vec x) {
     return total;
 }
 
-// 2^x for x <= 127, about 1 ulp; exactly 0 from x = -126.5 down to -inf; NaN stays NaN.
-VLMKERNELS_INLINE Vec exp2(Vec x) {
+// e^x for x <= 88, about 1 ulp; exactly 0 from x = -87.7 down to -inf; NaN stays NaN.
+VLMKERNELS_INLINE Vec exp(Vec x) {
     // max(a, b) is b when a comparison with NaN fails, so NaN must be the second.
-    x = max(splat(-127.f), x);
+    x = max(splat(-88.f), x);
     const Vec magic = splat(12582912.f + 127.f);  // 1.5 * 2^23: adding it rounds to an integer
-    Vec shifted = x + magic;
-    Vec f = x - (shifted - magic);  // in [-0.5, 0.5]
-    // Minimax polynomial of 2^f, relative error 2e-9.
-    Vec y = f * 1.53458118e-4f + 1.33999312e-3f;
-    y = y * f + 9.61848896e-3f;
-    y = y * f + 5.55032878e-2f;
-    y = y * f + 2.40226469e-1f;
-    y = y * f + 6.93147206e-1f;
+    const Vec shifted = x * 1.44269504f + magic;
+    const Vec n = shifted - magic;
+    const Vec f = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts
+    // Minimax polynomial of e^f - 1 - f for |f| <= ln 2 / 2, relative error 3e-9.
+    Vec y = f * 1.38143204e-3f + 8.36885109e-3f;
+    y = y * f + 4.16684011e-2f;
+    y = y * f + 1.66665195e-1f;
+    y = y * f + 4.99999934e-1f;
+    y = y * f + 1.f;
     y = y * f + 1.f;
     return y * (Vec)((Bits)shifted << 23);  // the low bits of `shifted` are the exponent of 2^n
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 
@@ -86,12 +87,25 @@ def test_names_are_demangled() -> None:
     assert counted.demangled("plain") == "plain"
 
 
-def test_a_kernel_is_counted() -> None:
-    """null copies 1 MiB: it must read and write exactly that, without a stack."""
+@pytest.fixture
+def emulated_core() -> Path:
     if not has_emulated_core():
         if os.environ.get("CI") == "true":
             pytest.fail("CI must emulate the CUDA kernels, but this build has no emulated core")
         pytest.skip("no emulated core in this build (make emulated)")
+    return Path(importlib.import_module("vlmkernels._C_emulated").__file__ or "")
+
+
+def test_no_kernel_spills(emulated_core: Path) -> None:
+    """Of all instances, not only of those that are counted."""
+    usage = counted.resources(emulated_core)
+    assert any("attention_fwd_kernel" in name for name in usage)
+    assert {name: use for name, use in usage.items() if use[1]} == {}
+
+
+@pytest.mark.usefixtures("emulated_core")
+def test_a_kernel_is_counted() -> None:
+    """null copies 1 MiB: it must read and write exactly that, without a stack."""
     (null,) = counted.count(["null"])
     assert null.kernel == "null_kernel" and null.launches == 1
     assert null.load_bytes == null.store_bytes == 1 << 20
@@ -103,3 +117,10 @@ def test_json(tmp_path: Path) -> None:
     counted.write(tmp_path / "c.json", [launch(128, 32)])
     text = (tmp_path / "c.json").read_text()
     assert "counted, not measured" in text and Gpu.name in text
+
+
+def test_names_that_the_emulator_cut_short_are_found() -> None:
+    usage = {"void f<int>(P)": (10, 0), "void f<int, 4>(P)": (12, 8), "void g(P)": (99, 0)}
+    assert counted._usage_of("void f<int>(P)", usage) == (10, 0)
+    assert counted._usage_of("void f<int...", usage) == (12, 8)
+    assert counted._usage_of("void h<...", usage) == counted._usage_of("void h(P)", usage) == (0, 0)

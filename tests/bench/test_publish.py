@@ -33,7 +33,7 @@ def test_pictures_of_the_page_exist() -> None:
 def test_page_has_every_row_and_the_wrong_rivals(tmp_path: Path) -> None:
     runs = [("some_cpu/cpu", run(row(), row(shape="vit_b_16_224 197", us=400.0)))]
     page = publish.results_page(tmp_path, runs)
-    assert "| attention | qwen2vl_7b 512 | float32 | fwd | 100 | 10 | 10.0 | 50 |" in page
+    assert "| attention | qwen2vl_7b 512 | float32 | fwd | 100 | 10 | 10.0 |  | 50 |" in page
     assert "| 2.00 | 0.90 SDPA flash |" in page
     assert "2 threads" in page and "commit 0123abc" in page and "copy 10.0 GB/s" in page
     assert "- FlexAttention, attention vit_b_16_224 197 float32 fwd: wrong: error 0.7" in page

@@ -120,7 +120,9 @@ def _scale(q: Tensor, softmax_scale: float | None) -> float:
 def _max_seqlen(cu_seqlens: Tensor, tokens: Tensor) -> int:
     if torch.compiler.is_compiling() or cu_seqlens.device.type == "meta":
         return tokens.shape[0]
-    return int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
+        return 0  # the core says what is wrong with it
+    return int(cu_seqlens.diff().max())
 
 
 def reference(
