@@ -72,6 +72,18 @@ def test_double_backward_is_refused() -> None:
         dx.sum().backward()
 
 
+def test_lazy_signs_are_resolved() -> None:
+    assert torch.equal(ops.null(torch._neg_view(torch.ones(3))), -torch.ones(3))
+
+
+def test_forward_mode_is_refused() -> None:
+    """A kernel would drop the tangent without a word."""
+    import torch.autograd.forward_ad as fwad
+
+    with fwad.dual_level(), pytest.raises(NotImplementedError):
+        ops.null(fwad.make_dual(torch.ones(3), torch.ones(3)))
+
+
 def test_functorch_and_dispatch_modes_go_through_the_dispatcher() -> None:
     """vmap must not hand its wrapper to the binding; it loops over the op instead."""
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -23,13 +23,18 @@ static bool has_kernels(int device) {
         int previous = 0;
         cudaGetDevice(&previous);
         cudaSetDevice(device);
-        known[device] = probe_kernels() == cudaSuccess ? 1 : -1;
+        const Error error = probe_kernels();
         cudaSetDevice(previous);
-        if (known[device] < 0 &&
-            PyErr_WarnEx(PyExc_RuntimeWarning,
-                         "vlmkernels: this build has no CUDA code for this GPU; its ops run as "
-                         "plain PyTorch (see `vlmkernels info`)",
-                         1))
+        const bool no_code =
+            error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction;
+        if (error != cudaSuccess && !no_code)  // of the moment: not to be remembered
+            throw std::runtime_error(std::string("vlmkernels: ") +
+                                     cudaGetErrorString(static_cast<cudaError_t>(error)));
+        known[device] = no_code ? -1 : 1;
+        if (no_code && PyErr_WarnEx(PyExc_RuntimeWarning,
+                                    "vlmkernels: this build has no CUDA code for this GPU; its ops "
+                                    "run as plain PyTorch (see `vlmkernels info`)",
+                                    1))
             throw py::error_already_set();
     }
     return known[device] > 0;

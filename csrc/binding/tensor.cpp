@@ -52,6 +52,7 @@ Tensor::Tensor(const char* op, const char* name, py::handle object, bool optiona
     sizes = view.shape;
     strides = view.strides;
     given = true;
+    if (!data && numel()) type_error(*this, "must have memory", "a tensor without storage");
     if (device.type != dlpack::kCPU && device.type != dlpack::kCUDA)
         type_error(*this, "must be on the CPU or on a CUDA device", device_text(*this));
 }

@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 library = torch.library.Library("vlmkernels", "DEF")
@@ -142,10 +143,12 @@ def _is_plain(args: Sequence[Any]) -> bool:
     """True when nothing but the kernel needs to see this call."""
     if _is_compiling() or _dispatch_modes() or _transforms_active():
         return False
+    if forward_ad._current_level >= 0:  # a tangent would be lost; the dispatcher refuses it
+        return False
     for arg in args:
         kind = type(arg)
         if kind is Tensor or kind is _Parameter:
-            if arg.is_meta:
+            if arg.is_meta or arg.is_neg():  # a lazy sign, which the dispatcher resolves
                 return False
         elif isinstance(arg, Tensor):
             return False
