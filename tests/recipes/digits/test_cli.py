@@ -67,6 +67,16 @@ def test_a_bad_image_is_one_line(run, tmp_path: Path, content: bytes) -> None:  
     assert not (tmp_path / "new").exists()
 
 
+def test_without_scikit_learn_the_error_says_what_to_install(  # type: ignore[no-untyped-def]
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    code, _, err = run("train", "digits", "--out", tmp_path / "new")
+    assert code == 1
+    assert "pip install 'vlmkernels[train]'" in err
+    assert not (tmp_path / "new").exists()
+
+
 def test_question_without_image_is_an_error(run) -> None:  # type: ignore[no-untyped-def]
     code, _, err = run("demo", "--question", "How many digits are there?")
     assert code == 2
@@ -80,7 +90,7 @@ def test_train_killed_and_resumed_on_the_command_line(
 ) -> None:
     monkeypatch.setattr(cli, "SAVE_EVERY", 2)
     monkeypatch.setattr(cli, "CANVASES", 8)
-    from vlmkernels.recipes.digits.train import Run
+    from vlmkernels.recipes.digits.train import STATE, Run
 
     advance = Run.advance
 
@@ -92,8 +102,11 @@ def test_train_killed_and_resumed_on_the_command_line(
     monkeypatch.setattr(Run, "advance", killed)
     assert run("train", "digits", "--out", tmp_path, "--steps", 4)[0] == 1
     monkeypatch.setattr(Run, "advance", advance)
+    code, _, err = run("train", "digits", "--out", tmp_path, "--steps", 4)
+    assert code == 2 and "expected --resume" in err
     code, out, err = run("train", "digits", "--out", tmp_path, "--steps", 4, "--resume")
     assert code == 0, err
     assert "resumed at step 2" in out
     assert "whole answers exact" in out
     assert (tmp_path / "model.safetensors").stat().st_size < 5_000_000
+    assert not (tmp_path / STATE).exists()

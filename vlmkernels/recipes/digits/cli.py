@@ -36,8 +36,10 @@ def train_digits(
     """Train the digits model on the CPU and measure it on held-out digits."""
     from rich.console import Console
 
-    from .train import Run, Settings
+    from .train import STATE, Run, Settings
 
+    if (out / STATE).is_file() and not resume:
+        raise ValueError(f"out: expected --resume, since {out} holds a run that was not finished")
     console = Console()
     run = Run(out, Settings(steps=steps, seed=seed))
     if resume:

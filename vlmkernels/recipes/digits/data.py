@@ -73,7 +73,12 @@ class Example:
 
 def load_scans() -> tuple[Scans, Scans]:
     """-> (train, held_out): 1,347 and 450 disjoint scans, the same on every machine."""
-    from sklearn.datasets import load_digits
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise RuntimeError(
+            "the scans come with scikit-learn: pip install 'vlmkernels[train]'"
+        ) from error
 
     digits = load_digits()
     pixels = (digits.images * (255 / 16)).round().astype(np.uint8)

@@ -53,7 +53,7 @@ def held_out_questions(num_canvases: int) -> list[Example]:
 
 
 def save_gallery(examples: list[Example], answers: list[str], out: Path) -> Path:
-    """Writes gallery.png into `out`, with the first canvases and every wrong answer among them."""
+    """Writes the first canvases and their answers to `out`/gallery.png."""
     out.mkdir(parents=True, exist_ok=True)
     count = GALLERY_CANVASES * len(QUESTIONS)
     path = out / "gallery.png"

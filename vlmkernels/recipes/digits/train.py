@@ -87,9 +87,9 @@ class Run:
 
     def __init__(self, out: Path, settings: Settings) -> None:
         self.out, self.settings, self.step = out, settings, 0
+        self.scans, _ = load_scans()
         write_blueprint(out)
         self.processor = load_processor(out)
-        self.scans, _ = load_scans()
         self.model = Qwen2VL(Qwen2VLConfig.from_dict(read_json(out / CONFIG)))
         initialise(self.model, settings.seed)
         matrices = [p for p in self.model.parameters() if p.ndim > 1]
@@ -146,6 +146,7 @@ class Run:
                 }
 
     def export(self) -> None:
-        """Writes the weights in bfloat16 with their config: `out` is a checkpoint from then on."""
+        """Writes the weights in bfloat16 and removes the saved state: `out` is a checkpoint."""
         weights = {k: v.to(torch.bfloat16) for k, v in self.model.state_dict().items()}
         save_checkpoint(self.out, weights, {})
+        (self.out / STATE).unlink(missing_ok=True)
