@@ -5,6 +5,8 @@ import sys
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlmkernels import _core, ops
 
@@ -76,18 +78,18 @@ def test_lazy_signs_are_resolved() -> None:
     assert torch.equal(ops.null(torch._neg_view(torch.ones(3))), -torch.ones(3))
 
 
-def test_forward_mode_is_refused() -> None:
-    """A kernel would drop the tangent without a word."""
-    import torch.autograd.forward_ad as fwad
+def test_forward_mode_and_transforms_compute_with_the_reference() -> None:
+    """A kernel would drop the tangent, or see a wrapper, without a word."""
+    x = torch.arange(3.0)
+    with fwad.dual_level():
+        y = ops.null(fwad.make_dual(x, torch.ones(3)))
+        assert torch.equal(fwad.unpack_dual(y).tangent, torch.ones(3))
+    assert torch.equal(torch.func.jvp(ops.null, (x,), (x,))[1], x)
+    assert torch.equal(torch.func.vmap(ops.null)(torch.ones(2, 3)), torch.ones(2, 3))
+    assert torch.equal(torch.func.grad(lambda x: ops.null(x).sum())(x), torch.ones(3))
 
-    with fwad.dual_level(), pytest.raises(NotImplementedError):
-        ops.null(fwad.make_dual(torch.ones(3), torch.ones(3)))
 
-
-def test_functorch_and_dispatch_modes_go_through_the_dispatcher() -> None:
-    """vmap must not hand its wrapper to the binding; it loops over the op instead."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
+def test_dispatch_modes_see_the_op() -> None:
     seen = []
 
     class Record(TorchDispatchMode):
@@ -98,4 +100,3 @@ def test_functorch_and_dispatch_modes_go_through_the_dispatcher() -> None:
     with Record():
         ops.null(torch.ones(3))
     assert "vlmkernels.null.default" in seen
-    assert torch.equal(torch.func.vmap(ops.null)(torch.ones(2, 3)), torch.ones(2, 3))

@@ -65,7 +65,8 @@ def define(
     overload = getattr(torch.ops.vlmkernels, name).default
 
     def call(*args: Any) -> Any:
-        if _references_only:
+        # Kernels know no tangents and no torch.func transforms; plain PyTorch does.
+        if _references_only or forward_ad._current_level >= 0 or _transforms_active():
             return reference(*args)
         if not _is_plain(args):
             return overload(*args)
@@ -141,9 +142,7 @@ _Parameter = torch.nn.Parameter
 
 def _is_plain(args: Sequence[Any]) -> bool:
     """True when nothing but the kernel needs to see this call."""
-    if _is_compiling() or _dispatch_modes() or _transforms_active():
-        return False
-    if forward_ad._current_level >= 0:  # a tangent would be lost; the dispatcher refuses it
+    if _is_compiling() or _dispatch_modes():
         return False
     for arg in args:
         kind = type(arg)
