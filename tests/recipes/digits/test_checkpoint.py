@@ -1,5 +1,7 @@
 """The shipped weights: what they weigh and what they know."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -9,13 +11,16 @@ from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
 from vlmkernels.models import load
 from vlmkernels.recipes.digits import CHECKPOINT
+from vlmkernels.recipes.digits.blueprint import write_blueprint
 from vlmkernels.recipes.digits.data import QUESTIONS, Example, load_scans
 from vlmkernels.recipes.digits.demo import Reader, held_out_questions
 from vlmkernels.recipes.digits.evaluate import accuracy, answer_all, prompt
 from vlmkernels.recipes.digits.photo import normalise
-from vlmkernels.recipes.digits.train import Settings
+from vlmkernels.recipes.digits.train import SETTINGS, Settings
 
 from .test_photo import page
+
+CANVASES = 120
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +30,7 @@ def reader() -> Reader:
 
 @pytest.fixture(scope="module")
 def examples() -> list[Example]:
-    return held_out_questions(60)
+    return held_out_questions(CANVASES)
 
 
 def test_size() -> None:
@@ -35,9 +40,9 @@ def test_size() -> None:
 
 def test_held_out_accuracy(reader: Reader, examples: list[Example]) -> None:
     score = accuracy(examples, reader.answer(examples))
-    assert {total for kind, (_, total) in score.items() if kind != "all"} == {60}
-    right, total = score["all"]
-    assert right >= 0.95 * total, score
+    assert {total for kind, (_, total) in score.items() if kind != "all"} == {CANVASES}
+    assert set(score) == {"read", "count", "largest", "all"}
+    assert all(right >= 0.95 * total for right, total in score.values()), score
 
 
 def test_answers_come_from_the_picture(reader: Reader, examples: list[Example]) -> None:
@@ -104,7 +109,12 @@ def test_photos_of_digits(reader: Reader) -> None:
     assert right >= 0.8 * total
 
 
-def test_the_recipe_that_ships_is_the_one_that_made_it() -> None:
-    """docs/digits.md names the settings; a change of the recipe asks for new weights."""
+def test_the_recipe_that_ships_is_the_one_that_made_it(tmp_path: Path) -> None:
+    """A change of the settings, the architecture or the tokenizer asks for new weights."""
+    assert json.loads((CHECKPOINT / SETTINGS).read_text()) == asdict(Settings())
+    write_blueprint(tmp_path)
+    for path in tmp_path.iterdir():
+        shipped, made = (CHECKPOINT / path.name).read_text(), path.read_text()
+        assert json.loads(shipped) == json.loads(made), path.name
     docs = Path(__file__).parents[3] / "docs" / "digits.md"
     assert f"{Settings().steps:,} steps" in docs.read_text()

@@ -33,8 +33,7 @@ def test_a_killed_and_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> 
     killed = run_to(Run(tmp_path / "killed", TINY), 3)
     killed.save()
     run_to(killed, 5)  # lost with the process
-    resumed = Run(tmp_path / "killed", TINY)
-    resumed.resume()
+    resumed = Run(tmp_path / "killed", TINY, resume=True)
     assert resumed.step == 3
     run_to(resumed, 6)
 
@@ -73,12 +72,16 @@ def test_a_kill_while_saving_leaves_the_last_save(
 
 
 def test_resume_refuses_what_it_cannot_continue(tmp_path: Path) -> None:
-    run = Run(tmp_path, TINY)
     with pytest.raises(ValueError, match="found none"):
-        run.resume()
-    run_to(run, 1).save()
+        Run(tmp_path / "new", TINY, resume=True)
+    assert not (tmp_path / "new").exists()
+    run_to(Run(tmp_path, TINY), 1).save()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(ValueError, match="expected the run's settings"):
-        Run(tmp_path, Settings(**{**vars(TINY), "seed": 1})).resume()
+        Run(tmp_path, Settings(**{**vars(TINY), "seed": 1}), resume=True)
+    with pytest.raises(ValueError, match="expected a new folder, or --resume"):
+        Run(tmp_path, TINY)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_export_is_a_checkpoint_in_bfloat16(tmp_path: Path) -> None:

@@ -36,18 +36,15 @@ def train_digits(
     """Train the digits model on the CPU and measure it on held-out digits."""
     from rich.console import Console
 
-    from .train import STATE, Run, Settings
+    from .train import Run, Settings
 
-    if (out / STATE).is_file() and not resume:
-        raise ValueError(f"out: expected --resume, since {out} holds a run that was not finished")
     console = Console()
-    run = Run(out, Settings(steps=steps, seed=seed))
+    run = Run(out, Settings(steps=steps, seed=seed), resume=resume)
     if resume:
-        run.resume()
         console.print(f"resumed at step {run.step}")
     _run(run, console)
     run.export()
-    console.print(f"wrote {out}")
+    console.print(f"wrote {out}", markup=False)
     from .demo import Reader, held_out_questions
 
     _answers(Reader.load(out), held_out_questions(CANVASES), console)
@@ -112,23 +109,23 @@ def _own_image(image: Path, question: str | None, model: Path, out: Path, consol
     asked = [question] if question else [phrasings[0] for phrasings in QUESTIONS.values()]
     answers = ask_about(Reader.load(model), image, asked, out)
     for q, a in zip(asked, answers, strict=True):
-        console.print(f"{q}  [bold]{a}[/bold]")
-    console.print(f"what the model saw: {out / 'seen.png'}")
+        console.print(f"{q}  {a}", markup=False)
+    console.print(f"what the model saw: {out / 'seen.png'}", markup=False)
 
 
 def _show(reader: Reader, canvases: int, out: Path, console: Console) -> None:
-    from .demo import TIMED_IMAGES, held_out_questions, save_gallery, time_per_image
+    from .demo import held_out_questions, save_gallery, time_per_image
 
     count = sum(p.numel() for p in reader.model.parameters())
     console.print(f"Qwen2-VL, {count:,} parameters, {reader.model.dtype} on {reader.model.device}")
     _backends(console)
     examples = held_out_questions(canvases)
     answers = _answers(reader, examples, console)
-    console.print(f"gallery: {save_gallery(examples, answers, out)}")
-    times = time_per_image(reader, examples)
-    ours, eager = (times[name].median / TIMED_IMAGES * 1e3 for name in ("ours", "eager"))
+    console.print(f"gallery: {save_gallery(examples, answers, out)}", markup=False)
+    count, times = time_per_image(reader, examples)
+    ours, eager = (times[name].median / count * 1e3 for name in ("ours", "eager"))
     console.print(
-        f"time per image, pixels to answer, batches of {TIMED_IMAGES}: {ours:.2f} ms with our ops, "
+        f"time per image, pixels to answer, batches of {count}: {ours:.2f} ms with our ops, "
         f"{eager:.2f} ms with plain PyTorch ops, {eager / ours:.2f}x"
     )
 
@@ -136,6 +133,7 @@ def _show(reader: Reader, canvases: int, out: Path, console: Console) -> None:
 def _answers(reader: Reader, examples: list[Example], console: Console) -> list[str]:
     """Asks everything, prints a few answers and the score."""
     from rich.table import Table
+    from rich.text import Text
 
     from .evaluate import accuracy
 
@@ -145,7 +143,7 @@ def _answers(reader: Reader, examples: list[Example], console: Console) -> list[
     # Every fourth: another canvas and another kind of question each time.
     for example, given in list(zip(examples, answers, strict=True))[: 4 * SHOWN : 4]:
         style = "green" if given == example.answer else "red"
-        table.add_row(example.question, f"[{style}]{given}[/{style}]", example.answer)
+        table.add_row(example.question, Text(given, style), example.answer)
     console.print(table)
     for kind, (right, total) in accuracy(examples, answers).items():
         console.print(f"{kind:8} {right:4d} of {total:4d} whole answers exact  {right / total:.1%}")

@@ -61,8 +61,9 @@ def save_gallery(examples: list[Example], answers: list[str], out: Path) -> Path
     return path
 
 
-def time_per_image(reader: Reader, examples: list[Example]) -> Mapping[str, Timing]:
-    """Seconds for a batch to be read, pixels to tokens: our ops and plain PyTorch, taking turns."""
+def time_per_image(reader: Reader, examples: list[Example]) -> tuple[int, Mapping[str, Timing]]:
+    """Images in a batch, and seconds for it to be read, pixels to tokens: our ops and plain
+    PyTorch, taking turns."""
     asked = [e for e in examples if e.kind == "read"][:TIMED_IMAGES]
     texts = [prompt(reader.processor, e.question) for e in asked]
     inputs = reader.processor(texts, [e.canvas.pixels for e in asked])
@@ -72,7 +73,7 @@ def time_per_image(reader: Reader, examples: list[Example]) -> Mapping[str, Timi
             generate(reader.model, inputs)
 
     variants = {"ours": lambda: generate(reader.model, inputs), "eager": reference}
-    return time_interleaved(variants, rounds=7, end_to_end=True)
+    return len(asked), time_interleaved(variants, rounds=7, end_to_end=True)
 
 
 def ask_about(reader: Reader, image: str | Path, asked: list[str], out: Path) -> list[str]:

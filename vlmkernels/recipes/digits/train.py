@@ -30,6 +30,7 @@ from .data import MAX_DIGITS, Example, load_scans, training_batch
 from .evaluate import prompt
 
 STATE = "training_state.safetensors"
+SETTINGS = "training.json"  # what the weights of a finished run were made with
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,13 @@ def initialise(model: nn.Module, seed: int) -> None:
 class Run:
     """A training run in the folder `out`, which ends as a checkpoint in the published layout."""
 
-    def __init__(self, out: Path, settings: Settings) -> None:
+    def __init__(self, out: Path, settings: Settings, *, resume: bool = False) -> None:
+        """ValueError, and nothing written, when `out` holds what this run would destroy, or with
+        `resume` when it holds no run of these settings."""
+        if resume:
+            _check_resumable(out, settings)
+        elif (out / STATE).is_file() or (out / CONFIG).is_file():
+            raise ValueError(f"out: expected a new folder, or --resume, got {out} with a model")
         self.out, self.settings, self.step = out, settings, 0
         self.scans, _ = load_scans()
         write_blueprint(out)
@@ -102,6 +109,8 @@ class Run:
             betas=(0.9, 0.95),
             fused=True,
         )
+        if resume:
+            self._load_state()
 
     def advance(self) -> float:
         """One step; -> its loss."""
@@ -127,16 +136,9 @@ class Run:
         save_file(tensors, self.out / (STATE + ".part"), metadata)
         os.replace(self.out / (STATE + ".part"), self.out / STATE)
 
-    def resume(self) -> None:
-        """Goes on where the last `save` was. ValueError when there is none of these settings."""
-        if not (self.out / STATE).is_file():
-            raise ValueError(f"resume: expected {self.out / STATE}, found none")
+    def _load_state(self) -> None:
         with safe_open(self.out / STATE, framework="pt") as state:
-            metadata = state.metadata()
-            settings = json.loads(metadata["settings"])
-            if settings != asdict(self.settings):
-                raise ValueError(f"resume: expected the run's settings {settings}")
-            self.step = int(metadata["step"])
+            self.step = int(state.metadata()["step"])
             for name, weight in self.model.named_parameters():
                 weight.data.copy_(state.get_tensor(f"model.{name}"))
                 self.optimizer.state[weight] = {
@@ -148,5 +150,14 @@ class Run:
     def export(self) -> None:
         """Writes the weights in bfloat16 and removes the saved state: `out` is a checkpoint."""
         weights = {k: v.to(torch.bfloat16) for k, v in self.model.state_dict().items()}
-        save_checkpoint(self.out, weights, {})
+        save_checkpoint(self.out, weights, {SETTINGS: asdict(self.settings)})
         (self.out / STATE).unlink(missing_ok=True)
+
+
+def _check_resumable(out: Path, settings: Settings) -> None:
+    if not (out / STATE).is_file():
+        raise ValueError(f"resume: expected {out / STATE}, found none")
+    with safe_open(out / STATE, framework="pt") as state:
+        saved = json.loads(state.metadata()["settings"])
+    if saved != asdict(settings):
+        raise ValueError(f"resume: expected the run's settings {saved}")
