@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-JOBS ?= 2
+JOBS ?= $(shell nproc)
 # Folder of an emulated CUDA runtime: its build.sh makes a libcudart.so that runs our kernels on the CPU.
 PTXEMU ?= ../shared/ptxemu
 PTXEMU_BUILD ?= $(CURDIR)/build/ptxemu
@@ -59,7 +59,8 @@ isolated:
 	$(PYTHON) tools/isolated_build.py
 
 wheel: $(VENV)/requirements
-	$(BIN)/pip wheel --no-deps --no-build-isolation -w dist .
+	$(BIN)/pip wheel --no-deps --no-build-isolation -w dist . \
+		-Cbuild-dir=build/wheel -Ccmake.define.VLMKERNELS_EMULATED_CUDART=
 
 # In-tree build for work on kernels: incremental; puts the core beside the Python files.
 core: $(if $(EMULATED),$(PTXEMU_BUILD)/libcudart.so)
@@ -71,12 +72,15 @@ core: $(if $(EMULATED),$(PTXEMU_BUILD)/libcudart.so)
 	cmake --install build/core --prefix . > /dev/null
 
 $(VENV)/requirements: pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python >= 3.11 is needed: PYTHON=...')"
+	@echo "setting up $(VENV): torch and the build tools, a few minutes on a slow line"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python tools/requirements.py test lint > $(VENV)/requirements.in
 	$(BIN)/pip install --quiet -c constraints.txt -r $(VENV)/requirements.in
 	touch $@
 
 $(VENV)/installed: $(VENV)/requirements $(SOURCES) $(if $(EMULATED),$(PTXEMU_BUILD)/libcudart.so)
+	@echo "compiling the kernels: some minutes on 2 cores"
 	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(BIN)/pip install --quiet --no-deps --no-build-isolation -e . \
 		$(if $(EMULATED),-Ccmake.define.VLMKERNELS_EMULATED_CUDART=$(PTXEMU_BUILD))
 	touch $@
@@ -85,7 +89,8 @@ $(PTXEMU_BUILD)/libcudart.so:
 	sh $(PTXEMU)/build.sh $(PTXEMU_BUILD)
 
 build/transformers-oldest: constraints.txt | $(VENV)/requirements
-	$(BIN)/pip install --quiet --upgrade --target $@ transformers==5.17.0 huggingface_hub==1.33.0
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ transformers==5.17.0 \
+		huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9 certifi==2026.10.18
 	touch $@
 
 clean:

@@ -12,6 +12,15 @@ from vlmkernels.testing import emulate, has_emulated_core
 EMULATION_REQUIRED = os.environ.get("CI") == "true"
 
 
+def need_emulated_core() -> None:
+    """Skips where this build has no emulated core; in CI that is a failure."""
+    if has_emulated_core():
+        return
+    if EMULATION_REQUIRED:
+        pytest.fail("CI must emulate the CUDA kernels, but this build has no emulated core")
+    pytest.skip("no emulated core in this build (make emulated)")
+
+
 @dataclass(frozen=True)
 class Backend:
     """Where a test's tensors live, and how large they may be."""
@@ -35,11 +44,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         yield Backend("cuda", "cuda", half)
     elif request.param == "cpu":
         yield Backend("cpu", "cpu", (torch.float32, *half))
-    elif not has_emulated_core():
-        if EMULATION_REQUIRED:
-            pytest.fail("CI must emulate the CUDA kernels, but this build has no emulated core")
-        pytest.skip("no emulated core in this build (make emulated)")
     else:
+        need_emulated_core()
         with emulate():
             yield Backend("emulated", "cpu", half)
 

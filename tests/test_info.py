@@ -2,13 +2,16 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 
+from tests.conftest import need_emulated_core
+from tests.ops.test_any_input import CASES, valid_arguments
 from vlmkernels import _core, info, ops
 from vlmkernels.ops import _library
-from vlmkernels.testing import emulate, has_emulated_core, reference_ops
+from vlmkernels.testing import emulate, reference_ops
 
 
 def test_lists_every_op() -> None:
@@ -33,7 +36,37 @@ def test_backend_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_emulated_backend() -> None:
-    if not has_emulated_core():
-        pytest.skip("no emulated core in this build (make emulated)")
+    need_emulated_core()
     with emulate():
         assert {b.name for b in info.backends("cpu").values()} == {"CUDA, emulated"}
+
+
+class Recorder:
+    """Stands for the core and notes whether one of its functions said that it computed."""
+
+    def __init__(self, core: Any) -> None:
+        self.core, self.computed = core, False
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self.core, name)
+
+        def call(*args: Any) -> Any:
+            result = function(*args)
+            self.computed = self.computed or result is True
+            return result
+
+        return call
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_backend_is_the_one_that_computes(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For every public function: C++ where info says C++, PyTorch where it says PyTorch."""
+    function, arguments = valid_arguments(torch.float32, "cpu")[case]
+    name = case.split()[0]
+    op = {"rms_norm": "norm", "layer_norm": "norm", "mrope": "rope", "vision_rope": "rope"}
+    recorder = Recorder(_core.C)
+    monkeypatch.setattr(_core, "C", recorder)
+    function(*arguments)
+    monkeypatch.undo()
+    claimed = info.backends("cpu")[op.get(name, name)].name
+    assert recorder.computed == claimed.startswith("C++"), claimed

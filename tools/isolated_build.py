@@ -56,8 +56,18 @@ def build(directory: Path, cpu_only: bool) -> tuple[Path, float]:
     return next((directory / "dist").glob("*.whl")), seconds
 
 
+def check_content(names: list[str]) -> None:
+    """Everything that runs is in the wheel, and nothing else."""
+    wanted = ["py.typed", "recipes/digits/checkpoint/model.safetensors", "ops/attention.py"]
+    missing = [w for w in wanted if f"vlmkernels/{w}" not in names]
+    bad = [n for n in names if "_C_emulated" in n or n.split("/")[0] in ("tests", "csrc", "docs")]
+    if missing or bad:
+        raise SystemExit(f"the wheel lacks {missing} and should not hold {bad}")
+
+
 def check(directory: Path, wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
+        check_content(archive.namelist())
         name = next(n for n in archive.namelist() if n.startswith("vlmkernels/_C."))
         core = archive.extract(name, directory)
     linked = subprocess.run(["ldd", core], check=True, text=True, stdout=subprocess.PIPE).stdout

@@ -1,9 +1,8 @@
 """Prints what pyproject.toml asks for: to build, to run, and for the extras named as arguments."""
 
 import sys
-from pathlib import Path
-
 import tomllib
+from pathlib import Path
 
 
 def requirements(extras: list[str]) -> list[str]:

@@ -109,6 +109,11 @@ def attention_decode(
 
     Source: Flash-Decoding (pytorch.org/blog/flash-decoding), FlashAttention-2 (arXiv 2307.08691).
     """
+    if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad):
+        raise ValueError(
+            "attention_decode: q has no gradient here, expected torch.no_grad() or tensors that "
+            "do not require one, got requires_grad=True (attention has one)"
+        )
     out, lse = _decode_op(q, k_cache, v_cache, cache_seqlens, causal, _scale(q, softmax_scale))
     return (out, lse) if return_lse else out
 

@@ -174,14 +174,14 @@ _dx_op = _library.define(
     kernel=_dx_kernel,
     fake=_dx_fake,
     reference=_dx_kernel,
-    cpu="aten",
+    cpu="its own matrix product",
 )
 _dweight_op = _library.define(
     "patch_embed_dweight(Tensor dy, Tensor x, Tensor weight, bool bias) -> (Tensor, Tensor)",
     kernel=_dweight_kernel,
     fake=_dweight_fake,
     reference=_dweight_kernel,
-    cpu="aten",
+    cpu="its own matrix product",
 )
 _op = _library.define(
     "patch_embed(Tensor x, Tensor weight, Tensor? bias, Tensor? pos_embed) -> Tensor",
@@ -190,5 +190,5 @@ _op = _library.define(
     reference=reference,
     setup_context=_setup_context,
     backward=_backward,
-    cpu="aten",
+    cpu="its own matrix product",
 )
