@@ -1,8 +1,9 @@
 """Writes the measured results into docs/ and README.md: `make results`, `python -m bench.publish`.
 
 Every number there comes from a file in bench/results; a test compares. Options measure or count
-first: --run this machine's ops and models, --count the costs of the CUDA kernels; --floor takes
-this machine's CPU run as the floor of `make bench-check`.
+first: --run this machine's ops and models (with options of the bench, such as --threads 1),
+--count the costs of the CUDA kernels; --floor takes this machine's CPU run as the floor of
+`make bench-check`.
 """
 
 import argparse
@@ -125,11 +126,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--count", action="store_true")
     parser.add_argument("--floor", action="store_true")
-    args = parser.parse_args()
+    args, options = parser.parse_known_args()
+    if options and args.run is None:
+        parser.error(f"{' '.join(options)}: only with --run, which passes options of the bench on")
     machine = RESULTS / slug(new_run(args.device)["machine"])
     if args.run is not None:
         file = machine / f"{args.device}.json"
-        run_bench([*args.run, "--device", args.device, "--json", str(file)])
+        run_bench([*args.run, *options, "--device", args.device, "--json", str(file)])
     if args.count:
         counted.write(counted.RESULT, counted.count([]))
     if args.floor:

@@ -35,6 +35,7 @@ def new_run(device: str) -> Run:
         "machine": torch.cuda.get_device_name() if cuda else cpu_name(),
         "device": device,
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],  # what else ran: threads that wait for each other suffer most
         "versions": versions(cuda),
         "commit": commit(),
         "date": datetime.date.today().isoformat(),

@@ -23,7 +23,8 @@ HEAD = (
 
 
 def title(run: Run) -> str:
-    threads = f", {run['threads']} threads" if run["device"] == "cpu" else ""
+    cpu = run["device"] == "cpu"
+    threads = f", {run['threads']} threads, load {run['load']:.1f} before" if cpu else ""
     commit = f", commit {run['commit']}" if run["commit"] else ""
     stopped = "" if run["complete"] else ", stopped early"
     torch_version = run["versions"].get("torch", "?")

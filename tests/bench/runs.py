@@ -27,7 +27,7 @@ def row(shape: str = "qwen2vl_7b 512", us: float = 100.0, **fields: Any) -> dict
 
 def run(*rows: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
     return {
-        **{"machine": "Some CPU, 2 cores", "device": device, "threads": 2},
+        **{"machine": "Some CPU, 2 cores", "device": device, "threads": 2, "load": 0.1},
         **{"versions": {"torch": "2.13.0"}, "commit": "0123abc", "date": "2026-11-23"},
         "complete": True,
         "ceilings": {"float32": {"copy_gbps": 10.0, "gemm_tflops": 0.1}},

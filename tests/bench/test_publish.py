@@ -35,7 +35,11 @@ def test_page_has_every_row_and_the_wrong_rivals(tmp_path: Path) -> None:
     page = publish.results_page(tmp_path, runs)
     assert "| attention | qwen2vl_7b 512 | float32 | fwd | 100 | 10 | 10.0 |  | 50 |" in page
     assert "| 2.00 | 0.90 SDPA flash |" in page
-    assert "2 threads" in page and "commit 0123abc" in page and "copy 10.0 GB/s" in page
+    assert (
+        "2 threads, load 0.1 before" in page
+        and "commit 0123abc" in page
+        and "copy 10.0 GB/s" in page
+    )
     assert "- FlexAttention, attention vit_b_16_224 197 float32 fwd: wrong: error 0.7" in page
 
 
