@@ -15,7 +15,9 @@ def regressions(new: Run, old: Run) -> list[str]:
     """One line for each row of `old` that `new` measured to be slower, or to fail."""
     before = {key(row): row for row in old["rows"]}
     slower = _slower_time if new["device"].startswith("cuda") else _slower_ratio
-    found = []
+    found: list[str] = []
+    if not before.keys() & {key(row) for row in new["rows"]}:
+        return ["nothing to compare: the runs have no row in common"]
     for row in new["rows"]:
         reference = before.get(key(row))
         if reference is None or "x_eager" not in reference:
@@ -43,9 +45,10 @@ def _slower_time(new: Row, old: Row) -> str:
 
 
 def summary(new: Run, old: Run, slower: list[str]) -> str:
-    """What was compared and what was found, as text. A comparison of nothing says so."""
+    """What was compared and what was found, as text."""
     common = {key(row) for row in new["rows"]} & {key(row) for row in old["rows"]}
-    lines = [f"compared {len(common)} rows with {old.get('machine', 'the old run')}"]
+    of = f"{len(common)} rows of {len(old['rows'])}"
+    lines = [f"compared {of} with {old.get('machine', 'the old run')}"]
     lines += [f"SLOWER {line}" for line in slower] or ["nothing became slower beyond the spread"]
     return "\n".join(lines)
 

@@ -46,7 +46,12 @@ def test_a_row_that_fails_now_is_a_regression() -> None:
 def test_only_common_rows_are_compared_and_counted() -> None:
     new, old = run(row(), row(shape="new 1")), run(row(), row(shape="old 1"))
     assert check.regressions(new, old) == []
-    assert check.summary(new, old, []).startswith("compared 1 rows")
+    assert check.summary(new, old, []).startswith("compared 1 rows of 2")
+
+
+def test_nothing_in_common_is_a_failure() -> None:
+    found = check.regressions(run(row(shape="new 1")), run(row(shape="old 1")))
+    assert found == ["nothing to compare: the runs have no row in common"]
 
 
 def test_check_is_the_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

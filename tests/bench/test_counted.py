@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import os
 from pathlib import Path
 
 import pytest
 
 from bench import counted
 from bench.counted import Gpu, Launch
-from vlmkernels.testing import has_emulated_core
+from tests.conftest import need_emulated_core
 
 TEXT = """\
 vlmkernels counted: (setup)
@@ -89,10 +88,7 @@ def test_names_are_demangled() -> None:
 
 @pytest.fixture
 def emulated_core() -> Path:
-    if not has_emulated_core():
-        if os.environ.get("CI") == "true":
-            pytest.fail("CI must emulate the CUDA kernels, but this build has no emulated core")
-        pytest.skip("no emulated core in this build (make emulated)")
+    need_emulated_core()
     return Path(importlib.import_module("vlmkernels._C_emulated").__file__ or "")
 
 
