@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,15 +48,16 @@ def ask(
 ) -> None:
     """Ask a question about images and videos; the answer appears as it is made."""
     from vlmkernels.models import load, load_processor
-    from vlmkernels.models.generation import stream_text
+    from vlmkernels.models.generation import Sampling, stream_text
 
+    where, computed_in = _device(device), _dtype(dtype)
+    Sampling(temperature, None, top_p).expect_drawing(seed=seed)  # before the long loading
     processor = load_processor(model)
     pictures = [("image", p) for p in image or []] + [("video", p) for p in video or []]
     content = [{"type": kind, kind: path} for kind, path in pictures]
     message = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
     inputs = processor.from_messages([message])
-    where = _device(device)
-    loaded = load(model, dtype=_dtype(dtype), device=where)
+    loaded = load(model, dtype=computed_in, device=where)
     tensors: dict[str, Any] = {name: x.to(where) for name, x in inputs.items()}
     steps = loaded.generate_steps(
         max_new_tokens=max_new_tokens,
@@ -90,18 +92,22 @@ def _device(name: str) -> torch.device:
     import torch
 
     gpus = torch.cuda.device_count()
-    device = torch.device(name or ("cuda" if gpus else "cpu"))
-    if device.type == "cuda" and (device.index or 0) >= gpus:
+    name = name or ("cuda" if gpus else "cpu")
+    # Read here, not by torch: it keeps eight bits of the number, and cuda:256 would be cuda:0.
+    match = re.fullmatch(r"cpu(?::0)?|cuda(?::(?P<index>0|[1-9][0-9]*))?", name)
+    if match is None:
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}")
+    if name.startswith("cuda") and int(match["index"] or 0) >= gpus:
         raise ValueError(f"device: expected one that is there, got {name!r} with {gpus} GPUs")
-    return device
+    return torch.device(name)
 
 
 def _dtype(name: str) -> torch.dtype | None:
     import torch
 
     dtype: torch.dtype | None = getattr(torch, name, None) if name else None
-    if name and not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype: expected a torch dtype such as bfloat16, got {name!r}")
+    if name and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype: expected a floating-point one such as bfloat16, got {name!r}")
     return dtype
 
 
@@ -111,7 +117,7 @@ def main() -> None:
         app()
     except (ValueError, TypeError) as error:
         _fail(error, 2)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ImportError) as error:  # an optional package may be missing
         _fail(error, 1)
 
 

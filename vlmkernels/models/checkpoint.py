@@ -2,7 +2,9 @@
 
 Reading goes shard by shard into a model built on the meta device, so a checkpoint never takes
 twice its memory. Everything is checked by the files' headers before a weight is touched. Writing
-goes to a directory aside and is moved into place whole.
+goes to a directory aside. A new checkpoint is then moved into place whole. Over an old one file
+after file is moved, and config.json, without which nothing is loaded, leaves first and comes last:
+a kill leaves the old checkpoint, an error at loading, or the new one, never a mix of both.
 """
 
 from __future__ import annotations
@@ -22,10 +24,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vlmkernels.models.fields import FILE_NAMES, expect
+
 Json = dict[str, Any]
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+# What a model computes in, by torch's names and by those in a file's header. Others (integers,
+# 8-bit floats that want a scale) would only fail later, or answer wrongly.
+DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
 
 
 def read_json(path: Path) -> Json:
@@ -34,7 +47,7 @@ def read_json(path: Path) -> Json:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{path}: expected a file, found none") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON: {error}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(data).__name__}")
@@ -60,12 +73,14 @@ class Stored:
     file: Path
     name: str
     shape: tuple[int, ...]
+    dtype: str  # as in the header: "BF16"
 
 
 def read_headers(path: Path, rename: Callable[[str], str]) -> dict[str, Stored]:
     """What the safetensors of a checkpoint directory hold, by the model's names."""
     if (path / INDEX).is_file():
-        weight_map: dict[str, str] = read_json(path / INDEX).get("weight_map", {})
+        key = f"{path / INDEX}: weight_map"
+        weight_map = expect(key, read_json(path / INDEX).get("weight_map"), FILE_NAMES)
         files = [path / name for name in sorted(set(weight_map.values()))]
     else:
         files = [path / WEIGHTS]
@@ -76,7 +91,8 @@ def read_headers(path: Path, rename: Callable[[str], str]) -> dict[str, Stored]:
                 ours = rename(name)
                 if ours in stored:
                     raise ValueError(f"{file}: {name} is also in {stored[ours].file}")
-                stored[ours] = Stored(file, name, tuple(shard.get_slice(name).get_shape()))
+                header = shard.get_slice(name)
+                stored[ours] = Stored(file, name, tuple(header.get_shape()), header.get_dtype())
     return stored
 
 
@@ -111,9 +127,12 @@ def load_weights(
         device: None is the CPU.
 
     Raises:
-        ValueError: a missing, truncated or foreign file; names that are missing or unexpected
-            and shapes that differ, all listed. The model is untouched then.
+        ValueError: a missing, truncated or foreign file; names that are missing or unexpected,
+            shapes and dtypes that do not fit, all listed; a `dtype` that is none of DTYPES. The
+            model is untouched then.
     """
+    if dtype is not None and dtype not in DTYPES.values():
+        raise ValueError(f"dtype: expected one of {[*DTYPES.values()]}, got {dtype}")
     stored = read_headers(Path(path), rename)
     aliases = {a: source for a, source in (tied or {}).items() if a in stored}
     for alias, source in aliases.items():
@@ -146,12 +165,18 @@ def _check_names(path: Path, wanted: Mapping[str, Tensor], stored: Mapping[str, 
         for name in sorted(wanted.keys() & stored.keys())
         if tuple(wanted[name].shape) != stored[name].shape
     ]
+    dtypes = [
+        f"{name}: expected one of {[*DTYPES]}, got {stored[name].dtype}"
+        for name in sorted(wanted.keys() & stored.keys())
+        if wanted[name].is_floating_point() and stored[name].dtype not in DTYPES
+    ]
     problems = [
         f"{title}: {_listing(names)}"
         for title, names in (
             ("missing", sorted(wanted.keys() - stored.keys())),
             ("unexpected", sorted(stored.keys() - wanted.keys())),
             ("wrong shape", shapes),
+            ("wrong dtype", dtypes),
         )
         if names
     ]
@@ -184,9 +209,10 @@ def save_checkpoint(
 ) -> None:
     """Write tensors and JSON files (name -> content) as a checkpoint directory.
 
-    All is first written to a directory beside `path`; a new `path` then appears in one rename,
-    in an existing one file after file is replaced, each whole, and shards that no longer count
-    are removed. Other files in it (a tokenizer) stay.
+    All is first written to a directory beside `path`; a new `path` then appears in one rename, in
+    an existing one file after file is replaced, and shards that no longer count are removed (the
+    module's docstring tells the order). Other files in it (a tokenizer) stay, and its config.json
+    when `configs` has none.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,17 +222,25 @@ def save_checkpoint(
         for name, content in configs.items():
             write_json(staging / name, content)
         staging.chmod(0o755)
-        if not path.exists():
+        if path.exists():
+            _replace_files(path, staging)
+        else:
             staging.rename(path)
-            return
-        new = sorted(file.name for file in staging.iterdir())
-        for name in new:
-            os.replace(staging / name, path / name)
-        for old in (*path.glob("model*.safetensors"), path / INDEX):
-            if old.name not in new:
-                old.unlink(missing_ok=True)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _replace_files(path: Path, staging: Path) -> None:
+    if (path / CONFIG).is_file() and not (staging / CONFIG).exists():
+        shutil.copy(path / CONFIG, staging / CONFIG)
+    new = [file.name for file in staging.iterdir()]
+    # From here until the last line the directory is no checkpoint, and loading it says so.
+    (path / CONFIG).unlink(missing_ok=True)
+    for old in (path / INDEX, *path.glob("model*.safetensors")):
+        if old.name not in new:
+            old.unlink(missing_ok=True)
+    for name in sorted(new, key=lambda name: name == CONFIG):
+        os.replace(staging / name, path / name)
 
 
 def _write_shards(directory: Path, state: Mapping[str, Tensor], max_shard_bytes: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vlmkernels.models.cache import KVCache
 from vlmkernels.models.checkpoint import Json
+from vlmkernels.models.fields import INDEX, INDICES, expect
 from vlmkernels.models.tokenizer import Tokenizer
 
 
@@ -26,7 +27,7 @@ class DecodeState:
 @dataclass(frozen=True)
 class Sampling:
     """Greedy at temperature 0; else softmax(logits / temperature), cut to the top_k most likely
-    tokens and to the smallest set that holds probability top_p."""
+    tokens and to the smallest set that holds probability top_p. Neither has a meaning at 0."""
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -39,6 +40,15 @@ class Sampling:
             raise ValueError(f"top_k: expected at least 1, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected in (0, 1], got {self.top_p}")
+        self.expect_drawing(top_k=self.top_k, top_p=self.top_p)
+
+    def expect_drawing(self, **options: Any) -> None:
+        """ValueError when an option that only sampling heeds comes with greedy decoding."""
+        given = [name for name, option in options.items() if option is not None]
+        if self.temperature == 0 and given:
+            raise ValueError(
+                f"{given[0]}: expected together with temperature > 0, got temperature 0"
+            )
 
     def logits(self, logits: Tensor) -> Tensor:
         """(batch, vocab_size) -> fp32 with -inf for every token that may not be drawn."""
@@ -85,9 +95,13 @@ class Generates(ABC):
                 either side; the new tokens are appended to the padded row.
             max_new_tokens: at most so many (128); fewer when every row has ended.
             temperature, top_k, top_p: see `Sampling`; greedy by default.
-            seed, generator: make sampling repeatable.
+            seed, generator: make sampling repeatable; at most one of them.
             eos_token_id: one or several; the checkpoint's by default. () for none.
             pad_token_id: what a row gets after its end; the checkpoint's by default.
+
+        Raises:
+            ValueError: naming the argument; so too when top_k, top_p, seed or generator comes at
+                temperature 0, where nothing is drawn.
         """
         steps = list(self.generate_steps(input_ids=input_ids, **options))
         return torch.cat([input_ids, torch.stack(steps, dim=1)], dim=1)
@@ -109,6 +123,9 @@ class Generates(ABC):
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
         sampling = Sampling(temperature, top_k, top_p)
+        sampling.expect_drawing(seed=seed, generator=generator)
+        if seed is not None and generator is not None:
+            raise ValueError("seed: expected at most one of seed and generator, got both")
         eos_ids = self._eos_token_ids(eos_token_id)
         pad_id = self._pad_token_id(pad_token_id, eos_ids)
         if seed is not None:
@@ -127,6 +144,7 @@ class Generates(ABC):
     def _eos_token_ids(self, given: int | Sequence[int] | None) -> list[int]:
         if given is None:
             given = self.generation_config.get("eos_token_id", self.config.eos_token_id)
+        expect("eos_token_id", given, INDICES)
         if given is None:
             return []
         return [given] if isinstance(given, int) else list(given)
@@ -136,6 +154,7 @@ class Generates(ABC):
             given = self.generation_config.get("pad_token_id", self.config.pad_token_id)
         if given is None:
             return eos_ids[0] if eos_ids else 0
+        expect("pad_token_id", given, INDEX)
         return given
 
 

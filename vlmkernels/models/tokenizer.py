@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import tokenizers
 
 from vlmkernels.models.checkpoint import Json, read_json, write_json, write_text
+from vlmkernels.models.fields import TEXT, expect
 
 
 class Tokenizer:
@@ -130,14 +131,18 @@ class TextStream:
 
 def _text(token: str | Json) -> str:
     """A special token is written as text or as {"content": text}."""
-    return token if isinstance(token, str) else str(token["content"])
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise ValueError(f"tokenizer: expected a special token as text, got {token!r}")
+    return text
 
 
 def _template_of(config: Json) -> str | None:
     template = config.get("chat_template")
     if isinstance(template, list):  # several named ones
-        template = {t["name"]: t["template"] for t in template}.get("default")
-    return template
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    return None if template is None else str(expect("chat_template", template, TEXT))
 
 
 def _read_template(path: Path) -> str | None:

@@ -65,7 +65,15 @@ def test_ask_streams_the_models_answer(
         (["--model", "nowhere"], "model: expected a checkpoint directory, found none at nowhere"),
         (["--model", "MODEL", "--image", "bad.png"], "bad.png: expected a readable image"),
         (["--model", "MODEL", "--video", "bad.png"], "expected a directory of frames"),
-        (["--model", "MODEL", "--dtype", "bf61"], "dtype: expected a torch dtype"),
+        (["--model", "MODEL", "--dtype", "bf61"], "dtype: expected a floating-point one such as"),
+        (["--model", "MODEL", "--dtype", "int8"], "such as bfloat16, got 'int8'"),
+        (["--model", "MODEL", "--dtype", "float8_e4m3fn"], "dtype: expected one of"),
+        (["--model", "MODEL", "--device", "foo"], "device: expected cpu, cuda or cuda:N, got"),
+        (["--model", "MODEL", "--device", "meta"], "device: expected cpu, cuda or cuda:N, got"),
+        (["--model", "MODEL", "--device", "cuda:-1"], "device: expected cpu, cuda or cuda:N, got"),
+        (["--model", "MODEL", "--device", "cuda:256"], "device: expected one that is there"),
+        (["--model", "MODEL", "--top-p", "0.9"], "top_p: expected together with temperature > 0"),
+        (["--model", "MODEL", "--seed", "3"], "seed: expected together with temperature > 0"),
         (["--model", "MODEL", "--device", "cuda:99"], "device: expected one that is there"),
         (["--model", "MODEL", "--max-new-tokens", "0"], "max_new_tokens: expected at least 1"),
         (["--model", "MODEL", "--seed", "x"], "Invalid value for '--seed'"),
@@ -101,6 +109,18 @@ def test_a_failing_run_is_exit_code_1(
     code, _, err = run(["ask", "--model", str(checkpoint_dir), "What?"], monkeypatch, capsys)
     assert code == 1
     assert err == "vlmkernels: error: CUDA out of memory. Tried to allocate much\n"
+
+
+def test_a_missing_package_is_one_line_and_exit_code_1(
+    checkpoint_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "vlmkernels.models.generation", None)
+    code, out, err = run(["ask", "--model", str(checkpoint_dir), "What?"], monkeypatch, capsys)
+    assert (code, out) == (1, "")
+    assert err.startswith("vlmkernels: error: import of vlmkernels.models.generation halted")
+    assert err.count("\n") == 1
 
 
 def test_the_command_starts_without_heavy_imports() -> None:

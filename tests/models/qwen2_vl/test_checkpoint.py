@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +113,9 @@ def test_dtype_is_the_files_unless_asked(broken: Path) -> None:
     save_file(state, broken / "model.safetensors")
     assert load(broken).dtype == torch.bfloat16
     assert load(broken, dtype=torch.float32).dtype == torch.float32
+    for dtype in (torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn):
+        with pytest.raises(ValueError, match=rf"dtype: expected one of .*, got {dtype}"):
+            load(broken, dtype=dtype)
 
 
 def test_weights_arrive_one_by_one(checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,11 +182,74 @@ def test_a_failed_save_changes_nothing(
     assert list(broken.parent.iterdir()) == [broken]
 
 
+class Killed(BaseException):
+    """Not an Exception: nothing handles the end of a process."""
+
+
+def kill_after(calls: int, patch: pytest.MonkeyPatch) -> None:
+    """Every os.replace and os.unlink after so many calls ends the process."""
+    left = iter(range(calls))
+
+    def until_killed(call: Callable[..., None], *args: Any, **options: Any) -> None:
+        if next(left, None) is None:
+            raise Killed
+        call(*args, **options)
+
+    for name in ("replace", "unlink"):
+        patch.setattr(os, name, functools.partial(until_killed, getattr(os, name)))
+
+
+def readable_as(path: Path, models: dict[str, Qwen2VL]) -> str:
+    """Which of the models the directory holds, weights and config; "error" when it says so."""
+    try:
+        found = load(path)
+    except ValueError as error:
+        if "config.json: expected a file, found none" not in str(error):
+            raise
+        return "error"
+    weights = found.state_dict()
+    (name,) = [
+        name
+        for name, model in models.items()
+        if found.config == model.config
+        and all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
+    ]
+    return name
+
+
+@pytest.mark.parametrize("with_config", [True, False], ids=["all", "weights"])
+@pytest.mark.parametrize("before", [60_000, 10**9], ids=["shards", "file"])
+@pytest.mark.parametrize("after", [60_000, 10**9], ids=["shards", "file"])
+def test_a_kill_leaves_the_old_checkpoint_the_new_one_or_an_error(
+    before: int, after: int, with_config: bool, tmp_path: Path, model: Qwen2VL
+) -> None:
+    new = Qwen2VL(dataclasses.replace(model.config, rope_theta=5e5 if with_config else 1e6))
+    outcomes = []
+    for calls in itertools.count():
+        path, killed = tmp_path / str(calls), False
+        model.save_pretrained(path, max_shard_bytes=before)
+        with pytest.MonkeyPatch.context() as patch:
+            kill_after(calls, patch)
+            try:
+                if with_config:
+                    new.save_pretrained(path, max_shard_bytes=after)
+                else:
+                    checkpoint.save_checkpoint(path, new.state_dict(), {}, max_shard_bytes=after)
+            except Killed:
+                killed = True
+        outcomes.append(readable_as(path, {"old": model, "new": new}))
+        if not killed:
+            break
+    assert set(outcomes) == {"old", "error", "new"}
+    assert outcomes == sorted(outcomes, key=["old", "error", "new"].index)
+
+
 def test_missing_unexpected_and_misshapen_weights_are_all_listed(broken: Path) -> None:
     state = load_file(broken / "model.safetensors")
     del state["visual.blocks.1.attn.qkv.bias"]
     state["model.layers.2.extra"] = torch.zeros(1)
     state["model.norm.weight"] = torch.zeros(63)
+    state["visual.merger.ln_q.weight"] = torch.zeros(32, dtype=torch.int8)
     save_file(state, broken / "model.safetensors")
     with pytest.raises(ValueError) as error:
         load(broken)
@@ -187,6 +257,7 @@ def test_missing_unexpected_and_misshapen_weights_are_all_listed(broken: Path) -
         "missing: visual.blocks.1.attn.qkv.bias",
         "unexpected: model.layers.2.extra",
         "wrong shape: model.norm.weight: expected (64,), got (63,)",
+        "visual.merger.ln_q.weight: expected one of ['F16', 'BF16', 'F32', 'F64'], got I8",
     ):
         assert part in str(error.value)
 

@@ -176,6 +176,13 @@ def test_generation_leaves_no_mode_behind(model: Qwen2VL, processor: Qwen2VLProc
         ({"temperature": float("nan")}, "temperature: expected at least 0"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p: expected in"),
         ({"temperature": 1.0, "top_k": 0}, "top_k: expected at least 1"),
+        ({"top_k": 5}, "top_k: expected together with temperature > 0, got temperature 0"),
+        ({"top_p": 0.9}, "top_p: expected together with temperature > 0, got temperature 0"),
+        ({"seed": 0}, "seed: expected together with temperature > 0"),
+        ({"generator": torch.Generator()}, "generator: expected together with temperature > 0"),
+        ({"temperature": 1.0, "seed": 0, "generator": torch.Generator()}, "seed: expected at most"),
+        ({"eos_token_id": "</s>"}, "eos_token_id: expected integers of at least 0, got '</s>'"),
+        ({"pad_token_id": 0.5}, "pad_token_id: expected an integer of at least 0, got 0.5"),
     ],
 )
 def test_wrong_options_are_named(

@@ -154,6 +154,17 @@ def test_a_directory_of_frames_is_a_video_in_order_of_names(
     assert expected["video_grid_thw"].tolist()[0][0] == 2
 
 
+def test_frames_are_in_the_order_of_their_numbers(
+    tmp_path: Path, processor: Qwen2VLProcessor
+) -> None:
+    frames = cases.video(12, 28, 28)
+    for i in (10, 2, 0, 11, 9, 3, 1, 8, 4, 7, 5, 6):
+        Image.fromarray(frames[i]).save(tmp_path / f"frame{i}.png")
+    expected = processor("<|video_pad|>", videos=[frames])
+    ours = processor("<|video_pad|>", videos=tmp_path)
+    assert torch.equal(ours["pixel_values_videos"], expected["pixel_values_videos"])
+
+
 def test_a_long_video_gets_fewer_pixels_per_frame(processor: Qwen2VLProcessor) -> None:
     # qwen-vl-utils: total 0.9 * 128000 tokens of 28 x 28 pixels, two frames to a token.
     few, many = processor._max_frame_pixels(100), processor._max_frame_pixels(768)

@@ -10,6 +10,17 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from vlmkernels.models.fields import (
+    FLAG,
+    INDEX,
+    INDICES,
+    NOT_NEGATIVE,
+    OBJECT,
+    THREE_INDICES,
+    expect,
+    expect_fields,
+)
+
 Json = dict[str, Any]
 
 # Published sizes (hub config.json files): name -> fields that differ from the defaults below.
@@ -57,6 +68,7 @@ class Qwen2VLVisionConfig:
     rope_theta: float = 10000.0
 
     def __post_init__(self) -> None:
+        expect_fields(self, "vision_config.")
         _check_divides("vision embed_dim", self.embed_dim, "num_heads", self.num_heads)
         if self.head_dim % 4:
             raise ValueError(f"vision head_dim: expected a multiple of 4, got {self.head_dim}")
@@ -76,7 +88,8 @@ class Qwen2VLConfig:
     """The whole model. `raw` is the config.json it came from: unknown keys survive a round trip.
 
     Raises ValueError for what the model does not compute: another `rope_scaling` than M-RoPE,
-    sliding-window attention, sections that do not fill half a head.
+    sliding-window attention, sections that do not fill half a head; and for a field of another
+    type or range than its own.
     """
 
     vocab_size: int = 152064
@@ -103,10 +116,18 @@ class Qwen2VLConfig:
     raw: Json = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        token_ids = {name: INDEX for name in _OUTER if name.endswith("_token_id")}
+        expect_fields(
+            self,
+            mrope_section=THREE_INDICES,
+            initializer_range=NOT_NEGATIVE,
+            eos_token_id=INDICES,
+            **token_ids,
+        )
         self.mrope_section = tuple(self.mrope_section)  # type: ignore[assignment]  # JSON: list
         _check_divides("hidden_size", self.hidden_size, "num_attention_heads", self.num_heads)
         _check_divides("num_heads", self.num_heads, "num_key_value_heads", self.num_heads_k)
-        if len(self.mrope_section) != 3 or sum(self.mrope_section) * 2 != self.head_dim:
+        if sum(self.mrope_section) * 2 != self.head_dim:
             raise ValueError(
                 f"mrope_section: expected three numbers of sum {self.head_dim // 2}, "
                 f"got {list(self.mrope_section)}"
@@ -144,21 +165,21 @@ class Qwen2VLConfig:
         Published files are sparse, `vision_config` most of all; what is absent takes the
         published value, which is this class's default, never the default of another library.
         """
-        text: Json = {**raw, **(raw.get("text_config") or {})}
-        rope: Json = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        text: Json = {**raw, **_object(raw, "text_config")}
+        rope = _object(text, "rope_parameters") or _object(text, "rope_scaling")
         _check_supported(text, rope)
         known: Json = {
             k: text[k]
             for k in _names(cls)
             if k in text and (text[k] is not None or k.endswith("_token_id"))
         }
-        known["tie_word_embeddings"] = bool(
-            raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")
+        known["tie_word_embeddings"] = (
+            raw.get("tie_word_embeddings") or text.get("tie_word_embeddings") or False
         )
         known.update({k: rope[k] for k in ("rope_theta", "mrope_section") if k in rope})
         if "num_attention_heads" in known:
             known.setdefault("num_key_value_heads", known["num_attention_heads"])
-        vision = _vision_fields(raw.get("vision_config") or {})
+        vision = _vision_fields(_object(raw, "vision_config"))
         vision.setdefault("hidden_size", known.get("hidden_size", cls.hidden_size))
         return cls(**known, vision=Qwen2VLVisionConfig(**vision), raw=copy.deepcopy(raw))
 
@@ -193,6 +214,12 @@ _OUTER = (
 )
 
 
+def _object(raw: Json, key: str) -> Json:
+    """The JSON object under `key`, an empty one where there is none or null."""
+    value = raw.get(key)
+    return {} if value is None else dict(expect(key, value, OBJECT))
+
+
 def _names(cls: type) -> list[str]:
     return [f.name for f in dataclasses.fields(cls) if f.name not in ("vision", "raw")]
 
@@ -203,7 +230,8 @@ def _vision_fields(raw: Json) -> Json:
     for old, new in (("in_chans", "in_channels"), ("spatial_patch_size", "patch_size")):
         if raw.get(old) is not None:
             known.setdefault(new, raw[old])
-    known.update({k: v for k, v in (raw.get("rope_parameters") or {}).items() if k == "rope_theta"})
+    rope = _object(raw, "rope_parameters")
+    known.update({k: v for k, v in rope.items() if k == "rope_theta"})
     return known
 
 
@@ -228,5 +256,5 @@ def _check_supported(text: Json, rope: Json) -> None:
     kind = rope.get("rope_type") or rope.get("type") or "mrope"
     if kind not in ("mrope", "default"):
         raise ValueError(f"rope_scaling type: expected 'mrope' or 'default', got {kind!r}")
-    if text.get("use_sliding_window"):
+    if expect("use_sliding_window", text.get("use_sliding_window") or False, FLAG):
         raise ValueError("use_sliding_window: expected false, got true")

@@ -21,6 +21,15 @@ from PIL import Image
 from torch import Tensor
 
 from vlmkernels.models.checkpoint import Json, read_json, write_json
+from vlmkernels.models.fields import (
+    INDEX,
+    OBJECT,
+    THREE_NUMBERS,
+    THREE_POSITIVE,
+    Kind,
+    expect,
+    expect_fields,
+)
 from vlmkernels.models.images import Pixels, load_rgb
 from vlmkernels.models.tokenizer import Tokenizer
 
@@ -29,6 +38,7 @@ Rows = NDArray[np.float32]
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 FRAME_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+RESAMPLE = Kind(f"one of {[*map(int, Image.Resampling)]}", lambda x: x in [*Image.Resampling])
 VIDEO_TOKEN_BUDGET = 115_200  # 90 % of 128,000, what qwen-vl-utils leaves to one video
 
 
@@ -55,7 +65,10 @@ def smart_resize(
 
 @dataclass
 class PixelSettings:
-    """How pixels become patch rows. Reads and writes preprocessor_config.json."""
+    """How pixels become patch rows. Reads and writes preprocessor_config.json.
+
+    Raises ValueError for a field of another type or range than its own.
+    """
 
     patch_size: int = 14
     temporal_patch_size: int = 2
@@ -71,11 +84,20 @@ class PixelSettings:
     image_std: Sequence[float] = (0.26862954, 0.26130258, 0.27577711)
     raw: Json = field(default_factory=dict, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        expect_fields(
+            self,
+            min_pixels=INDEX,
+            resample=RESAMPLE,
+            image_mean=THREE_NUMBERS,
+            image_std=THREE_POSITIVE,
+        )
+
     @classmethod
     def from_dict(cls, raw: Json, **defaults: Any) -> PixelSettings:
         names = {f.name for f in dataclasses.fields(cls)} - {"raw"}
         known = defaults | {k: v for k, v in raw.items() if k in names and v is not None}
-        size = raw.get("size") or {}
+        size = expect("size", raw.get("size") or {}, OBJECT)
         for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
             if raw.get(name) is None and (size.get(edge) or size.get(name)):
                 known[name] = size.get(edge) or size[name]
@@ -153,7 +175,10 @@ class Qwen2VLProcessor:
         video: Json = {}
         if (path / "processor_config.json").is_file():
             both = read_json(path / "processor_config.json")
-            image, video = both.get("image_processor") or {}, both.get("video_processor") or {}
+            image, video = (
+                expect(key, both.get(key) or {}, OBJECT)
+                for key in ("image_processor", "video_processor")
+            )
         if (path / "preprocessor_config.json").is_file():
             image = read_json(path / "preprocessor_config.json")
         if (path / "video_preprocessor_config.json").is_file():
@@ -187,7 +212,8 @@ class Qwen2VLProcessor:
                 order, and grows to as many tokens as that has.
             images: one or many (vlmkernels.models.images.load_rgb), for the whole batch in order.
             videos: one or many; a video is a list of frames of one size, an array (num_frames,
-                height, width, 3), or a directory of image files, in the order of their names.
+                height, width, 3), or a directory of image files, in the order of their names, where
+                numbers count by value (2.png before 10.png).
             padding_side: "left" or "right"; the tokenizer's by default.
             max_total_pixels: refuse more than this, counted after resizing, over all frames.
 
@@ -346,4 +372,11 @@ def _frames(video: Any) -> Iterable[Any]:
         return video  # type: ignore[no-any-return]
     if not Path(video).is_dir():
         raise ValueError(f"video {video}: expected a directory of frames, found none")
-    return sorted(p for p in Path(video).iterdir() if p.suffix.lower() in FRAME_SUFFIXES)
+    frames = [p for p in Path(video).iterdir() if p.suffix.lower() in FRAME_SUFFIXES]
+    return sorted(frames, key=lambda path: _natural(path.name))
+
+
+def _natural(name: str) -> tuple[list[str | int], str]:
+    """Sorts 2 before 10; names that differ in leading zeros only, as text."""
+    parts = re.split(r"(\d+)", name)  # text and digits in turn
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name

@@ -1,0 +1,74 @@
+"""What the fields of a config file may hold: a wrong one is named before anything is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`words` end the sentence "expected ..."; `holds` says whether a value is of this kind."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def _is_integer(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are(holds: Callable[[Any], bool], value: Any, count: int | None = None) -> bool:
+    """Whether `value` is a list of such, and of so many."""
+    is_list = isinstance(value, (list, tuple)) and count in (None, len(value))
+    return is_list and all(map(holds, value))
+
+
+COUNT = Kind("a positive integer", lambda x: _is_integer(x, 1))
+INDEX = Kind("an integer of at least 0", lambda x: _is_integer(x, 0))
+INDICES = Kind(
+    "integers of at least 0", lambda x: x is None or INDEX.holds(x) or _are(INDEX.holds, x)
+)
+MAYBE_INDEX = Kind("an integer of at least 0 or null", lambda x: x is None or INDEX.holds(x))
+THREE_INDICES = Kind("three integers of at least 0", lambda x: _are(INDEX.holds, x, 3))
+POSITIVE = Kind("a positive number", lambda x: _is_number(x) and x > 0)
+NOT_NEGATIVE = Kind("a number of at least 0", lambda x: _is_number(x) and x >= 0)
+THREE_NUMBERS = Kind("three numbers", lambda x: _are(_is_number, x, 3))
+THREE_POSITIVE = Kind("three positive numbers", lambda x: _are(POSITIVE.holds, x, 3))
+FLAG = Kind("true or false", lambda x: isinstance(x, bool))
+TEXT = Kind("a string", lambda x: isinstance(x, str))
+OBJECT = Kind("an object", lambda x: isinstance(x, dict))
+FILE_NAMES = Kind(
+    "an object of file names",
+    lambda x: OBJECT.holds(x) and all(_is_file_name(name) for name in x.values()),
+)
+
+_BY_TYPE = {"int": COUNT, "float": POSITIVE, "bool": FLAG, "str": TEXT, "int | None": MAYBE_INDEX}
+
+
+def expect(name: str, value: Any, kind: Kind) -> Any:
+    """`value`; ValueError naming the field unless it is of this kind."""
+    if not kind.holds(value):
+        raise ValueError(f"{name}: expected {kind.words}, got {value!r:.80}")
+    return value
+
+
+def expect_fields(config: Any, prefix: str = "", /, **kinds: Kind) -> None:
+    """ValueError unless every field of a dataclass is of the kind given, or else of its type's:
+    int COUNT, float POSITIVE, bool FLAG, str TEXT. Fields of other types are not looked at."""
+    for field in dataclasses.fields(config):
+        kind = kinds.get(field.name) or _BY_TYPE.get(str(field.type))
+        if kind is not None:
+            expect(prefix + field.name, getattr(config, field.name), kind)
+
+
+def _is_file_name(name: Any) -> bool:
+    """A plain one: a checkpoint may not send its reader to another directory."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
