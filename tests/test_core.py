@@ -8,6 +8,7 @@ import torch
 import torch.autograd.forward_ad as fwad
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.ops.test_any_input import CASES, valid_arguments
 from vlmkernels import _core, ops
 
 
@@ -57,12 +58,29 @@ def test_checks_outputs_too() -> None:
         _core.C.null(x, torch.ones(3, dtype=torch.float64))
 
 
-def test_meta_and_fake_tensors_compute_shapes_only() -> None:
-    y = ops.null(torch.empty(3, 4, device="meta"))
-    assert y.device.type == "meta" and y.shape == (3, 4)
+@pytest.mark.parametrize("case", CASES)
+def test_meta_and_fake_tensors_compute_shapes_only(case: str) -> None:
+    function, arguments = valid_arguments(torch.float32, "cpu")[case]
+    if case == "attention packed":  # the longest sequence would be data, which there is none of
+
+        def function(q, k, v, cu_seqlens_q, cu_seqlens_k):  # type: ignore[no-untyped-def]
+            return ops.attention(
+                *(q, k, v), cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+                max_seqlen_q=3, max_seqlen_k=3, causal=True,
+            )  # fmt: skip
+
+    def results(arguments: list[torch.Tensor]) -> list[torch.Tensor]:
+        found = function(*arguments)
+        return [*found] if isinstance(found, tuple) else [found]
+
+    want = [(x.shape, x.dtype) for x in results(arguments)]
+    meta = results([x.to("meta") for x in arguments])
+    assert all(x.is_meta for x in meta)
+    assert [(x.shape, x.dtype) for x in meta] == want
     with torch._subclasses.FakeTensorMode() as mode:
-        y = ops.null(mode.from_tensor(torch.ones(2, 5)))
-    assert isinstance(y, torch._subclasses.FakeTensor) and y.shape == (2, 5)
+        fake = results([mode.from_tensor(x) for x in arguments])
+    assert all(isinstance(x, torch._subclasses.FakeTensor) for x in fake)
+    assert [(x.shape, x.dtype) for x in fake] == want
 
 
 def test_double_backward_is_refused() -> None:

@@ -1,4 +1,4 @@
-// Division of indices below 2^31 by a number known at launch: a multiplication and a shift.
+// Division of indices below 2^31 by a number > 0 known at launch: a multiplication and a shift.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,7 @@
 // Chooses tiles and launches: included by instances/*.cu, one element type each.
 #pragma once
 
+#include "common/launch.cuh"
 #include "patch_embed/patch_embed.cuh"
 
 namespace vlmkernels {
@@ -26,43 +27,40 @@ Error with_tile(int64_t m, int64_t n, F&& f) {
 template <class Tile, class... Args>
 Error launch_tiles(void (*kernel)(Args...), int64_t m, int64_t n, int splits, Stream stream,
                    const std::type_identity_t<Args>&... args) {
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             Tile::kSharedBytes);
-    if (error != cudaSuccess) return error;
-    const dim3 grid(unsigned(num_tiles<Tile>(m, n)), unsigned(splits));
-    kernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>(args...);
-    return cudaGetLastError();
+    return launch(kernel, Grid(num_tiles<Tile>(m, n), splits), Tile::kThreads, Tile::kSharedBytes,
+                  stream, args...);
 }
 
 template <class T>
 Error launch(const PatchEmbedParams& p, Stream stream) {
-    const int rows = int(p.patches.num_patches), dim = int(p.dim);
+    const int rows = int(p.patches.num_patches), hidden_dim = int(p.hidden_dim);
     const auto* pos_embed = static_cast<const T*>(p.pos_embed);
     const auto* bias = static_cast<const T*>(p.bias);
     const PatchEmbedEpilogue<T> epilogue{
-        .y = {static_cast<T*>(p.y), dim, rows, dim},
-        .bias = {bias, dim, bias ? 1 : 0, dim},
-        .pos_embed = {pos_embed, dim, pos_embed ? int(p.num_positions) : 0, dim},
+        .y = {static_cast<T*>(p.y), hidden_dim, rows, hidden_dim},
+        .bias = {bias, hidden_dim, bias ? 1 : 0, hidden_dim},
+        .pos_embed = {pos_embed, hidden_dim, pos_embed ? int(p.num_positions) : 0, hidden_dim},
         .positions = FastDivide(unsigned(p.num_positions))};
-    const MatrixView<const T> weight(static_cast<const T*>(p.weight), p.patches.num_columns, dim,
-                                     p.patches.num_columns);
+    const MatrixView<const T> weight(static_cast<const T*>(p.weight), p.patches.patch_dim,
+                                     hidden_dim, p.patches.patch_dim);
     return with_view(static_cast<const T*>(p.x), p.patches, [&]<class View>(const View& x) {
-        return with_tile<T>(rows, dim, [&]<class Tile>() {
-            return launch_tiles<Tile>(patch_embed_kernel<Tile, View, T>, rows, dim, 1, stream, x,
-                                      weight, epilogue);
+        return with_tile<T>(rows, hidden_dim, [&]<class Tile>() {
+            return launch_tiles<Tile>(patch_embed_kernel<Tile, View, T>, rows, hidden_dim, 1,
+                                      stream, x, weight, epilogue);
         });
     });
 }
 
 template <class T>
 Error launch(const PatchEmbedDxParams& p, Stream stream) {
-    const int rows = int(p.patches.num_patches), dim = int(p.dim);
-    const int columns = p.patches.num_columns;
-    const MatrixView<const T> dy(static_cast<const T*>(p.dy), dim, rows, dim);
-    const MatrixView<const T> weight(static_cast<const T*>(p.weight), columns, dim, columns);
+    const int rows = int(p.patches.num_patches), hidden_dim = int(p.hidden_dim);
+    const int patch_dim = p.patches.patch_dim;
+    const MatrixView<const T> dy(static_cast<const T*>(p.dy), hidden_dim, rows, hidden_dim);
+    const MatrixView<const T> weight(static_cast<const T*>(p.weight), patch_dim, hidden_dim,
+                                     patch_dim);
     return with_view(static_cast<T*>(p.dx), p.patches, [&]<class View>(const View& dx) {
-        return with_tile<T>(rows, columns, [&]<class Tile>() {
-            return launch_tiles<Tile>(patch_embed_dx_kernel<Tile, View, T>, rows, columns, 1,
+        return with_tile<T>(rows, patch_dim, [&]<class Tile>() {
+            return launch_tiles<Tile>(patch_embed_dx_kernel<Tile, View, T>, rows, patch_dim, 1,
                                       stream, dy, weight, dx);
         });
     });
@@ -70,24 +68,26 @@ Error launch(const PatchEmbedDxParams& p, Stream stream) {
 
 template <class T>
 Error launch(const PatchEmbedDweightParams& p, Stream stream) {
-    const int rows = int(p.patches.num_patches), dim = int(p.dim);
-    const int columns = p.patches.num_columns;
-    const MatrixView<const T> dy(static_cast<const T*>(p.dy), dim, rows, dim);
+    const int rows = int(p.patches.num_patches), hidden_dim = int(p.hidden_dim);
+    const int patch_dim = p.patches.patch_dim;
+    const MatrixView<const T> dy(static_cast<const T*>(p.dy), hidden_dim, rows, hidden_dim);
     auto *dweight = static_cast<T*>(p.dweight), *dbias = static_cast<T*>(p.dbias);
     const PatchEmbedDweightEpilogue<T> epilogue{
-        .dweight = {dweight, columns, dim, columns}, .dbias = dbias, .workspace = p.workspace};
+        .dweight = {dweight, patch_dim, hidden_dim, patch_dim},
+        .dbias = dbias,
+        .workspace = p.workspace};
     Error error = with_view(static_cast<const T*>(p.x), p.patches, [&]<class View>(const View& x) {
-        return with_tile<T>(dim, int64_t(columns) * p.num_splits, [&]<class Tile>() {
+        return with_tile<T>(hidden_dim, int64_t(patch_dim) * p.num_splits, [&]<class Tile>() {
             const int steps = (rows + Tile::kK - 1) / Tile::kK;
             const int per_split = (steps + p.num_splits - 1) / p.num_splits;
-            return launch_tiles<Tile>(patch_embed_dweight_kernel<Tile, View, T>, dim, columns,
-                                      p.num_splits, stream, dy, x, per_split, epilogue);
+            return launch_tiles<Tile>(patch_embed_dweight_kernel<Tile, View, T>, hidden_dim,
+                                      patch_dim, p.num_splits, stream, dy, x, per_split, epilogue);
         });
     });
     if (error || !p.workspace) return error;
-    patch_embed_sum_splits_kernel<T><<<grid_for(p.dim * (columns + 1), 256), 256, 0, stream>>>(
-        p.workspace, dweight, dbias, p.num_splits, p.dim, columns);
-    return cudaGetLastError();
+    return launch(patch_embed_sum_splits_kernel<T>, grid_for(p.hidden_dim * (patch_dim + 1), 256),
+                  256, 0, stream, p.workspace, dweight, dbias, p.num_splits, p.hidden_dim,
+                  patch_dim);
 }
 
 }  // namespace vlmkernels

@@ -1,4 +1,4 @@
-// Launchers: nothing to do for no patches, else by element type.
+// Launchers by element type. Without patches there are no kernels: dweight and dbias are zero.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -30,7 +30,11 @@ Error launch_patch_embed_dx(const PatchEmbedDxParams& p, Stream stream) {
 }
 
 Error launch_patch_embed_dweight(const PatchEmbedDweightParams& p, Stream stream) {
-    return dispatch(p, stream);  // no patches: zeros
+    if (p.patches.num_patches) return dispatch(p, stream);
+    const int64_t bytes = p.hidden_dim * int64_t(sizeof(__half));  // as many as bf16
+    Error error = cudaMemsetAsync(p.dweight, 0, bytes * p.patches.patch_dim, stream);
+    if (error || !p.dbias) return error;
+    return cudaMemsetAsync(p.dbias, 0, bytes, stream);
 }
 
 }  // namespace vlmkernels

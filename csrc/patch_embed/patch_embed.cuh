@@ -1,8 +1,8 @@
 // The three matrix products of patch_embed. A CTA computes one tile of the result; tiles of one
 // row of tiles are neighbours in the grid, so that they share the patches through L2.
-//   forward   y (patches, dim)        = x weight^T, then bias and pos_embed before the one rounding
-//   dx        dx (patches, columns)   = dy weight, each pixel written once
-//   dweight   (dim, columns)          = dy^T x, the sum over patches in num_splits parts, and
+//   forward   y (patches, hidden_dim)  = x weight^T, then bias and pos_embed, then the one rounding
+//   dx        dx (patches, patch_dim)  = dy weight, each pixel written once
+//   dweight   (hidden_dim, patch_dim)  = dy^T x, the sum over patches in num_splits parts, and
 //             dbias = the row sums of dy^T
 #pragma once
 
@@ -91,7 +91,8 @@ struct PatchEmbedDweightEpilogue {
             dbias[row] = T(value);
     }
     __device__ float* part(int64_t split, int row) const {
-        return workspace + (split * dweight.num_rows + row) * (dweight.num_columns + 1);
+        const int width = dweight.num_columns + (dbias != nullptr);
+        return workspace + (split * dweight.num_rows + row) * width;
     }
 };
 
@@ -136,15 +137,16 @@ __global__ void __launch_bounds__(Tile::kThreads)
 template <class T>
 __global__ void __launch_bounds__(256)
     patch_embed_sum_splits_kernel(const float* workspace, T* dweight, T* dbias, int num_splits,
-                                  int64_t dim, int num_columns) {
-    const int64_t size = dim * (num_columns + 1);
+                                  int64_t hidden_dim, int patch_dim) {
+    const int width = patch_dim + (dbias != nullptr);
+    const int64_t size = hidden_dim * width;
     for (int64_t i = thread_index(); i < size; i += thread_count()) {
         float sum = 0;
         for (int split = 0; split < num_splits; ++split) sum += workspace[split * size + i];
-        const int64_t row = i / (num_columns + 1), column = i % (num_columns + 1);
-        if (column < num_columns)
-            dweight[row * num_columns + column] = T(sum);
-        else if (dbias)
+        const int64_t row = i / width, column = i % width;
+        if (column < patch_dim)
+            dweight[row * patch_dim + column] = T(sum);
+        else
             dbias[row] = T(sum);
     }
 }

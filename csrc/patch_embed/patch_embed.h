@@ -16,12 +16,12 @@
 namespace vlmkernels {
 
 // x (num_images, channels, t, h, w), whose last dimension is contiguous, as a matrix
-// (num_patches, num_columns): patches in the order (image, t, h, w), columns in the order
-// (channel, t, h, w) within a patch. Strides count elements. Patch rows (num_patches, num_columns)
+// (num_patches, patch_dim): patches in the order (image, t, h, w), columns in the order
+// (channel, t, h, w) within a patch. Strides count elements. Patch rows (num_patches, patch_dim)
 // are num_patches images of one patch, one channel, one frame and one line.
 struct Patches {
     int64_t num_patches;  // of all images
-    int num_columns;      // channels * patch_t * patch_h * patch_w
+    int patch_dim;        // channels * patch_t * patch_h * patch_w
     int grid_t, grid_h, grid_w;
     int channels, patch_t, patch_h, patch_w;
     int64_t stride_image, stride_channel, stride_t, stride_h;
@@ -30,34 +30,34 @@ struct Patches {
 
 struct PatchEmbedParams {
     const void* x;          // patches
-    const void* weight;     // [dim, num_columns]
-    const void* bias;       // [dim] or null
-    const void* pos_embed;  // [num_patches of one image, dim] or null
-    void* y;                // [num_patches, dim]
+    const void* weight;     // [hidden_dim, patch_dim]
+    const void* bias;       // [hidden_dim] or null
+    const void* pos_embed;  // [num_patches of one image, hidden_dim] or null
+    void* y;                // [num_patches, hidden_dim]
     Patches patches;
-    int64_t dim;
+    int64_t hidden_dim;
     int64_t num_positions;  // patches of one image (all patches when x is rows)
     DType dtype;            // of all tensors: fp16 or bf16
 };
 
 struct PatchEmbedDxParams {
-    const void* dy;      // [num_patches, dim]
-    const void* weight;  // [dim, num_columns]
+    const void* dy;      // [num_patches, hidden_dim]
+    const void* weight;  // [hidden_dim, patch_dim]
     void* dx;            // patches
     Patches patches;     // of dx
-    int64_t dim;
+    int64_t hidden_dim;
     DType dtype;
 };
 
 struct PatchEmbedDweightParams {
-    const void* dy;  // [num_patches, dim]
-    const void* x;   // patches
-    void* dweight;   // [dim, num_columns]
-    void* dbias;     // [dim] or null
-    float*
-        workspace;  // [num_splits, dim, num_columns + 1], the last column for dbias; null: 1 split
+    const void* dy;    // [num_patches, hidden_dim]
+    const void* x;     // patches
+    void* dweight;     // [hidden_dim, patch_dim]
+    void* dbias;       // [hidden_dim] or null
+    float* workspace;  // [num_splits, hidden_dim, patch_dim], and a column for dbias if there is
+                       // one; null: one split
     Patches patches;
-    int64_t dim;
+    int64_t hidden_dim;
     int num_splits;
     DType dtype;
 };

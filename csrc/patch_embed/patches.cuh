@@ -37,7 +37,7 @@ struct PatchView {
           stride_t(int(p.stride_t)),
           stride_h(int(p.stride_h)),
           num_rows(int(p.num_patches)),
-          num_columns(p.num_columns),
+          num_columns(p.patch_dim),
           run_bytes(MatrixView<T>::common_alignment(
               data, {p.stride_image, p.stride_channel, p.stride_t, p.stride_h, p.patch_w})) {}
 
@@ -58,7 +58,7 @@ struct PatchView {
 // Calls f(view): patch rows are an ordinary matrix.
 template <class T, class F>
 auto with_view(T* data, const Patches& p, F&& f) {
-    if (p.rows) return f(MatrixView<T>(data, p.stride_image, int(p.num_patches), p.num_columns));
+    if (p.rows) return f(MatrixView<T>(data, p.stride_image, int(p.num_patches), p.patch_dim));
     return f(PatchView<T>(data, p));
 }
 

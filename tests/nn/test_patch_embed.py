@@ -18,7 +18,7 @@ def tokens(y: Tensor) -> Tensor:
 @pytest.mark.parametrize(("kernel_size", "bias"), [*product([4, (4, 6)], [True, False])])
 def test_conv2d(kernel_size: int | tuple[int, int], bias: bool) -> None:
     conv = torch.nn.Conv2d(3, 16, kernel_size, stride=kernel_size, bias=bias)
-    module = nn.PatchEmbed2d(3, 16, kernel_size, bias)
+    module = nn.PatchEmbed2d(3, 16, kernel_size, bias=bias)
     assert [*module.state_dict()] == [*conv.state_dict()]
     module.load_state_dict(conv.state_dict())
     x = torch.randn(2, 3, 13, 14)
@@ -33,6 +33,16 @@ def test_conv3d() -> None:
     conv.load_state_dict(module.state_dict())
     x = torch.randn(2, 3, 5, 8, 12)
     torch.testing.assert_close(module(x), tokens(conv(x)))
+
+
+def test_stride_is_kernel_size() -> None:
+    """Conv2d's fourth positional argument is stride: ours must not take it for bias."""
+    assert nn.PatchEmbed2d(3, 16, (4, 6), stride=(4, 6)).kernel_size == (4, 6)
+    assert nn.PatchEmbed3d(3, 16, 2, stride=(2, 2, 2)).kernel_size == (2, 2, 2)
+    with pytest.raises(ValueError, match=r"d: stride must be kernel_size \(16, 16\), got 8"):
+        nn.PatchEmbed2d(3, 16, 16, stride=8)
+    with pytest.raises(TypeError, match="positional"):
+        nn.PatchEmbed2d(3, 16, 16, 8)
 
 
 def test_initialised_as_the_convolution() -> None:

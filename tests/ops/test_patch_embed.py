@@ -9,7 +9,7 @@ import torch.nn.functional
 from torch import Tensor
 
 from tests.conftest import Backend
-from vlmkernels import ops
+from vlmkernels import _core, ops
 from vlmkernels.ops.patch_embed import reference
 from vlmkernels.testing import assert_as_accurate
 
@@ -202,7 +202,15 @@ def test_layouts(backend: Backend) -> None:
             assert torch.equal(value.double(), gradient)
 
 
-@pytest.mark.parametrize(("x", "weight"), [((0, 12), (5, 12)), ((0, 3, 4, 4), (5, 3, 2, 2))])
+@pytest.mark.parametrize(
+    ("x", "weight"),
+    [
+        ((0, 12), (5, 12)),
+        ((0, 3, 4, 4), (5, 3, 2, 2)),
+        ((0, 3, 1, 1), (4, 3, 2, 2)),  # no images, and smaller than a patch
+        ((0, 3, 2, 1, 5), (4, 3, 2, 2, 2)),
+    ],
+)
 def test_no_patches(backend: Backend, x: tuple[int, ...], weight: tuple[int, ...]) -> None:
     dtype = backend.dtypes[0]
     *tensors, dy = (t.to(backend.device, dtype) for t in inputs((x, weight)))
@@ -210,6 +218,17 @@ def test_no_patches(backend: Backend, x: tuple[int, ...], weight: tuple[int, ...
     dx, dweight, dbias, dpos = gradients(ops.patch_embed, tensors, dy)
     assert dx.shape == x
     assert not dweight.any() and not dbias.any() and not dpos.any()
+
+
+def test_splits_without_bias(backend: Backend) -> None:
+    """The workspace then has no column for dbias: reading one would be out of bounds."""
+    x, weight, _, _, dy = (
+        t.to(backend.device, backend.dtypes[0])
+        for t in inputs(LARGE_CASES["1100 rows"], integers=True)
+    )
+    assert _core.C.patch_embed_splits(1100, *weight.shape) > 1
+    (dweight,) = gradients(lambda w: ops.patch_embed(x, w), [weight], dy)
+    assert torch.equal(dweight.double(), dy.double().t() @ x.double())
 
 
 def test_deterministic(backend: Backend) -> None:
@@ -241,17 +260,23 @@ def test_bad_input(backend: Backend) -> None:
     bias, pos_embed = torch.randn(4).to(dtype), torch.randn(4, 4).to(dtype)
     x, weight, bias, pos_embed = (t.to(backend.device) for t in (x, weight, bias, pos_embed))
     wrong_values = {
-        r"x must have shape \(num_patches, K\), .* got \(8, 8\)|x must have K": (x[0, 0], weight),
-        r"x must have shape .*, got \(3, 8, 8\)": (x[0], weight),
-        r"x must have K = 48 columns like weight, got \(5, 47\)": (x.new_zeros(5, 47), weight),
-        r"weight must have shape \(dim, K\), .*, got \(4,\)": (x, weight[:, 0, 0, 0]),
+        r"x must have patch_dim = 48 columns like weight, got \(8, 8\)": (x[0, 0], weight),
+        r"x must have shape \(num_patches, patch_dim\), .*, got \(3, 8, 8\)": (x[0], weight),
+        r"x must have patch_dim = 48 columns like weight, got \(5, 47\)": (
+            x.new_zeros(5, 47),
+            weight,
+        ),
+        r"weight must have shape \(hidden_dim, patch_dim\), .*, got \(4,\)": (
+            x,
+            weight[:, 0, 0, 0],
+        ),
         r"weight must have as many dimensions as x \(2, 3, 8, 8\), got": (x, weight[:, :, None]),
         r"weight must not be empty, got \(0, 3, 4, 4\)": (x, weight[:0]),
         r"weight must not be empty, got \(4, 3, 0, 4\)": (x, weight[:, :, :0]),
-        r"x must have C = 3 channels like weight, got \(2, 2, 8, 8\)": (x[:, :2], weight),
+        r"x must have channels = 3 like weight, got \(2, 2, 8, 8\)": (x[:, :2], weight),
         r"x must hold at least one patch \(4, 4\), got \(2, 3, 3, 8\)": (x[:, :, :3], weight),
-        r"bias must have shape \(dim,\) = \(4,\), got \(3,\)": (x, weight, bias[:3]),
-        r"pos_embed must have shape \(num_patches, dim\) = \(4, 4\), got \(3, 4\)": (
+        r"bias must have shape \(hidden_dim,\) = \(4,\), got \(3,\)": (x, weight, bias[:3]),
+        r"pos_embed must have shape \(num_patches, hidden_dim\) = \(4, 4\), got \(3, 4\)": (
             x,
             weight,
             bias,

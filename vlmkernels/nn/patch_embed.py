@@ -18,16 +18,25 @@ class _PatchEmbed(torch.nn.Module):
         in_channels: int,
         out_channels: int,
         kernel_size: int | tuple[int, ...],
+        *,  # a convolution's next is stride
+        stride: int | tuple[int, ...] | None = None,
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         # The convolution only gives its parameters, initialised as it does.
-        conv: Any = self._conv
-        self._take(
-            conv(in_channels, out_channels, kernel_size, bias=bias, device=device, dtype=dtype)
+        make: Any = self._conv
+        stride = kernel_size if stride is None else stride
+        conv = make(
+            in_channels, out_channels, kernel_size, stride, bias=bias, device=device, dtype=dtype
         )
+        if conv.stride != conv.kernel_size:
+            raise ValueError(
+                f"{type(self).__name__}: stride must be kernel_size {conv.kernel_size}, "
+                f"got {stride}"
+            )
+        self._take(conv)
 
     @classmethod
     def from_conv(cls, conv: torch.nn.Conv2d | torch.nn.Conv3d) -> "_PatchEmbed":
@@ -66,7 +75,8 @@ class _PatchEmbed(torch.nn.Module):
         self.register_parameter("bias", conv.bias)
 
     def forward(self, x: Tensor, pos_embed: Tensor | None = None) -> Tensor:
-        """x: (N, C, ...) images or video, or (num_patches, K) rows; pos_embed: (num_patches, D)."""
+        """x: images or video (num_images, channels, ...), or rows (num_patches, patch_dim);
+        pos_embed: (num_patches, out_channels)."""
         return ops.patch_embed(x, self.weight, self.bias, pos_embed)
 
     def extra_repr(self) -> str:
@@ -77,23 +87,27 @@ class _PatchEmbed(torch.nn.Module):
 
 
 class PatchEmbed2d(_PatchEmbed):
-    """Images (N, C, H, W) to tokens (N, num_patches, out_channels), or rows (num_patches, K) to
-    (num_patches, out_channels): `vlmkernels.ops.patch_embed` with parameters.
+    """Images (num_images, channels, h, w) to tokens (num_images, num_patches, out_channels), or
+    rows (num_patches, patch_dim) to (num_patches, out_channels): `vlmkernels.ops.patch_embed` with
+    parameters.
 
-    Drop-in for `torch.nn.Conv2d(..., kernel_size, stride=kernel_size)`, same state_dict. Its
-    output is the convolution's after `.flatten(2).transpose(1, 2)`.
+    Drop-in for `torch.nn.Conv2d(..., kernel_size, stride=kernel_size)`, same state_dict; stride may
+    be left out, another one is a ValueError. Its output is the convolution's after
+    `.flatten(2).transpose(1, 2)`.
     """
 
     _conv = torch.nn.Conv2d
 
 
 class PatchEmbed3d(_PatchEmbed):
-    """Video (N, C, T, H, W) to tokens (N, num_patches, out_channels), or rows (num_patches, K) to
-    (num_patches, out_channels): `vlmkernels.ops.patch_embed` with parameters.
+    """Video (num_images, channels, t, h, w) to tokens (num_images, num_patches, out_channels), or
+    rows (num_patches, patch_dim) to (num_patches, out_channels): `vlmkernels.ops.patch_embed` with
+    parameters.
 
-    Drop-in for `torch.nn.Conv3d(..., kernel_size, stride=kernel_size)`, same state_dict. Its
-    output is the convolution's after `.flatten(2).transpose(1, 2)`. Rows are what transformers'
-    Qwen2-VL processors give: columns ordered (C, T, H, W), as the weight is.
+    Drop-in for `torch.nn.Conv3d(..., kernel_size, stride=kernel_size)`, same state_dict; stride may
+    be left out, another one is a ValueError. Its output is the convolution's after
+    `.flatten(2).transpose(1, 2)`. Rows are what transformers' Qwen2-VL processors give: columns
+    ordered (channel, t, h, w), as the weight is.
     """
 
     _conv = torch.nn.Conv3d

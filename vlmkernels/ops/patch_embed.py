@@ -23,19 +23,22 @@ def patch_embed(
     arguments are cast as theirs would be.
 
     Args:
-        x: (num_patches, K) patch rows; or images (N, C, H, W); or video (N, C, T, H, W).
-            fp16, bf16, fp32 or fp64. A last dimension that isn't contiguous costs a copy.
-        weight: (D, K); or Conv2d's (D, C, patch_h, patch_w); or Conv3d's (D, C, patch_t, patch_h,
-            patch_w). K is the product of all sizes but the first. For images and video the weight
-            has the rank of x; for rows it may have any of these shapes, the columns of a row then
-            being in the order of its dimensions.
-        bias: (D,).
-        pos_embed: (num_patches, D), the same for every image; num_patches counts one image's.
+        x: (num_patches, patch_dim) patch rows; or images (num_images, channels, h, w); or video
+            (num_images, channels, t, h, w). fp16, bf16, fp32 or fp64. A last dimension that isn't
+            contiguous costs a copy.
+        weight: (hidden_dim, patch_dim); or Conv2d's (hidden_dim, channels, patch_h, patch_w); or
+            Conv3d's (hidden_dim, channels, patch_t, patch_h, patch_w). patch_dim is the product of
+            all sizes but the first. For images and video the weight has the rank of x; for rows it
+            may have any of these shapes, the columns of a row then being in the order of its
+            dimensions.
+        bias: (hidden_dim,).
+        pos_embed: (num_patches, hidden_dim), the same for every image; num_patches counts one
+            image's.
 
     Returns:
-        (num_patches, D) for rows; else (N, num_patches, D), patches in raster order (t, h, w).
-        Unlike a convolution's output, D comes last and the patches are one dimension. No rows or
-        no images give an empty result.
+        (num_patches, hidden_dim) for rows; else (num_images, num_patches, hidden_dim), patches in
+        raster order (t, h, w). Unlike a convolution's output, hidden_dim comes last and the patches
+        are one dimension. No rows or no images give an empty result.
 
     Raises:
         ValueError: shapes that do not fit together, an image smaller than a patch.
@@ -43,7 +46,7 @@ def patch_embed(
 
     Source: Dosovitskiy et al., "An image is worth 16x16 words", 2021, eq. 1.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # raises for meta
         x, weight, bias, pos_embed = _autocast(x, weight, bias, pos_embed)
     return _op(x, weight, bias, pos_embed)  # type: ignore[no-any-return]
 
@@ -71,7 +74,7 @@ def _grid(x: Tensor, weight: Tensor) -> list[int]:
 
 
 def _patches(x: Tensor, weight: Tensor) -> Tensor:
-    """A view of images or video as (N, *grid, C, *patch), without what fills no patch."""
+    """Images or video, less what fills no patch: a view (num_images, *grid, channels, *patch)."""
     grid = _grid(x, weight)
     for dim, (count, size) in reversed([*enumerate(zip(grid, weight.shape[2:], strict=True), 2)]):
         x = x.narrow(dim, 0, count * size).unflatten(dim, (count, size))
@@ -80,7 +83,7 @@ def _patches(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor, weight: Tensor) -> Tensor:
-    """Patch rows as they are; images and video as (N, num_patches, K)."""
+    """Patch rows as they are; images and video as (num_images, num_patches, patch_dim)."""
     if x.ndim == 2:
         return x
     patches = math.prod(_grid(x, weight))
@@ -88,10 +91,10 @@ def _rows(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _output(x: Tensor, weight: Tensor) -> Tensor:
-    dim = weight.shape[:1]
+    hidden_dim = weight.shape[:1]
     if x.ndim <= 2:
-        return x.new_empty(x.shape[:1] + dim)
-    return x.new_empty((x.shape[0], math.prod(_grid(x, weight)), *dim))
+        return x.new_empty(x.shape[:1] + hidden_dim)
+    return x.new_empty((x.shape[0], math.prod(_grid(x, weight)), *hidden_dim))
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -130,11 +133,11 @@ def _dx_fake(dy: Tensor, weight: Tensor, shape: list[int]) -> Tensor:
 
 def _dweight_kernel(dy: Tensor, x: Tensor, weight: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
     dweight, dbias = _dweight_fake(dy, x, weight, bias)
-    dim, num_columns = weight.shape[0], math.prod(weight.shape[1:])
-    splits = _core.C.patch_embed_splits(dy.numel() // dim, dim, num_columns)
+    hidden_dim, patch_dim = weight.shape[0], math.prod(weight.shape[1:])
+    splits = _core.C.patch_embed_splits(dy.numel() // hidden_dim, hidden_dim, patch_dim)
     workspace = None
-    if splits > 1:
-        workspace = dy.new_empty((splits, dim, num_columns + 1), dtype=torch.float32)
+    if splits > 1:  # with a column for dbias
+        workspace = dy.new_empty((splits, hidden_dim, patch_dim + bias), dtype=torch.float32)
     if _core.C.patch_embed_dweight(dy, _dense(x), dweight, dbias if bias else None, workspace):
         return dweight, dbias
     dy, rows = dy.flatten(0, -2), _rows(x, weight).flatten(0, -2)
