@@ -78,7 +78,7 @@ class Backward {
     // q and dout as rows and as columns, lse and delta.
     void load_panel(const Problem& problem) {
         const float *q[kPanelRows], *dout[kPanelRows];
-        std::fill(lse_, lse_ + kPanelRows, kInfinity);  // of rows that do not exist: p = 0
+        std::fill(lse_, lse_ + kPanelRows, kInfinity);  // p = 0: of no row, or a blind one
         std::fill(delta_, delta_ + kPanelRows, 0.f);
         std::fill(visible_, visible_ + kPanelRows, int32_t(problem.seqlen_k));
         problem.for_rows(begin_, rows_, [&](int64_t lane, int64_t token, int64_t head) {
@@ -87,11 +87,11 @@ class Backward {
             copy_row(q_ + lane * ld_, problem.query<const T>(p_.q, token, head), p_.head_dim);
             copy_row(dout_ + lane * ld_, problem.query<const T>(p_.dout, token, head), p_.head_dim);
             const int64_t at = problem.lse_index(token, head);
-            // A row that sees no key has lse -inf: with +inf its p is 0.
-            lse_[lane] = p_.lse[at] == -kInfinity ? kInfinity : p_.lse[at];
+            visible_[lane] = int32_t(problem.visible(token));
+            if (p_.lse[at] == -kInfinity) return;  // sees no key: p = 0, whatever dlse is
+            lse_[lane] = p_.lse[at];
             delta_[lane] = dot(dout[lane], problem.query<const T>(p_.out, token, head)) -
                            (p_.dlse ? p_.dlse[at] : 0);
-            visible_[lane] = int32_t(problem.visible(token));
         });
         const int64_t lanes = round_up(rows_, kWidth);
         transpose_in(q_columns_, lanes, rows_, p_.head_dim, q);

@@ -48,7 +48,8 @@ def results(inputs: list[Tensor], options: dict[str, object], dtype: torch.dtype
     out, lse = ops.attention(*leaves, **options, return_lse=True)
     generator = torch.Generator().manual_seed(1)
     dout = torch.randn(out.shape, generator=generator).to(inputs[0].dtype)
-    dlse = torch.randn(lse.shape, generator=generator) * lse.detach().isfinite()
+    dlse = torch.randn(lse.shape, generator=generator)
+    dlse = dlse.masked_fill(lse.detach() == -torch.inf, torch.nan)
     grads = torch.autograd.grad([out, lse], leaves, [dout.to(dtype), dlse.to(lse.dtype)])
     return [out, lse, *grads]
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from tests.conftest import Backend
 from tests.ops.attention_cases import eager, trapped
 from vlmkernels import ops
-from vlmkernels.testing import assert_as_accurate
+from vlmkernels.testing import assert_as_accurate, reference_ops
 
 # batch, seqlen_q, num_heads, num_heads_k, head_dim, max_seqlen, cache_seqlens
 CASES = [
@@ -123,6 +123,37 @@ def test_float64() -> None:
     got = ops.attention_decode(q, cache, cache, lengths)
     expected = by_hand(q, cache, cache, [2, 5], True)[0]
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
+
+
+def test_autocast(backend: Backend) -> None:
+    q = torch.randn(2, 1, 4, 32, device=backend.device)
+    k, v, lengths = caches(torch.float32, backend, 2, 10, 2, 32, lengths=[10, 4])
+    expected = ops.attention_decode(q.bfloat16(), k.bfloat16(), v.bfloat16(), lengths)
+    with torch.autocast(backend.device, torch.bfloat16):
+        assert torch.equal(ops.attention_decode(q, k.bfloat16(), v, lengths), expected)
+
+
+def test_reference_clamps() -> None:
+    """As the CUDA kernel does; lengths that the CPU kernel refuses."""
+    q, cache = torch.randn(2, 1, 4, 8), torch.randn(2, 5, 2, 8)
+    with reference_ops():
+        got, expected = (
+            ops.attention_decode(q, cache, cache, torch.tensor(lengths, dtype=torch.int32))
+            for lengths in ([-2, 9], [0, 5])
+        )
+    assert torch.equal(got, expected)
+
+
+def test_no_gradient() -> None:
+    """An input that requires a gradient is refused, unless gradients are off."""
+    lengths = torch.tensor([5], dtype=torch.int32)
+    for i, name in enumerate(("q", "k_cache", "v_cache")):
+        tensors = [torch.randn(1, n, 2, 8) for n in (1, 5, 5)]
+        tensors[i].requires_grad_()
+        with pytest.raises(ValueError, match=f"attention_decode: {name} has no gradient"):
+            ops.attention_decode(*tensors, lengths)
+        with torch.no_grad():
+            assert not ops.attention_decode(*tensors, lengths).requires_grad
 
 
 def test_bad_input(backend: Backend) -> None:
