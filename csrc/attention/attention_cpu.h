@@ -121,6 +121,19 @@ inline int64_t grain_of(const std::vector<Item>& items, int64_t head_dim) {
     return std::max<int64_t>(1, int64_t(per_thread * double(items.size()) / (cost + 1)));
 }
 
+// parallel_take with f(take, memory): `size` floats for each thread. They are allocated before the
+// threads start, as an exception (out of memory) cannot leave a parallel region.
+template <class F>
+void parallel_take(int64_t n, int64_t grain, int64_t size, F&& f) {
+    const int64_t threads = std::min(max_threads(), ceil_div(n, grain));
+    size = round_up(size, 16);  // stay aligned
+    Buffer memory(threads * size);
+    std::atomic<int64_t> started{0};
+    parallel_take(n, grain, [&](auto&& take) {
+        f(take, memory.data() + started.fetch_add(1, std::memory_order_relaxed) * size);
+    });
+}
+
 // to[head_dim] = from, as floats; zero from there to a multiple of kWidth.
 template <class T>
 VLMKERNELS_INLINE void copy_row(float* to, const T* from, int64_t head_dim) {

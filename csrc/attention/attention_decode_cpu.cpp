@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t kMostRows = 16;  // of a problem; from there on the forward is faster
 constexpr int64_t kLeastSliceKeys = 256;
+constexpr int64_t kMostSlices = 32;  // of a problem
 constexpr int kValueCols = kWidth == 16 ? 4 : 2;
 
 struct Slice {
@@ -126,10 +127,10 @@ class Decode {
     }
 
     void run() {
-        parallel_take(int64_t(slices_.size()), 1, [&](auto&& take) {
-            Buffer scratch(rows_ * (ld_ + kBlockKeys));
-            for (int64_t i; (i = take()) >= 0;) run_slice(slices_[i], scratch.data());
-        });
+        parallel_take(int64_t(slices_.size()), 1, rows_ * (ld_ + kBlockKeys),
+                      [&](auto&& take, float* memory) {
+                          for (int64_t i; (i = take()) >= 0;) run_slice(slices_[i], memory);
+                      });
         for (size_t first = 0, end; first < slices_.size(); first = end) {
             end = first + 1;
             while (end < slices_.size() && slices_[end].begin > 0) ++end;
@@ -138,17 +139,17 @@ class Decode {
     }
 
   private:
-    // At least one slice for each problem, those of a problem side by side.
+    // At least one slice for each problem, those of a problem side by side. Where a row is cut
+    // depends on its own length only, so that its result does, too.
     void make_slices() {
-        int64_t total = 0;
-        for (int i = 0; i < p_.batch; ++i) total += p_.cache_seqlens[i] * int64_t(p_.num_heads_k);
-        const int64_t wanted = ceil_div(total, 4 * max_threads());
-        const int64_t step = round_up(std::max(wanted, kLeastSliceKeys), kBlockKeys);
-        for (int i = 0; i < p_.batch; ++i)
+        for (int i = 0; i < p_.batch; ++i) {
+            const int64_t keys = p_.cache_seqlens[i];
+            const int64_t step =
+                round_up(std::max(ceil_div(keys, kMostSlices), kLeastSliceKeys), kBlockKeys);
             for (int head_k = 0; head_k < p_.num_heads_k; ++head_k)
-                for (int64_t key = 0; key == 0 || key < p_.cache_seqlens[i]; key += step)
-                    slices_.push_back(
-                        {i, head_k, key, std::min<int64_t>(key + step, p_.cache_seqlens[i])});
+                for (int64_t key = 0; key == 0 || key < keys; key += step)
+                    slices_.push_back({i, head_k, key, std::min(key + step, keys)});
+        }
     }
 
     void run_slice(Slice& slice, float* q) {

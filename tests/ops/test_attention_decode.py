@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tests.conftest import Backend
 from tests.ops.attention_cases import eager, trapped
-from vlmkernels import ops
+from vlmkernels import _core, ops
 from vlmkernels.testing import assert_as_accurate, reference_ops
 
 # batch, seqlen_q, num_heads, num_heads_k, head_dim, max_seqlen, cache_seqlens
@@ -96,10 +96,15 @@ def test_empty(backend: Backend) -> None:
 
 def test_the_same_bits_every_time(backend: Backend) -> None:
     """And a row's result does not depend on its neighbours: the splits are a matter of sizes."""
+    longest = 300 if backend.small else 3000
     q = torch.randn(2, 1, 4, 80, device=backend.device).bfloat16()
-    k, v, lengths = caches(torch.bfloat16, backend, 2, 300, 2, 80, lengths=[300, 200])
+    k, v, lengths = caches(torch.bfloat16, backend, 2, longest, 2, 80, lengths=[longest, 270])
     first, second = (ops.attention_decode(q, k, v, lengths) for _ in range(2))
     assert torch.equal(first, second)
+    lengths[0] = 17
+    assert torch.equal(ops.attention_decode(q, k, v, lengths)[1], first[1])
+    if backend.name == "cpu":  # on CUDA the batch says how many splits fill the GPU
+        assert torch.equal(ops.attention_decode(q[1:], k[1:], v[1:], lengths[1:])[0], first[1])
 
 
 def test_compile_and_opcheck(backend: Backend) -> None:
@@ -154,6 +159,31 @@ def test_no_gradient() -> None:
             ops.attention_decode(*tensors, lengths)
         with torch.no_grad():
             assert not ops.attention_decode(*tensors, lengths).requires_grad
+
+
+def test_bad_workspace(backend: Backend) -> None:
+    """What the core is given beside the caller's tensors is checked like those."""
+    q = torch.zeros(2, 1, 4, 64, device=backend.device).half()
+    k, v, lengths = caches(torch.float16, backend, 2, 8, 2, 64, lengths=[8, 3])
+    partial_out = torch.zeros(3, *q.shape, device=backend.device)
+    partial_lse = torch.zeros(3, 2, 4, 1, device=backend.device)
+    lse = torch.zeros(2, 4, 1, device=backend.device)
+
+    def call(partial_out: Tensor, partial_lse: Tensor) -> None:
+        tensors = (q, k, v, lengths, torch.empty_like(q), lse, partial_out, partial_lse)
+        assert _core.C.attention_decode(*tensors, True, 0.125)
+
+    call(partial_out, partial_lse)
+    for arguments, error, message in [
+        ((partial_out[:0], partial_lse), ValueError, "partial_out must hold a split"),
+        ((partial_out[:, :1], partial_lse), ValueError, "partial_out must have shape"),
+        ((partial_out[0], partial_lse), ValueError, "partial_out must have shape"),
+        ((partial_out, partial_lse[:2]), ValueError, "partial_lse must have shape"),
+        ((partial_out.half(), partial_lse), TypeError, "partial_out must be float32"),
+        ((partial_out, partial_lse.double()), TypeError, "partial_lse must be float32"),
+    ]:
+        with pytest.raises(error, match=message):
+            call(*arguments)
 
 
 def test_bad_input(backend: Backend) -> None:
