@@ -184,7 +184,7 @@ class ForwardAmx {
         multiply_amx(k_, depth_, panel.q, lanes, scores_, padded, depth_, false);
         if (first + keys > panel.fewest_keys)
             mask_scores<kCols>(scores_, first, keys, panel.visible);
-        std::fill(scores_ + keys * lanes, scores_ + padded * lanes, -kInfinity);
+        fill(scores_ + keys * lanes, scores_ + padded * lanes, -kInfinity);
         softmax<kCols>(panel, padded);
         if (panel.started)
             for (int64_t d = 0; d < p_.head_dim; ++d)

@@ -52,7 +52,7 @@ class Backward {
                   p_.head_dim);
         copy_rows(v_, ld_, problem.key<const T>(p_.v, 0), p_.v.token_stride, part.keys,
                   p_.head_dim);
-        std::fill(dk_, dk_ + 2 * size, 0.f);
+        fill(dk_, dk_ + 2 * size, 0.f);
         for (int64_t row = part.item.begin; row < part.item.end; row += kPanelRows)
             run_panel(problem, row, std::min(kPanelRows, part.item.end - row));
         if (!part.partial) store_keys(problem, part.keys);
@@ -63,7 +63,7 @@ class Backward {
         begin_ = begin;
         rows_ = rows;
         load_panel(problem);
-        std::fill(dq_, dq_ + kPanelRows * ld_, 0.f);
+        fill(dq_, dq_ + kPanelRows * ld_, 0.f);
         const int64_t most = problem.visible((begin + rows - 1) / problem.group);
         const int64_t fewest = problem.visible(begin / problem.group);
         for (int64_t key = 0; key < most; key += kBlockKeys) {
@@ -80,9 +80,9 @@ class Backward {
     // q and dout as rows and as columns, lse and delta.
     void load_panel(const Problem& problem) {
         const float *q[kPanelRows], *dout[kPanelRows];
-        std::fill(lse_, lse_ + kPanelRows, kInfinity);  // p = 0: of no row, or a blind one
-        std::fill(delta_, delta_ + kPanelRows, 0.f);
-        std::fill(visible_, visible_ + kPanelRows, int32_t(problem.seqlen_k));
+        fill(lse_, lse_ + kPanelRows, kInfinity);  // p = 0: of no row, or a blind one
+        fill(delta_, delta_ + kPanelRows, 0.f);
+        fill(visible_, visible_ + kPanelRows, int32_t(problem.seqlen_k));
         problem.for_rows(begin_, rows_, [&](int64_t lane, int64_t token, int64_t head) {
             q[lane] = q_ + lane * ld_;
             dout[lane] = dout_ + lane * ld_;
@@ -215,7 +215,7 @@ void add_partials(const AttentionBackwardParams& p, const Part* parts, int64_t c
         alignas(64) float sum[kMaxHeadDim];
         for (int64_t key = begin; key < end; ++key)
             for (bool is_dv : {false, true}) {
-                std::fill(sum, sum + ld, 0.f);
+                fill(sum, sum + ld, 0.f);
                 for (const Part* part = parts; part < parts + count; ++part) {
                     if (key >= part->keys) continue;
                     const float* row = part->partial + (is_dv * padded_keys(part->keys) + key) * ld;

@@ -96,7 +96,7 @@ void dispatch_rows(int64_t rows, F&& f) {
 float softmax_row(float* scores, int64_t keys, int64_t visible, float scale, float& max_so_far,
                   float& total) {
     const int64_t end = round_up(keys, kWidth);
-    std::fill(scores + std::clamp<int64_t>(visible, 0, keys), scores + end, -kInfinity);
+    fill(scores + clamp(visible, 0, keys), scores + end, -kInfinity);
     Vec most = splat(-kInfinity);
     for (int64_t key = 0; key < end; key += kWidth) most = max(most, load(scores + key));
     const float before = max_so_far;
@@ -158,9 +158,9 @@ class Decode {
         problem.for_rows(0, rows_, [&](int64_t row, int64_t token, int64_t head) {
             copy_row(q + row * ld_, problem.query<const T>(p_.q, token, head), p_.head_dim);
         });
-        std::fill(slice.max, slice.max + rows_, -kInfinity);
-        std::fill(slice.sum, slice.sum + rows_, 0.f);
-        std::fill(slice.out, slice.out + rows_ * ld_, 0.f);
+        fill(slice.max, slice.max + rows_, -kInfinity);
+        fill(slice.sum, slice.sum + rows_, 0.f);
+        fill(slice.out, slice.out + rows_ * ld_, 0.f);
         for (int64_t key = slice.begin; key < slice.end; key += kBlockKeys)
             run_block(problem, slice, key, std::min(kBlockKeys, slice.end - key), q, scores);
     }
