@@ -149,6 +149,15 @@ static void expect_lse(const Tensor& lse, const Tensor& q) {
     expect_contiguous(lse);
 }
 
+static void expect_delta(const Tensor& delta, const Tensor& lse) {
+    if (delta.ndim == 0 || delta.numel() != 2 * lse.numel())
+        value_error(delta, "must hold 2 lse", shape_text(delta));
+    expect_same_dtype(delta, lse);
+    expect_same_device(delta, lse);
+    expect_contiguous(delta);
+    expect_aligned(delta, 8);
+}
+
 static void set_outputs(AttentionParams& p, const Tensor& q, const Tensor& out, const Tensor& lse) {
     expect_same_shape(out, q);
     expect_like(out, q);
@@ -198,10 +207,7 @@ static bool attention_backward(py::handle dout_, py::handle dlse_, py::handle q_
     for (const Tensor* t : {&dout, &dq}) expect_same_shape(*t, q);
     for (const Tensor* t : {&dk, &dv}) expect_same_shape(*t, k);
     for (const Tensor* t : {&dout, &dq, &dk, &dv}) expect_like(*t, q);
-    if (delta.numel() != 2 * lse.numel()) value_error(delta, "must hold 2 lse", shape_text(delta));
-    expect_same_dtype(delta, lse);
-    expect_same_device(delta, lse);
-    expect_contiguous(delta);
+    expect_delta(delta, lse);
     if (dlse.given) expect_lse(dlse, q);
     p.dout = heads_view(dout);
     p.dlse = dlse.ptr<float>();
@@ -241,6 +247,25 @@ static int decode_splits(py::handle q_, py::handle k_, py::handle v_) {
     return num_splits;
 }
 
+static void set_partials(AttentionDecodeParams& p, const Tensor& q, const Tensor& partial_out,
+                         const Tensor& partial_lse) {
+    const int64_t splits = partial_out.ndim == 5 ? partial_out.size(0) : 1;
+    if (splits < 1) value_error(partial_out, "must hold a split", shape_text(partial_out));
+    p.num_splits = as_int(partial_out, splits);
+    expect_shape(partial_out, {splits, q.size(0), q.size(1), q.size(2), q.size(3)},
+                 "(num_splits, batch, seqlen_q, num_heads, head_dim)");
+    expect_shape(partial_lse, {splits, q.size(0), q.size(2), q.size(1)},
+                 "(num_splits, batch, num_heads, seqlen_q)");
+    for (const Tensor* t : {&partial_out, &partial_lse}) {
+        expect_dtype(*t, {DType::kFloat32});
+        expect_same_device(*t, q);
+        expect_contiguous(*t);
+    }
+    expect_aligned(partial_out);
+    p.partial_out = partial_out.ptr<float>();
+    p.partial_lse = partial_lse.ptr<float>();
+}
+
 static bool attention_decode(py::handle q_, py::handle k_, py::handle v_, py::handle cache_seqlens_,
                              py::handle out_, py::handle lse_, py::handle partial_out_,
                              py::handle partial_lse_, bool causal, double softmax_scale) {
@@ -254,9 +279,8 @@ static bool attention_decode(py::handle q_, py::handle k_, py::handle v_, py::ha
     set_outputs(p, q, out, lse);
     check_cache_seqlens(cache_seqlens, q, k);
     p.cache_seqlens = cache_seqlens.ptr<int32_t>();
-    p.num_splits = partial_out.given ? int(partial_out.size(0)) : 1;
-    p.partial_out = partial_out.ptr<float>();
-    p.partial_lse = partial_lse.ptr<float>();
+    p.num_splits = 1;
+    if (partial_out.given) set_partials(p, q, partial_out, partial_lse);
     if (!has_kernel(q)) return false;
     return run(
         q, [&](Stream stream) { return launch_attention_decode(p, stream); },

@@ -96,13 +96,16 @@ VLMKERNELS_INLINE Vec as_pairs(Vec first, Vec second) {
 
 class ForwardAmx {
   public:
-    explicit ForwardAmx(const AttentionParams& p)
-        : p_(p),
-          depth_(round_up(p.head_dim, kTileDepth)),
-          out_rows_(round_up(p.head_dim, kTile)),
-          buffer_(kAmxPanels * kMostLanes * (depth_ / 2 + out_rows_) +
-                  kAmxKeys * (depth_ / 2 + out_rows_ / 2 + kMostLanes + kMostLanes / 2)) {
-        float* at = buffer_.data();
+    static int64_t memory_size(const AttentionParams& p) {
+        const int64_t depth = round_up(p.head_dim, kTileDepth);
+        const int64_t out_rows = round_up(p.head_dim, kTile);
+        return kAmxPanels * kMostLanes * (depth / 2 + out_rows) +
+               kAmxKeys * (depth / 2 + out_rows / 2 + kMostLanes + kMostLanes / 2);
+    }
+
+    ForwardAmx(const AttentionParams& p, float* memory)
+        : p_(p), depth_(round_up(p.head_dim, kTileDepth)), out_rows_(round_up(p.head_dim, kTile)) {
+        float* at = memory;
         auto take = [&](int64_t size) { return std::exchange(at, at + size); };
         for (Panel& panel : panels_) {
             panel.q = take(kMostLanes * depth_ / 2);
@@ -181,7 +184,7 @@ class ForwardAmx {
         multiply_amx(k_, depth_, panel.q, lanes, scores_, padded, depth_, false);
         if (first + keys > panel.fewest_keys)
             mask_scores<kCols>(scores_, first, keys, panel.visible);
-        std::fill(scores_ + keys * lanes, scores_ + padded * lanes, -kInfinity);
+        fill(scores_ + keys * lanes, scores_ + padded * lanes, -kInfinity);
         softmax<kCols>(panel, padded);
         if (panel.started)
             for (int64_t d = 0; d < p_.head_dim; ++d)
@@ -212,7 +215,6 @@ class ForwardAmx {
 
     const AttentionParams& p_;
     const int64_t depth_, out_rows_;
-    Buffer buffer_;
     Panel panels_[kAmxPanels];
     uint16_t *k_, *v_columns_;        // [keys, depth], [head_dim, kAmxKeys]
     float *scores_, *probabilities_;  // [keys, lanes], [keys / 2, lanes] pairs
@@ -222,11 +224,12 @@ class ForwardAmx {
 inline bool attention_fwd_amx(const AttentionParams& p) {
     if (p.dtype != DType::kBFloat16 || isa_level() < 3) return false;
     const std::vector<Item> items = make_items(p, kAmxPanels * kMostLanes);
-    parallel_take(int64_t(items.size()), grain_of(items, p.head_dim), [&](auto&& take) {
-        TileScope tiles;
-        ForwardAmx forward(p);
-        for (int64_t i; (i = take()) >= 0;) forward.run(items[i]);
-    });
+    parallel_take(int64_t(items.size()), grain_of(items, p.head_dim), ForwardAmx::memory_size(p),
+                  [&](auto&& take, float* memory) {
+                      TileScope tiles;
+                      ForwardAmx forward(p, memory);
+                      for (int64_t i; (i = take()) >= 0;) forward.run(items[i]);
+                  });
     return true;
 }
 

@@ -25,12 +25,14 @@ int64_t padded_keys(int64_t keys) { return round_up(keys, kTileRows); }
 template <class T>
 class Backward {
   public:
-    Backward(const AttentionBackwardParams& p, int64_t most_keys)
-        : p_(p),
-          ld_(round_up(p.head_dim, kWidth)),
-          buffer_(5 * kPanelRows * ld_ + 2 * kBlockKeys * kPanelRows +
-                  4 * padded_keys(most_keys) * ld_) {
-        float* at = buffer_.data();
+    static int64_t memory_size(const AttentionBackwardParams& p, int64_t most_keys) {
+        const int64_t ld = round_up(p.head_dim, kWidth);
+        return 5 * kPanelRows * ld + 2 * kBlockKeys * kPanelRows + 4 * padded_keys(most_keys) * ld;
+    }
+
+    Backward(const AttentionBackwardParams& p, float* memory)
+        : p_(p), ld_(round_up(p.head_dim, kWidth)) {
+        float* at = memory;
         for (float** rows : {&q_, &dout_, &q_columns_, &dout_columns_, &dq_}) {
             *rows = at;
             at += kPanelRows * ld_;
@@ -50,7 +52,7 @@ class Backward {
                   p_.head_dim);
         copy_rows(v_, ld_, problem.key<const T>(p_.v, 0), p_.v.token_stride, part.keys,
                   p_.head_dim);
-        std::fill(dk_, dk_ + 2 * size, 0.f);
+        fill(dk_, dk_ + 2 * size, 0.f);
         for (int64_t row = part.item.begin; row < part.item.end; row += kPanelRows)
             run_panel(problem, row, std::min(kPanelRows, part.item.end - row));
         if (!part.partial) store_keys(problem, part.keys);
@@ -61,7 +63,7 @@ class Backward {
         begin_ = begin;
         rows_ = rows;
         load_panel(problem);
-        std::fill(dq_, dq_ + kPanelRows * ld_, 0.f);
+        fill(dq_, dq_ + kPanelRows * ld_, 0.f);
         const int64_t most = problem.visible((begin + rows - 1) / problem.group);
         const int64_t fewest = problem.visible(begin / problem.group);
         for (int64_t key = 0; key < most; key += kBlockKeys) {
@@ -78,20 +80,20 @@ class Backward {
     // q and dout as rows and as columns, lse and delta.
     void load_panel(const Problem& problem) {
         const float *q[kPanelRows], *dout[kPanelRows];
-        std::fill(lse_, lse_ + kPanelRows, kInfinity);  // of rows that do not exist: p = 0
-        std::fill(delta_, delta_ + kPanelRows, 0.f);
-        std::fill(visible_, visible_ + kPanelRows, int32_t(problem.seqlen_k));
+        fill(lse_, lse_ + kPanelRows, kInfinity);  // p = 0: of no row, or a blind one
+        fill(delta_, delta_ + kPanelRows, 0.f);
+        fill(visible_, visible_ + kPanelRows, int32_t(problem.seqlen_k));
         problem.for_rows(begin_, rows_, [&](int64_t lane, int64_t token, int64_t head) {
             q[lane] = q_ + lane * ld_;
             dout[lane] = dout_ + lane * ld_;
             copy_row(q_ + lane * ld_, problem.query<const T>(p_.q, token, head), p_.head_dim);
             copy_row(dout_ + lane * ld_, problem.query<const T>(p_.dout, token, head), p_.head_dim);
             const int64_t at = problem.lse_index(token, head);
-            // A row that sees no key has lse -inf: with +inf its p is 0.
-            lse_[lane] = p_.lse[at] == -kInfinity ? kInfinity : p_.lse[at];
+            visible_[lane] = int32_t(problem.visible(token));
+            if (p_.lse[at] == -kInfinity) return;  // sees no key: p = 0, whatever dlse is
+            lse_[lane] = p_.lse[at];
             delta_[lane] = dot(dout[lane], problem.query<const T>(p_.out, token, head)) -
                            (p_.dlse ? p_.dlse[at] : 0);
-            visible_[lane] = int32_t(problem.visible(token));
         });
         const int64_t lanes = round_up(rows_, kWidth);
         transpose_in(q_columns_, lanes, rows_, p_.head_dim, q);
@@ -147,7 +149,6 @@ class Backward {
 
     const AttentionBackwardParams& p_;
     const int64_t ld_;
-    Buffer buffer_;
     int64_t begin_ = 0, rows_ = 0;
     float *q_, *dout_, *dq_;            // [rows, ld]
     float *q_columns_, *dout_columns_;  // [head_dim, lanes]
@@ -211,16 +212,16 @@ void add_partials(const AttentionBackwardParams& p, const Part* parts, int64_t c
     const Problem problem(p, parts->item.sequence, parts->item.head_k);
     const int64_t ld = round_up(p.head_dim, kWidth);
     parallel_for(problem.seqlen_k, 64, [&](int64_t begin, int64_t end) {
-        Buffer sum(ld);
+        alignas(64) float sum[kMaxHeadDim];
         for (int64_t key = begin; key < end; ++key)
             for (bool is_dv : {false, true}) {
-                std::fill(sum.data(), sum.data() + ld, 0.f);
+                fill(sum, sum + ld, 0.f);
                 for (const Part* part = parts; part < parts + count; ++part) {
                     if (key >= part->keys) continue;
                     const float* row = part->partial + (is_dv * padded_keys(part->keys) + key) * ld;
-                    for (int64_t d = 0; d < ld; ++d) sum.data()[d] += row[d];
+                    for (int64_t d = 0; d < ld; ++d) sum[d] += row[d];
                 }
-                store_row(problem.key<T>(is_dv ? p.dv : p.dk, key), sum.data(), p.head_dim,
+                store_row(problem.key<T>(is_dv ? p.dv : p.dk, key), sum, p.head_dim,
                           is_dv ? 1 : p.softmax_scale);
             }
     });
@@ -249,10 +250,11 @@ void backward(const AttentionBackwardParams& p) {
     }
     std::stable_sort(order.begin(), order.end(),
                      [](const Part* a, const Part* b) { return a->item.cost > b->item.cost; });
-    parallel_take(int64_t(order.size()), 1, [&](auto&& take) {
-        Backward<T> worker(p, most_keys);
-        for (int64_t i; (i = take()) >= 0;) worker.run(*order[i]);
-    });
+    parallel_take(int64_t(order.size()), 1, Backward<T>::memory_size(p, most_keys),
+                  [&](auto&& take, float* memory) {
+                      Backward<T> worker(p, memory);
+                      for (int64_t i; (i = take()) >= 0;) worker.run(*order[i]);
+                  });
     for_cut_problems(parts, [&](Part* part, int64_t count) { add_partials<T>(p, part, count); });
 }
 

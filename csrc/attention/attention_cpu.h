@@ -24,6 +24,16 @@ constexpr int64_t kPanelRows = kTileCols * kWidth;  // query rows whose scores a
 constexpr int64_t kBlockKeys = 64;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+// Not those of std: of a template over built-in types the linker keeps one copy for all instruction
+// sets if the compiler does not inline it (see isa.h). Over the types here each file has its own.
+template <class T>
+void fill(T* begin, T* end, T value) {
+    for (; begin < end; ++begin) *begin = value;
+}
+inline int64_t clamp(int64_t x, int64_t low, int64_t high) {
+    return x < low ? low : x > high ? high : x;
+}
+
 // Memory that is aligned for vectors; not initialised.
 class Buffer {
   public:
@@ -80,7 +90,7 @@ struct Problem {
     // How many keys a token sees: always the first ones.
     int64_t visible(int64_t token) const {
         if (!p.causal) return seqlen_k;
-        return std::clamp<int64_t>(token + 1 + seqlen_k - seqlen_q, 0, seqlen_k);
+        return clamp(token + 1 + seqlen_k - seqlen_q, 0, seqlen_k);
     }
 };
 
@@ -121,6 +131,19 @@ inline int64_t grain_of(const std::vector<Item>& items, int64_t head_dim) {
     return std::max<int64_t>(1, int64_t(per_thread * double(items.size()) / (cost + 1)));
 }
 
+// parallel_take with f(take, memory): `size` floats for each thread. They are allocated before the
+// threads start, as an exception (out of memory) cannot leave a parallel region.
+template <class F>
+void parallel_take(int64_t n, int64_t grain, int64_t size, F&& f) {
+    const int64_t threads = std::min(max_threads(), ceil_div(n, grain));
+    size = round_up(size, 16);  // stay aligned
+    Buffer memory(threads * size);
+    std::atomic<int64_t> started{0};
+    parallel_take(n, grain, [&](auto&& take) {
+        f(take, memory.data() + started.fetch_add(1, std::memory_order_relaxed) * size);
+    });
+}
+
 // to[head_dim] = from, as floats; zero from there to a multiple of kWidth.
 template <class T>
 VLMKERNELS_INLINE void copy_row(float* to, const T* from, int64_t head_dim) {
@@ -133,7 +156,7 @@ VLMKERNELS_INLINE void copy_row(float* to, const T* from, int64_t head_dim) {
 template <class T>
 void copy_rows(float* to, int64_t ld, const T* from, int64_t stride, int64_t n, int64_t head_dim) {
     for (int64_t i = 0; i < n; ++i) copy_row(to + i * ld, from + i * stride, head_dim);
-    std::fill(to + n * ld, to + round_up(n, kTileRows) * ld, 0.f);
+    fill(to + n * ld, to + round_up(n, kTileRows) * ld, 0.f);
 }
 
 // to[d] = scale * from[d].

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t kMostRows = 16;  // of a problem; from there on the forward is faster
 constexpr int64_t kLeastSliceKeys = 256;
+constexpr int64_t kMostSlices = 32;  // of a problem
 constexpr int kValueCols = kWidth == 16 ? 4 : 2;
 
 struct Slice {
@@ -95,7 +96,7 @@ void dispatch_rows(int64_t rows, F&& f) {
 float softmax_row(float* scores, int64_t keys, int64_t visible, float scale, float& max_so_far,
                   float& total) {
     const int64_t end = round_up(keys, kWidth);
-    std::fill(scores + std::clamp<int64_t>(visible, 0, keys), scores + end, -kInfinity);
+    fill(scores + clamp(visible, 0, keys), scores + end, -kInfinity);
     Vec most = splat(-kInfinity);
     for (int64_t key = 0; key < end; key += kWidth) most = max(most, load(scores + key));
     const float before = max_so_far;
@@ -126,10 +127,10 @@ class Decode {
     }
 
     void run() {
-        parallel_take(int64_t(slices_.size()), 1, [&](auto&& take) {
-            Buffer scratch(rows_ * (ld_ + kBlockKeys));
-            for (int64_t i; (i = take()) >= 0;) run_slice(slices_[i], scratch.data());
-        });
+        parallel_take(int64_t(slices_.size()), 1, rows_ * (ld_ + kBlockKeys),
+                      [&](auto&& take, float* memory) {
+                          for (int64_t i; (i = take()) >= 0;) run_slice(slices_[i], memory);
+                      });
         for (size_t first = 0, end; first < slices_.size(); first = end) {
             end = first + 1;
             while (end < slices_.size() && slices_[end].begin > 0) ++end;
@@ -138,17 +139,17 @@ class Decode {
     }
 
   private:
-    // At least one slice for each problem, those of a problem side by side.
+    // At least one slice for each problem, those of a problem side by side. Where a row is cut
+    // depends on its own length only, so that its result does, too.
     void make_slices() {
-        int64_t total = 0;
-        for (int i = 0; i < p_.batch; ++i) total += p_.cache_seqlens[i] * int64_t(p_.num_heads_k);
-        const int64_t wanted = ceil_div(total, 4 * max_threads());
-        const int64_t step = round_up(std::max(wanted, kLeastSliceKeys), kBlockKeys);
-        for (int i = 0; i < p_.batch; ++i)
+        for (int i = 0; i < p_.batch; ++i) {
+            const int64_t keys = p_.cache_seqlens[i];
+            const int64_t step =
+                round_up(std::max(ceil_div(keys, kMostSlices), kLeastSliceKeys), kBlockKeys);
             for (int head_k = 0; head_k < p_.num_heads_k; ++head_k)
-                for (int64_t key = 0; key == 0 || key < p_.cache_seqlens[i]; key += step)
-                    slices_.push_back(
-                        {i, head_k, key, std::min<int64_t>(key + step, p_.cache_seqlens[i])});
+                for (int64_t key = 0; key == 0 || key < keys; key += step)
+                    slices_.push_back({i, head_k, key, std::min(key + step, keys)});
+        }
     }
 
     void run_slice(Slice& slice, float* q) {
@@ -157,9 +158,9 @@ class Decode {
         problem.for_rows(0, rows_, [&](int64_t row, int64_t token, int64_t head) {
             copy_row(q + row * ld_, problem.query<const T>(p_.q, token, head), p_.head_dim);
         });
-        std::fill(slice.max, slice.max + rows_, -kInfinity);
-        std::fill(slice.sum, slice.sum + rows_, 0.f);
-        std::fill(slice.out, slice.out + rows_ * ld_, 0.f);
+        fill(slice.max, slice.max + rows_, -kInfinity);
+        fill(slice.sum, slice.sum + rows_, 0.f);
+        fill(slice.out, slice.out + rows_ * ld_, 0.f);
         for (int64_t key = slice.begin; key < slice.end; key += kBlockKeys)
             run_block(problem, slice, key, std::min(kBlockKeys, slice.end - key), q, scores);
     }

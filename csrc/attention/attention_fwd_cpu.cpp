@@ -43,11 +43,13 @@ void attend(Panel& panel, const float* k, const float* v, int64_t first_key, int
 template <class T>
 class Forward {
   public:
-    explicit Forward(const AttentionParams& p)
-        : p_(p),
-          ld_(round_up(p.head_dim, kWidth)),
-          buffer_(2 * kPanels * kPanelRows * ld_ + 2 * kBlockKeys * ld_ + kBlockKeys * kPanelRows) {
-        float* at = buffer_.data();
+    static int64_t memory_size(const AttentionParams& p) {
+        const int64_t ld = round_up(p.head_dim, kWidth);
+        return 2 * kPanels * kPanelRows * ld + 2 * kBlockKeys * ld + kBlockKeys * kPanelRows;
+    }
+
+    Forward(const AttentionParams& p, float* memory) : p_(p), ld_(round_up(p.head_dim, kWidth)) {
+        float* at = memory;
         for (Panel& panel : panels_) {
             panel.q = at;
             panel.out = at + kPanelRows * ld_;
@@ -92,7 +94,6 @@ class Forward {
 
     const AttentionParams& p_;
     const int64_t ld_;
-    Buffer buffer_;
     Panel panels_[kPanels];
     float *k_, *v_, *scores_;
 };
@@ -104,10 +105,11 @@ void attention_fwd_cpu(const AttentionParams& p) {
     if (attention_fwd_amx(p)) return;
     dispatch_float(p.dtype, [&]<class T>() {
         const std::vector<Item> items = make_items(p, kPanels * kPanelRows);
-        parallel_take(int64_t(items.size()), grain_of(items, p.head_dim), [&](auto&& take) {
-            Forward<T> forward(p);
-            for (int64_t i; (i = take()) >= 0;) forward.run(items[i]);
-        });
+        parallel_take(int64_t(items.size()), grain_of(items, p.head_dim),
+                      Forward<T>::memory_size(p), [&](auto&& take, float* memory) {
+                          Forward<T> forward(p, memory);
+                          for (int64_t i; (i = take()) >= 0;) forward.run(items[i]);
+                      });
     });
 }
 

@@ -28,13 +28,13 @@ void start_panel(Panel& panel, const Problem& problem, int64_t begin, int64_t en
     panel.fewest_keys = problem.visible(begin / problem.group);  // rows see ever more keys
     panel.most_keys = problem.visible((end - 1) / problem.group);
     panel.started = false;
-    std::fill(panel.max, panel.max + kMostLanes, -kInfinity);
-    std::fill(panel.sum, panel.sum + kMostLanes, 0.f);
+    fill(panel.max, panel.max + kMostLanes, -kInfinity);
+    fill(panel.sum, panel.sum + kMostLanes, 0.f);
     problem.for_rows(begin, panel.rows, [&](int64_t lane, int64_t token, int64_t head) {
         rows[lane] = problem.query<const T>(problem.p.q, token, head);
         panel.visible[lane] = int32_t(problem.visible(token));
     });
-    std::fill(panel.visible + panel.rows, panel.visible + kMostLanes, int32_t(panel.most_keys));
+    fill(panel.visible + panel.rows, panel.visible + kMostLanes, int32_t(panel.most_keys));
 }
 
 // Takes the scores of a block, times scale, into the maxima, and scales the sums to them. `base` is
@@ -67,7 +67,7 @@ void add_sums(Panel& panel, const Vec (&sums)[kCols]) {
 template <class T>
 void finish_panel(Panel& panel, const Problem& problem) {
     const AttentionParams& p = problem.p;
-    if (!panel.started) std::fill(panel.out, panel.out + p.head_dim * panel.cols * kWidth, 0.f);
+    if (!panel.started) fill(panel.out, panel.out + p.head_dim * panel.cols * kWidth, 0.f);
     alignas(64) float scale[kMostLanes];
     T* rows[kMostLanes];
     problem.for_rows(panel.begin, panel.rows, [&](int64_t lane, int64_t token, int64_t head) {

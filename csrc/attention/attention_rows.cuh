@@ -34,8 +34,9 @@ __global__ void __launch_bounds__(256) attention_row_stats_kernel(const Attentio
     for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
     if (!valid || threadIdx.x % 8) return;
     const int64_t at = batch * p.lse_batch_stride + head * p.lse_head_stride + token;
-    const float lse = p.lse[at] == negative_infinity() ? -negative_infinity() : p.lse[at] * kLog2e;
-    row_stats(p)[at] = make_float2(lse, sum - (p.dlse ? p.dlse[at] : 0));
+    const bool blind = p.lse[at] == negative_infinity();  // sees no key: p = 0, whatever dlse is
+    row_stats(p)[at] = blind ? make_float2(-negative_infinity(), 0)
+                             : make_float2(p.lse[at] * kLog2e, sum - (p.dlse ? p.dlse[at] : 0));
 }
 
 template <class Element>

@@ -63,7 +63,8 @@ class Problem:
         """out, lse, dq, dk, dv."""
         leaves = [x.detach().requires_grad_() for x in (self.q, self.k, self.v)]
         out, lse = attention(*leaves)
-        dlse = self.dlse.to(lse.dtype).masked_fill(lse == -torch.inf, 0)
+        # Of a row that sees no key anything may come back: exp(lse - lse) is NaN there.
+        dlse = self.dlse.to(lse.dtype).masked_fill(lse == -torch.inf, torch.nan)
         return [out, lse, *torch.autograd.grad((out, lse), leaves, (self.dout, dlse))]
 
 

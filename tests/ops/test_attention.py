@@ -186,6 +186,22 @@ def test_compile(backend: Backend) -> None:
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+def test_autocast(backend: Backend) -> None:
+    """float32, or a mixture, goes to the kernel in the dtype of autocast, as SDPA does it."""
+    q, k, v = (torch.randn(1, 9, 2, 32, device=backend.device) for _ in range(3))
+    q.requires_grad_()
+    expected = ops.attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    (dq,) = torch.autograd.grad(expected.sum(), q)
+    with torch.autocast(backend.device, torch.bfloat16):
+        mixed = ops.attention(q, k.bfloat16(), v)
+        exact = ops.attention(q.double(), k.double(), v.double())
+    assert exact.dtype == torch.float64
+    assert mixed.dtype == torch.bfloat16 and torch.equal(mixed, expected)
+    assert torch.equal(torch.autograd.grad(mixed.sum(), q)[0], dq)
+    with torch.autocast("cpu", torch.bfloat16):  # has no meta tensors
+        assert ops.attention(*(x.to("meta") for x in (q, k, v))).dtype == torch.float32
+
+
 def test_opcheck(backend: Backend) -> None:
     p = problem((1, 5, 4, 16), (1, 6, 2, 16), torch.bfloat16, backend)
     leaves = tuple(x.detach().requires_grad_() for x in (p.q, p.k, p.v))
@@ -226,6 +242,10 @@ def test_misaligned(backend: Backend) -> None:
     """CUDA kernels read 16 bytes at a time and say so; the CPU takes any offset."""
     storage = torch.randn(3 * 2 * 64 + 1, device=backend.device).half()
     x = storage[1:].view(1, 3, 2, 64)
+    q = x.clone().requires_grad_()
+    out = ops.attention(q, x.clone(), x.clone())  # dout, which the caller has no say in, is copied
+    (expected,) = torch.autograd.grad(out, q, x.clone(), retain_graph=True)
+    assert torch.equal(torch.autograd.grad(out, q, x)[0], expected)
     if backend.name == "cpu":
         assert torch.equal(ops.attention(x, x, x), ops.attention(*[x.clone()] * 3))
         return

@@ -48,7 +48,8 @@ def results(inputs: list[Tensor], options: dict[str, object], dtype: torch.dtype
     out, lse = ops.attention(*leaves, **options, return_lse=True)
     generator = torch.Generator().manual_seed(1)
     dout = torch.randn(out.shape, generator=generator).to(inputs[0].dtype)
-    dlse = torch.randn(lse.shape, generator=generator) * lse.detach().isfinite()
+    dlse = torch.randn(lse.shape, generator=generator)
+    dlse = dlse.masked_fill(lse.detach() == -torch.inf, torch.nan)
     grads = torch.autograd.grad([out, lse], leaves, [dout.to(dtype), dlse.to(lse.dtype)])
     return [out, lse, *grads]
 
@@ -122,6 +123,32 @@ def test_threads() -> None:
         assert torch.equal(other[1], found[0][1])
         for a, b in zip(other[2:], found[0][2:], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+OUT_OF_MEMORY = """
+import resource
+import torch
+from vlmkernels import ops
+torch.set_num_threads(2)
+q = torch.zeros(1, 2, 2, 8, requires_grad=True)
+k = torch.zeros(1, 2**20, 2, 8)
+ops.attention(q, k[:, :9], k[:, :9]).sum().backward()
+out = ops.attention(q, k, k)
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + 2**28
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    out.sum().backward()
+except MemoryError:
+    print("MemoryError")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits its memory as Linux does")
+def test_out_of_memory() -> None:
+    """Two threads want 128 MiB or more each: an exception, not the end of the process."""
+    run = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True)
+    assert run.stdout == "MemoryError\n", run.stdout + run.stderr
 
 
 def test_neighbours_are_not_touched() -> None:

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from tests.conftest import Backend
 from tests.ops.attention_cases import eager, trapped
-from vlmkernels import ops
-from vlmkernels.testing import assert_as_accurate
+from vlmkernels import _core, ops
+from vlmkernels.testing import assert_as_accurate, reference_ops
 
 # batch, seqlen_q, num_heads, num_heads_k, head_dim, max_seqlen, cache_seqlens
 CASES = [
@@ -96,10 +96,22 @@ def test_empty(backend: Backend) -> None:
 
 def test_the_same_bits_every_time(backend: Backend) -> None:
     """And a row's result does not depend on its neighbours: the splits are a matter of sizes."""
-    q = torch.randn(2, 1, 4, 80, device=backend.device).bfloat16()
-    k, v, lengths = caches(torch.bfloat16, backend, 2, 300, 2, 80, lengths=[300, 200])
-    first, second = (ops.attention_decode(q, k, v, lengths) for _ in range(2))
-    assert torch.equal(first, second)
+    longest, dtype = 300 if backend.small else 3000, backend.dtypes[0]
+    q = torch.randn(2, 1, 4, 80, device=backend.device).to(dtype)
+    k, v, lengths = caches(dtype, backend, 2, longest, 2, 80, lengths=[longest, 290])
+
+    def run(rows: slice) -> tuple[Tensor, Tensor]:
+        return ops.attention_decode(q[rows], k[rows], v[rows], lengths[rows], return_lse=True)
+
+    out, lse = run(slice(2))
+    same = [run(slice(2))]
+    lengths[0] = 17
+    same.append(tuple(x[1:] for x in run(slice(2))))
+    if backend.name == "cpu":  # on CUDA the batch says how many splits fill the GPU
+        same.append(run(slice(1, 2)))
+    for again, again_lse in same:
+        assert torch.equal(again, out[-len(again) :])
+        assert torch.equal(again_lse, lse[-len(again) :])
 
 
 def test_compile_and_opcheck(backend: Backend) -> None:
@@ -123,6 +135,62 @@ def test_float64() -> None:
     got = ops.attention_decode(q, cache, cache, lengths)
     expected = by_hand(q, cache, cache, [2, 5], True)[0]
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
+
+
+def test_autocast(backend: Backend) -> None:
+    q = torch.randn(2, 1, 4, 32, device=backend.device)
+    k, v, lengths = caches(torch.float32, backend, 2, 10, 2, 32, lengths=[10, 4])
+    expected = ops.attention_decode(q.bfloat16(), k.bfloat16(), v.bfloat16(), lengths)
+    with torch.autocast(backend.device, torch.bfloat16):
+        assert torch.equal(ops.attention_decode(q, k.bfloat16(), v, lengths), expected)
+
+
+def test_reference_clamps() -> None:
+    """As the CUDA kernel does; lengths that the CPU kernel refuses."""
+    q, cache = torch.randn(2, 1, 4, 8), torch.randn(2, 5, 2, 8)
+    with reference_ops():
+        got, expected = (
+            ops.attention_decode(q, cache, cache, torch.tensor(lengths, dtype=torch.int32))
+            for lengths in ([-2, 9], [0, 5])
+        )
+    assert torch.equal(got, expected)
+
+
+def test_no_gradient() -> None:
+    """An input that requires a gradient is refused, unless gradients are off."""
+    lengths = torch.tensor([5], dtype=torch.int32)
+    for i, name in enumerate(("q", "k_cache", "v_cache")):
+        tensors = [torch.randn(1, n, 2, 8) for n in (1, 5, 5)]
+        tensors[i].requires_grad_()
+        with pytest.raises(ValueError, match=f"attention_decode: {name} has no gradient"):
+            ops.attention_decode(*tensors, lengths)
+        with torch.no_grad():
+            assert not ops.attention_decode(*tensors, lengths).requires_grad
+
+
+def test_bad_workspace(backend: Backend) -> None:
+    """What the core is given beside the caller's tensors is checked like those."""
+    q = torch.zeros(2, 1, 4, 64, device=backend.device).half()
+    k, v, lengths = caches(torch.float16, backend, 2, 8, 2, 64, lengths=[8, 3])
+    partial_out = torch.zeros(3, *q.shape, device=backend.device)
+    partial_lse = torch.zeros(3, 2, 4, 1, device=backend.device)
+    lse = torch.zeros(2, 4, 1, device=backend.device)
+
+    def call(partial_out: Tensor, partial_lse: Tensor) -> None:
+        tensors = (q, k, v, lengths, torch.empty_like(q), lse, partial_out, partial_lse)
+        assert _core.C.attention_decode(*tensors, True, 0.125)
+
+    call(partial_out, partial_lse)
+    for arguments, error, message in [
+        ((partial_out[:0], partial_lse), ValueError, "partial_out must hold a split"),
+        ((partial_out[:, :1], partial_lse), ValueError, "partial_out must have shape"),
+        ((partial_out[0], partial_lse), ValueError, "partial_out must have shape"),
+        ((partial_out, partial_lse[:2]), ValueError, "partial_lse must have shape"),
+        ((partial_out.half(), partial_lse), TypeError, "partial_out must be float32"),
+        ((partial_out, partial_lse.double()), TypeError, "partial_lse must be float32"),
+    ]:
+        with pytest.raises(error, match=message):
+            call(*arguments)
 
 
 def test_bad_input(backend: Backend) -> None:

@@ -122,6 +122,9 @@ def test_bad_input(backend: Backend) -> None:
         cu = torch.tensor(lengths, dtype=dtype, device=backend.device)
         return ops.attention(x, x, x, cu_seqlens_q=cu, **options)
 
+    for dtype in (torch.complex64, torch.float32, torch.bool):
+        with pytest.raises(TypeError, match="cu_seqlens_q must be int32, got"):
+            call([0, float("inf")], dtype=dtype)
     with pytest.raises(TypeError, match="cu_seqlens_q must be int32, got int64"):
         call([0, 9], torch.int64)
     with pytest.raises(ValueError, match=r"cu_seqlens_q must have shape \(batch \+ 1,\)"):

@@ -134,6 +134,24 @@ def _blame_argument(
             raise ValueError(f"{where} must have at least one dimension, got ()") from None
 
 
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """The arguments as PyTorch's own matrix products take them under autocast.
+
+    Where it is on for the device of the first one: floating tensors, float64 excepted, in its
+    dtype. Everything else, None too, as it is.
+    """
+    device = tensors[0].device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        x.to(dtype)
+        if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        else x
+        for x in tensors
+    )
+
+
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transforms_active = torch._C._are_functorch_transforms_active

@@ -48,7 +48,8 @@ def attention(
         out as q, contiguous; lse float32 (float64 for float64), differentiable,
         (batch, num_heads, seqlen_q), packed (num_heads, num_tokens_q).
         float16 and bfloat16 run through tensor cores and accumulate in float32; float32 on CUDA and
-        float64 run through PyTorch. The gradient is deterministic.
+        float64 run through PyTorch. The gradient is deterministic. Under autocast q, k and v are
+        cast first, as by scaled_dot_product_attention.
 
     Raises:
         ValueError: shapes, strides, head_dim, softmax_scale or lengths are not as above.
@@ -56,6 +57,7 @@ def attention(
 
     Source: FlashAttention-2 (arXiv 2307.08691).
     """
+    q, k, v = _library.autocast(q, k, v)
     if cu_seqlens_q is None:
         if cu_seqlens_k is not None:
             raise ValueError("attention: cu_seqlens_k is given, cu_seqlens_q is not")
@@ -98,6 +100,7 @@ def attention_decode(
         q: (batch, seqlen_q, num_heads, head_dim), the last seqlen_q tokens of each sequence.
         k_cache, v_cache: (batch, max_seqlen, num_heads_k, head_dim).
         cache_seqlens: int32 (batch,), from 0 to max_seqlen (checked on the CPU, clamped on CUDA).
+            float32 and float64 on CUDA run through PyTorch, which waits for the GPU to read them.
         causal: bottom-right: query i sees the keys j <= i + cache_seqlens[b] - seqlen_q.
         softmax_scale, return_lse: as in `attention`.
 
@@ -106,14 +109,18 @@ def attention_decode(
 
     Raises:
         ValueError, TypeError: as `attention`.
+        ValueError: a gradient would be needed.
 
     Source: Flash-Decoding (pytorch.org/blog/flash-decoding), FlashAttention-2 (arXiv 2307.08691).
     """
-    if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad):
-        raise ValueError(
-            "attention_decode: q has no gradient here, expected torch.no_grad() or tensors that "
-            "do not require one, got requires_grad=True (attention has one)"
-        )
+    if torch.is_grad_enabled():
+        for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+            if x.requires_grad:
+                raise ValueError(
+                    f"attention_decode: {name} has no gradient here, expected torch.no_grad() or "
+                    "tensors that do not require one, got requires_grad=True (attention has one)"
+                )
+    q, k_cache, v_cache = _library.autocast(q, k_cache, v_cache)
     out, lse = _decode_op(q, k_cache, v_cache, cache_seqlens, causal, _scale(q, softmax_scale))
     return (out, lse) if return_lse else out
 
@@ -125,7 +132,7 @@ def _scale(q: Tensor, softmax_scale: float | None) -> float:
 def _max_seqlen(cu_seqlens: Tensor, tokens: Tensor) -> int:
     if torch.compiler.is_compiling() or cu_seqlens.device.type == "meta":
         return tokens.shape[0]
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
         return 0  # the core says what is wrong with it
     return int(cu_seqlens.diff().max())
 
@@ -208,14 +215,14 @@ def _fake(
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    _expect_floats(q)
+    _expect_heads(q)
     out, lse = _fake(q, k, v, *rest)
     if not _core.C.attention(q, k, v, out, lse, *rest):
         return reference(q, k, v, *rest)
     return out, lse
 
 
-def _expect_floats(q: Tensor) -> None:
+def _expect_heads(q: Tensor) -> None:
     if q.dim() < 3:  # no lse shape: let the core say what is wrong
         raise ValueError(
             "attention: q must have shape (batch, seqlen, num_heads, head_dim) or "
@@ -231,8 +238,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
-    dout = torch.zeros_like(out) if dout is None else dout.contiguous()
-    dlse = None if dlse is None else dlse.contiguous()
+    dout = torch.zeros_like(out) if dout is None else dout
     gradients = _backward_op(
         dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *ctx.options
     )
@@ -263,6 +269,10 @@ def _backward_kernel(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dout = dout.contiguous()
+    if dout.data_ptr() % 16:  # a view at an odd offset: nobody could align it for the kernel
+        dout = dout.clone()
+    dlse = None if dlse is None else dlse.contiguous()
     gradients = _backward_fake(dout, dlse, q, k, v)
     delta = lse.new_empty((2, *lse.shape))
     if not _core.C.attention_backward(dout, dlse, q, k, v, out, lse, delta, *gradients, *options):
@@ -278,9 +288,10 @@ def decode_reference(
     causal: bool,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
+    lengths = cache_seqlens.clamp(0, k_cache.shape[1]).tolist()
     parts = [
         _dense(q[b : b + 1], k_cache[b : b + 1, :n], v_cache[b : b + 1, :n], causal, softmax_scale)
-        for b, n in enumerate(cache_seqlens.tolist())
+        for b, n in enumerate(lengths)
     ]
     if not parts:
         return _decode_fake(q, k_cache, v_cache, cache_seqlens, causal, softmax_scale)
