@@ -13,10 +13,12 @@ namespace vlmkernels {
 static int64_t row_stride(const Tensor& t) {
     expect_last_dim_contiguous(t);
     int64_t stride = 0, expected = 0;
+    bool found = false;  // an expanded dimension has stride 0
     for (int i = t.ndim - 2; i >= 0; --i) {
         if (t.size(i) == 0) return 0;
         if (t.size(i) == 1) continue;
-        if (!expected) stride = expected = t.stride(i);
+        if (!found) stride = expected = t.stride(i);
+        found = true;
         if (t.stride(i) != expected)
             value_error(t, "must have rows at one stride", "other strides (call .contiguous())");
         expected *= t.size(i);
@@ -47,6 +49,25 @@ static void check_weight(const Tensor& weight, const Tensor& x) {
     expect_contiguous(weight);
 }
 
+static void check_output(const Tensor& t, const Tensor& like) {
+    check_like(t, like);
+    if (t.given) expect_contiguous(t);
+}
+
+// stats is (1 or 2, leading dimensions of x): rstd, and mean when centered.
+static void check_stats(const Tensor& stats, const Tensor& x) {
+    expect_dtype(stats, {x.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32});
+    expect_same_device(stats, x);
+    bool fits = stats.ndim == x.ndim && (stats.size(0) == 1 || stats.size(0) == 2);
+    for (int i = 1; fits && i < x.ndim; ++i) fits = stats.size(i) == x.size(i - 1);
+    if (!fits)
+        value_error(stats,
+                    "must have shape (1 or 2, ...) for " + std::string(x.name) + " (..., " +
+                        std::to_string(x.size(-1)) + ") = " + shape_text(x),
+                    shape_text(stats));
+    expect_contiguous(stats);
+}
+
 static bool has_kernel(const Tensor& x) {
     return x.dtype != DType::kFloat64 && !(takes_cuda(x) && x.size(-1) > kMaxHiddenDimCuda);
 }
@@ -64,6 +85,12 @@ static bool norm(py::handle x_, py::handle residual_, py::handle weight_, py::ha
     check_weight(bias, x);
     if (bias.given) expect_same_dtype(bias, weight);
     if (!(eps >= 0)) value_error(op, "eps must not be negative, got " + std::to_string(eps));
+    check_output(y, x);
+    check_output(h, x);
+    if (h.given != residual.given) value_error(op, "h and residual go together");
+    check_stats(stats, x);
+    if ((stats.size(0) == 2) != centered)
+        value_error(stats, "must fit the norm", shape_text(stats));
     NormParams p{.x = x.data,
                  .residual = residual.data,
                  .weight = weight.data,
@@ -94,6 +121,19 @@ static int64_t norm_num_partials(py::handle h_) {
         1, takes_cuda(h) ? std::min<int64_t>(rows, 264) : std::min<int64_t>((rows + 31) / 32, 64));
 }
 
+// A gradient and its partial sums are given together, or neither is.
+static void check_gradient(const Tensor& gradient, const Tensor& partials, const Tensor& weight,
+                           int64_t num_partials) {
+    check_output(gradient, weight);
+    if (gradient.given != partials.given)
+        value_error(gradient.op, std::string(gradient.name) + " and its partials go together");
+    if (!partials.given) return;
+    expect_shape(partials, {num_partials, weight.size(0)}, "(num_partials, hidden_dim)");
+    expect_dtype(partials, {DType::kFloat32});
+    expect_same_device(partials, weight);
+    expect_contiguous(partials);
+}
+
 static bool norm_backward(py::handle dy_, py::handle dh_, py::handle h_, py::handle weight_,
                           py::handle stats_, py::handle dx_, py::handle dweight_, py::handle dbias_,
                           py::handle dweight_partials_, py::handle dbias_partials_) {
@@ -105,34 +145,31 @@ static bool norm_backward(py::handle dy_, py::handle dh_, py::handle h_, py::han
         dbias_partials(op, "dbias_partials", dbias_partials_, true);
     check_x(h);
     check_weight(weight, h);
-    for (const Tensor* t : {&dy, &dh}) {
-        check_like(*t, h);
-        if (t->given) expect_contiguous(*t);
-    }
+    for (const Tensor* t : {&dy, &dh, &dx}) check_output(*t, h);
+    check_stats(stats, h);
+    const int64_t num_partials = norm_num_partials(h_);
+    check_gradient(dweight, dweight_partials, weight, num_partials);
+    check_gradient(dbias, dbias_partials, weight, num_partials);
     if (!has_kernel(h)) return false;
-    expect_dtype(stats, {DType::kFloat32});
-    expect_contiguous(stats);
     const int64_t num_rows = rows_of(h);
     const bool centered = stats.size(0) == 2;
-    const Tensor& partials = dweight.given ? dweight_partials : dbias_partials;
-    NormBackwardParams p{
-        .dy = dy.data,
-        .dh = dh.data,
-        .h = h.data,
-        .weight = weight.data,
-        .mean = centered ? stats.ptr<const float>() + num_rows : nullptr,
-        .rstd = stats.ptr<const float>(),
-        .dx = dx.data,
-        .dweight = dweight.data,
-        .dbias = dbias.data,
-        .dweight_partials = dweight_partials.ptr<float>(),
-        .dbias_partials = dbias_partials.ptr<float>(),
-        .num_partials = int(partials.given ? partials.size(0) : norm_num_partials(h_)),
-        .num_rows = rows_of(h),
-        .hidden_dim = int(h.size(-1)),
-        .h_stride = row_stride(h),
-        .dtype = h.dtype,
-        .weight_dtype = weight.dtype};
+    NormBackwardParams p{.dy = dy.data,
+                         .dh = dh.data,
+                         .h = h.data,
+                         .weight = weight.data,
+                         .mean = centered ? stats.ptr<const float>() + num_rows : nullptr,
+                         .rstd = stats.ptr<const float>(),
+                         .dx = dx.data,
+                         .dweight = dweight.data,
+                         .dbias = dbias.data,
+                         .dweight_partials = dweight_partials.ptr<float>(),
+                         .dbias_partials = dbias_partials.ptr<float>(),
+                         .num_partials = int(num_partials),
+                         .num_rows = num_rows,
+                         .hidden_dim = int(h.size(-1)),
+                         .h_stride = row_stride(h),
+                         .dtype = h.dtype,
+                         .weight_dtype = weight.dtype};
     return run(
         h, [&](Stream stream) { return launch_norm_backward(p, stream); },
         [&] { dispatch_isa([&]<class Isa>() { norm_backward_cpu<Isa>(p); }); });

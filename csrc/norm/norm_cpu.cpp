@@ -1,6 +1,8 @@
 // A row at a time, in fp32 buffers that stay in the first-level cache.
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
+#include <new>
 #include <type_traits>
 
 #include "common/cpu.h"
@@ -9,14 +11,23 @@
 namespace vlmkernels {
 namespace {
 
+// Floats for each thread, allocated before the threads start: nothing may throw inside of them.
 // Not std::vector: its code would be shared between instruction sets.
-struct Buffer {
-    explicit Buffer(int64_t n) : x(static_cast<float*>(std::malloc(n * sizeof(float)))) {
-        if (!x) std::abort();
+class Scratch {
+  public:
+    explicit Scratch(int64_t per_thread)
+        : per_thread_(per_thread),
+          x_(static_cast<float*>(std::malloc(max_threads() * per_thread * sizeof(float)))) {
+        if (!x_) throw std::bad_alloc();
     }
-    ~Buffer() { std::free(x); }
-    Buffer(const Buffer&) = delete;
-    float* const x;
+    ~Scratch() { std::free(x_); }
+    Scratch(const Scratch&) = delete;
+    float* take() { return x_ + taken_.fetch_add(1, std::memory_order_relaxed) * per_thread_; }
+
+  private:
+    const int64_t per_thread_;
+    float* const x_;
+    std::atomic<int64_t> taken_{0};
 };
 
 template <class T>
@@ -28,43 +39,24 @@ void to_floats(DType dtype, const void* from, int n, float* to) {
     dispatch_float(dtype, [&]<class T>() { to_floats<T>(from, n, to); });
 }
 
-struct Moments {
-    float sum, squares;
-};
-
-// Sums of x - shift and of its square, with enough accumulators to hide the latency of an add.
-Moments moments(const float* x, int n, float shift) {
-    constexpr int kWays = 64;
-    float sums[kWays] = {}, squares[kWays] = {}, sum = 0, square = 0;
-    int i = 0;
-    for (; i + kWays <= n; i += kWays)
-        for (int j = 0; j < kWays; ++j) {
-            const float d = x[i + j] - shift;
-            sums[j] += d;
-            squares[j] += d * d;
-        }
-    for (; i < n; ++i) {
-        sum += x[i] - shift;
-        square += (x[i] - shift) * (x[i] - shift);
+// f(0) + ... + f(n - 1), with enough accumulators to hide the latency of an add; by blocks, so that
+// one large element does not swallow all small ones after it.
+template <class F>
+float sum_of(int n, F&& f) {
+    constexpr int kWays = 64, kBlock = 16 * kWays;
+    float sum = 0;
+    for (int begin = 0; begin < n; begin += kBlock) {
+        const int end = n - begin < kBlock ? n : begin + kBlock;
+        float sums[kWays] = {}, block = 0;
+        int i = begin;
+        for (; i + kWays <= end; i += kWays)
+            for (int j = 0; j < kWays; ++j) sums[j] += f(i + j);
+        for (; i < end; ++i) block += f(i);
+#pragma omp simd reduction(+ : block)
+        for (int j = 0; j < kWays; ++j) block += sums[j];
+        sum += block;
     }
-#pragma omp simd reduction(+ : sum, square)
-    for (int j = 0; j < kWays; ++j) {
-        sum += sums[j];
-        square += squares[j];
-    }
-    return {sum, square};
-}
-
-// Mean and mean square deviation in one pass, about the mean of the first 64 elements: at most
-// sqrt(n) / 8 standard deviations off, whatever the row holds, so that the difference keeps its
-// digits.
-void mean_and_variance(const float* x, int n, float& mean, float& variance) {
-    const int first = n < 64 ? n : 64;
-    const float shift = moments(x, first, 0).sum / first;
-    const Moments m = moments(x, n, shift);
-    const float offset = m.sum / n;
-    mean = shift + offset;
-    variance = std::fmax(m.squares / n - offset * offset, 0.0f);
+    return sum;
 }
 
 // Writes h = x + residual where there is a residual. Returns h of a row in fp32: in `buffer` unless
@@ -98,23 +90,20 @@ void normalize(T* y, const float* z, const float* w, const float* b, float mean,
 }
 
 template <class T, bool kCentered>
-void forward_rows(const NormParams& p, int64_t begin, int64_t end) {
+void forward_rows(const NormParams& p, int64_t begin, int64_t end, float* scratch) {
     const int n = p.hidden_dim;
-    Buffer z(n), weight(n), bias(n);
-    to_floats(p.weight_dtype, p.weight, n, weight.x);
-    if (p.bias) to_floats(p.weight_dtype, p.bias, n, bias.x);
+    float *z = scratch, *weight = z + n, *bias = p.bias ? weight + n : nullptr;
+    to_floats(p.weight_dtype, p.weight, n, weight);
+    if (p.bias) to_floats(p.weight_dtype, p.bias, n, bias);
     for (int64_t row = begin; row < end; ++row) {
-        const float* x = load_row<T>(p, row, z.x);
-        float mean = 0, variance;
-        if (kCentered)
-            mean_and_variance(x, n, mean, variance);
-        else
-            variance = moments(x, n, 0).squares / n;
+        const float* x = load_row<T>(p, row, z);
+        // Two passes: a mean taken on the way costs digits where the row drifts.
+        const float mean = kCentered ? sum_of(n, [=](int i) { return x[i]; }) / n : 0;
+        const float variance = sum_of(n, [=](int i) { return (x[i] - mean) * (x[i] - mean); }) / n;
         const float rstd = 1.0f / std::sqrt(variance + p.eps);
         if (kCentered) p.mean[row] = mean;
         p.rstd[row] = rstd;
-        normalize(static_cast<T*>(p.y) + row * n, x, weight.x, p.bias ? bias.x : nullptr, mean,
-                  rstd, n);
+        normalize(static_cast<T*>(p.y) + row * n, x, weight, bias, mean, rstd, n);
     }
 }
 
@@ -152,32 +141,37 @@ void backward_row(const NormBackwardParams& p, int64_t row, const float* w, floa
 
 // Rows begin..end, and their share of the weight gradients into one partial.
 template <class T>
-void backward_rows(const NormBackwardParams& p, int64_t begin, int64_t end, int64_t partial) {
+void backward_rows(const NormBackwardParams& p, int64_t begin, int64_t end, int64_t partial,
+                   float* scratch) {
     const int n = p.hidden_dim;
-    Buffer weight(n), xhat(n), g(n), unwanted(2 * int64_t(n));
-    to_floats(p.weight_dtype, p.weight, n, weight.x);
-    float* dweight = p.dweight ? p.dweight_partials + partial * n : unwanted.x;
-    float* dbias = p.dbias ? p.dbias_partials + partial * n : unwanted.x + n;
+    float *weight = scratch, *xhat = weight + n, *g = xhat + n, *unwanted = g + n;
+    to_floats(p.weight_dtype, p.weight, n, weight);
+    float* dweight = p.dweight ? p.dweight_partials + partial * n : unwanted;
+    float* dbias = p.dbias ? p.dbias_partials + partial * n : unwanted + n;
     std::memset(dweight, 0, n * sizeof(float));
     std::memset(dbias, 0, n * sizeof(float));
     for (int64_t row = begin; row < end; ++row)
-        backward_row<T>(p, row, weight.x, xhat.x, g.x, dweight, dbias);
+        backward_row<T>(p, row, weight, xhat, g, dweight, dbias);
 }
 
 void sum_partials(const NormBackwardParams& p, const float* partials, void* out) {
+    constexpr int kColumns = 1024;
     if (!out) return;
-    parallel_for(p.hidden_dim, 1024, [&](int64_t begin, int64_t end) {
-        const int64_t n = end - begin;
-        Buffer sum(n);
-        std::memset(sum.x, 0, n * sizeof(float));
-        for (int partial = 0; partial < p.num_partials; ++partial) {
-            const float* x = partials + int64_t(partial) * p.hidden_dim + begin;
-            for (int64_t i = 0; i < n; ++i) sum.x[i] += x[i];
+    const int64_t num_blocks = (p.hidden_dim + kColumns - 1) / kColumns;
+    parallel_for(num_blocks, 1, [&](int64_t first, int64_t last) {
+        const int64_t end = last * kColumns < p.hidden_dim ? last * kColumns : p.hidden_dim;
+        for (int64_t begin = first * kColumns; begin < end; begin += kColumns) {
+            const int64_t n = end - begin < kColumns ? end - begin : kColumns;
+            float sum[kColumns] = {};
+            for (int partial = 0; partial < p.num_partials; ++partial) {
+                const float* x = partials + int64_t(partial) * p.hidden_dim + begin;
+                for (int64_t i = 0; i < n; ++i) sum[i] += x[i];
+            }
+            dispatch_float(p.weight_dtype, [&]<class T>() {
+                for (int64_t i = 0; i < n; ++i)
+                    static_cast<T*>(out)[begin + i] = from_float<T>(sum[i]);
+            });
         }
-        dispatch_float(p.weight_dtype, [&]<class T>() {
-            for (int64_t i = 0; i < n; ++i)
-                static_cast<T*>(out)[begin + i] = from_float<T>(sum.x[i]);
-        });
     });
 }
 
@@ -185,12 +179,14 @@ void sum_partials(const NormBackwardParams& p, const float* partials, void* out)
 
 template <class Isa>
 void norm_cpu(const NormParams& p) {
+    Scratch scratch(3 * int64_t(p.hidden_dim));
     parallel_for(p.num_rows, 1 + (1 << 15) / p.hidden_dim, [&](int64_t begin, int64_t end) {
+        float* mine = scratch.take();
         dispatch_float(p.dtype, [&]<class T>() {
             if (p.mean)
-                forward_rows<T, true>(p, begin, end);
+                forward_rows<T, true>(p, begin, end, mine);
             else
-                forward_rows<T, false>(p, begin, end);
+                forward_rows<T, false>(p, begin, end, mine);
         });
     });
 }
@@ -199,11 +195,13 @@ template <class Isa>
 void norm_backward_cpu(const NormBackwardParams& p) {
     const int64_t rows_per_partial = (p.num_rows + p.num_partials - 1) / p.num_partials;
     const int64_t grain = 1 + (1 << 15) / (p.hidden_dim * (rows_per_partial + 1));
+    Scratch scratch(5 * int64_t(p.hidden_dim));
     parallel_for(p.num_partials, grain, [&](int64_t begin, int64_t end) {
+        float* mine = scratch.take();
         for (int64_t i = begin; i < end; ++i)
             dispatch_float(p.dtype, [&]<class T>() {
                 backward_rows<T>(p, p.num_rows * i / p.num_partials,
-                                 p.num_rows * (i + 1) / p.num_partials, i);
+                                 p.num_rows * (i + 1) / p.num_partials, i, mine);
             });
     });
     sum_partials(p, p.dweight_partials, p.dweight);

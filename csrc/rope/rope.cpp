@@ -15,6 +15,24 @@ static RopeStrides strides_of(const Tensor& t, bool dense) {
                  : RopeStrides{0, stride(0), stride(1)};
 }
 
+// Each dimension must step over all that those of smaller stride span.
+static void expect_no_overlap(const Tensor& out) {
+    if (!out.numel()) return;
+    int64_t extent = 0;  // offset of the last element, over the dimensions seen
+    bool seen[4] = {};
+    for (int n = 0; n < out.ndim; ++n) {
+        int next = -1;
+        for (int i = 0; i < out.ndim; ++i)
+            if (!seen[i] && (next < 0 || out.strides[i] < out.strides[next])) next = i;
+        seen[next] = true;
+        if (out.sizes[next] == 1) continue;
+        if (out.strides[next] <= extent)
+            value_error(out, "must not overlap itself to be written in place",
+                        "a stride of " + std::to_string(out.strides[next]));
+        extent += (out.sizes[next] - 1) * out.strides[next];
+    }
+}
+
 static void check_heads(const Tensor& x, const Tensor& out) {
     expect_dtype(x, kFloats);
     expect_last_dim_contiguous(x);
@@ -22,9 +40,7 @@ static void check_heads(const Tensor& x, const Tensor& out) {
     expect_same_dtype(out, x);
     expect_same_device(out, x);
     expect_last_dim_contiguous(out);
-    for (int i = 0; i < out.ndim; ++i)
-        if (out.strides[i] == 0 && out.sizes[i] > 1)
-            value_error(out, "must not overlap itself to be written in place", "a stride of 0");
+    expect_no_overlap(out);
 }
 
 static RopeHeads heads_of(const Tensor& x, const Tensor& out, bool dense) {
@@ -50,6 +66,8 @@ static RopeParams params_of(const Tensor& q, const Tensor& k, const Tensor& q_ou
     expect_same_device(k, q);
     check_heads(q, q_out);
     check_heads(k, k_out);
+    if (q_out.data == k_out.data && q_out.numel() && k_out.numel())
+        value_error(q.op, "q and k must not share their memory to be written in place");
     const int64_t head_dim = q.size(-1), seqlen = q.size(dense ? 1 : 0);
     const int64_t num_tokens = dense ? q.size(0) * seqlen : seqlen;
     if (num_pairs < 1 || 2 * num_pairs > head_dim || num_pairs > kMaxPairs)
@@ -98,6 +116,9 @@ static bool rope(py::handle q_, py::handle k_, py::handle position_ids_, py::han
         k_out("rope", "k_out", k_out_), inv_freq("rope", "inv_freq", inv_freq_),
         axis("rope", "axis", axis_);
     RopeParams p = params_of(q, k, q_out, k_out, inv_freq.numel(), inverse);
+    if (num_axes < 1 || num_axes > 3)
+        value_error("rope", "there must be 1 to 3 sections, got " + std::to_string(num_axes));
+    expect_shape(axis, {inv_freq.numel()}, "(num_pairs,)");
     expect_dtype(position_ids, kInts);
     expect_same_device(position_ids, q);
     expect_tokens(position_ids, q, num_axes > 1 ? num_axes : 0, 0);
@@ -112,7 +133,10 @@ static bool rope(py::handle q_, py::handle k_, py::handle position_ids_, py::han
     p.position_token_stride = position_ids.stride(-1);
     for (int i = 0; i < p.num_pairs; ++i) {
         p.inv_freq[i] = inv_freq.ptr<const float>()[i];
-        p.axis[i] = uint8_t(axis.ptr<const int64_t>()[i]);
+        const int64_t of_pair = axis.ptr<const int64_t>()[i];
+        if (of_pair < 0 || of_pair >= num_axes)
+            value_error(axis, "must be below " + std::to_string(num_axes), std::to_string(of_pair));
+        p.axis[i] = uint8_t(of_pair);
     }
     return launch(q, p);
 }

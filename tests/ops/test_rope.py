@@ -250,6 +250,40 @@ def test_transformers(backend: Backend) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
 
 
+def test_bad_inplace(backend: Backend) -> None:
+    """What would be rotated twice is refused; interleaved slices of one tensor are not."""
+    ids = positions(4, backend=backend)
+    flat = torch.randn(4 * 6 * 16, device=backend.device)
+    a = flat.view(4, 6, 16)
+    with pytest.raises(ValueError, match="q and k must not share their memory"):
+        ops.rope(a, a, ids, inplace=True)
+    with pytest.raises(ValueError, match="q and k must not share their memory"):
+        ops.rope_from_tables(a, a[:, :2], *torch.randn(2, 4, 16).to(a.device), inplace=True)
+    for strides in ((16, 16, 1), (32, 8, 1), (0, 16, 1)):
+        with pytest.raises(ValueError, match="must not overlap itself"):
+            ops.rope(flat.as_strided((4, 3, 16), strides), a[:, 5:], ids, inplace=True)
+    q, k = a.view(4, 2, 3, 16)[:, :, 1], a.view(4, 2, 3, 16)[:, :, 2]
+    expected = ops.rope(q, k, ids)
+    for got, value in zip(ops.rope(q, k, ids, inplace=True), expected, strict=True):
+        assert torch.equal(got, value)
+
+
+def test_fake_tensors_stay_out_of_the_cache(backend: Backend) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    theta = 12345.0 + backend.small  # no other test has asked for it
+    with FakeTensorMode(), reference_ops():
+        x = torch.empty(4, 3, 16, device=backend.device)
+        ids = torch.empty(4, dtype=torch.int64, device=backend.device)
+        assert ops.rope(x, x, ids, theta=theta)[0].shape == x.shape
+    q, k = heads(4, 3, 16, backend=backend, dtype=torch.float32)
+    ids = positions(4, backend=backend)
+    got = ops.rope(q, k, ids, theta=theta)
+    with reference_ops():
+        for a, b in zip(got, ops.rope(q, k, ids, theta=theta), strict=True):
+            torch.testing.assert_close(a, b)
+
+
 def test_bad_input(backend: Backend) -> None:
     q, k = heads(4, 3, 16, backend=backend, dtype=torch.float32)
     ids = positions(4, backend=backend)
@@ -288,5 +322,17 @@ def test_bad_input(backend: Backend) -> None:
         ops.rope_from_tables(q, k, cos[:, :4], cos[:, :4])
     with pytest.raises(TypeError, match="cos must be float32, got float16"):
         ops.rope_from_tables(q, k, cos.half(), cos.half())
+    for sections in ([8], [4, 4], [2, 2, 2, 2], [4.0, 2.0, 2.0]):
+        axes = ids.expand(len(sections), 4)
+        for interleaved in (False, True):
+            with pytest.raises(ValueError, match="sections must be three ints"):
+                ops.mrope(q, k, axes, sections, interleaved=interleaved)  # type: ignore[arg-type]
+    for theta in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="theta must be finite and above 0"):
+            ops.rope(q, k, ids, theta=theta)
+    registered = torch.ops.vlmkernels.rope.default
+    for sections, layout in (([2] * 4, "sections"), ([], "sections"), ([8], "interleaved")):
+        with pytest.raises(ValueError, match="sections must be of three axes at most"):
+            registered(q, k, ids.expand(4, 4), 1e4, 16, sections, layout, False)
     with pytest.raises(ValueError, match="must not overlap itself"):
         ops.rope(q[:, :1].expand(4, 3, 16), k, ids, inplace=True)

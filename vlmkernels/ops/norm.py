@@ -16,7 +16,8 @@ def rms_norm(
     """y = h / sqrt(mean(h^2) + eps) * weight, with h = x or, given a residual, h = x + residual.
 
     Args:
-        x: (..., hidden_dim), floating point; rows may have any stride, hidden_dim is contiguous.
+        x: (..., hidden_dim), floating point, hidden_dim contiguous; rows that do not lie at one
+            stride (as of a transposed batch) are copied first.
         weight: (hidden_dim,), of x's dtype or float32.
         residual: as x, of its shape and dtype; its gradient is that of x.
 
@@ -101,6 +102,17 @@ def reference_backward(
     return dx.to(h.dtype), dweight, dbias
 
 
+def _rows(x: Tensor) -> Tensor:
+    """x, or a copy where no one stride leads from row to row."""
+    if x.is_contiguous() or x.stride(-1) != 1:
+        return x
+    try:
+        x.view(-1, x.shape[-1])
+    except RuntimeError:
+        return x.contiguous()
+    return x
+
+
 def _kernel(
     x: Tensor,
     residual: Tensor | None,
@@ -109,6 +121,7 @@ def _kernel(
     eps: float,
     centered: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    x, residual = _rows(x), None if residual is None else _rows(residual)
     y, h, stats = _fake(x, residual, weight, bias, eps, centered)
     h_out = None if residual is None else h
     if not _core.C.norm(x, residual, weight, bias, y, h_out, stats, eps, centered):
@@ -125,6 +138,7 @@ def _kernel_backward(
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    h = _rows(h)
     args = (dy, dh, h, weight, stats)
     dx, dweight, dbias = _fake_backward(*args, weight_grad, bias_grad)
     outputs: list[Tensor | None] = [None] * 4

@@ -5,11 +5,13 @@ differ only in where the angle of a pair comes from: `angle = position[axis[i]] 
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from vlmkernels import _core
 from vlmkernels.ops import _library
@@ -33,9 +35,9 @@ def rope(
             point, head_dim contiguous, other strides free (a slice of a fused qkv will do).
         k: as q, with its own number of heads.
         position_ids: int32 or int64 (num_tokens,), or (batch, seqlen), or (1, seqlen) for all rows.
-        theta: base of the frequencies.
+        theta: base of the frequencies; finite and above 0.
         rotary_dim: how much of head_dim is rotated; even, at most 256; None: all.
-        inplace: write into q and k and return them; has no gradient.
+        inplace: write into q and k, which must not overlap, and return them; has no gradient.
 
     Returns:
         The rotated q and k: new contiguous tensors, unless inplace. Angles are fp32, as
@@ -43,7 +45,8 @@ def rope(
         gradient is the inverse rotation.
 
     Raises:
-        ValueError: wrong shapes, strides or rotary_dim; inplace where a gradient is needed.
+        ValueError: wrong shapes, strides, theta or rotary_dim; inplace where a gradient is needed
+            or where memory is shared.
         TypeError: wrong dtypes or devices.
 
     RoFormer (arXiv 2104.09864), in the layout of transformers' `apply_rotary_pos_emb`.
@@ -77,8 +80,10 @@ def mrope(
     """
     head_dim = _head_dim(q)
     rotary_dim = head_dim if rotary_dim is None else rotary_dim
-    layout = "interleaved" if interleaved else "sections"
-    return _rotate(q, k, position_ids, theta, rotary_dim, list(sections), layout, inplace)
+    layout, sections = "interleaved" if interleaved else "sections", list(sections)
+    if len(sections) != 3 or not all(isinstance(count, int) for count in sections):
+        raise ValueError(f"mrope: sections must be three ints (t, h, w), got {sections}")
+    return _rotate(q, k, position_ids, theta, rotary_dim, sections, layout, inplace)
 
 
 @_library.public
@@ -164,15 +169,19 @@ def _check_no_gradient(q: Tensor, k: Tensor) -> None:
 @functools.lru_cache(maxsize=64)
 def _frequencies(
     theta: float, rotary_dim: int, sections: tuple[int, ...], layout: str
-) -> tuple[Tensor, Tensor]:
-    """inv_freq (rotary_dim/2,) float32 and axis (rotary_dim/2,) int64 of each pair.
+) -> tuple[list[float], list[int]]:
+    """inv_freq, a float32 value, and axis of each of the rotary_dim/2 pairs.
 
     inv_freq is computed by the very expression of transformers: at position 10^6 one last bit of it
-    is an angle of 0.06.
+    is an angle of 0.06. No tensors: one made under a FakeTensorMode would stay in the cache.
     """
     pairs = rotary_dim // 2
+    if not (math.isfinite(theta) and theta > 0):
+        raise ValueError(f"rope: theta must be finite and above 0, got {theta}")
     if rotary_dim < 2 or rotary_dim % 2 or rotary_dim > 256:
         raise ValueError(f"rope: rotary_dim must be even and in 2..256, got {rotary_dim}")
+    if len(sections) not in ((3,) if layout == "interleaved" else (1, 2, 3)):
+        raise ValueError(f"rope: sections must be of three axes at most, got {list(sections)}")
     if sum(sections) != pairs or min(sections) < 0:
         need = f"must be non-negative and sum to rotary_dim/2 = {pairs}"
         raise ValueError(f"rope: sections {need}, got {list(sections)}")
@@ -182,11 +191,23 @@ def _frequencies(
         if [axes.count(axis) for axis in range(3)] != list(sections):
             raise ValueError(f"rope: sections {list(sections)} cannot be interleaved")
     dim = rotary_dim // 2 if layout == "axial" else rotary_dim
-    with torch.inference_mode(False):
-        inv_freq = 1.0 / (theta ** (torch.arange(0, dim, 2, device="cpu").float() / dim))
-        if layout == "axial":
-            inv_freq = inv_freq.repeat(len(sections))
-        return inv_freq, torch.tensor(axes, device="cpu")
+    with _disable_current_modes():
+        powers = theta ** (torch.arange(0, dim, 2, device="cpu").float() / dim)
+        inv_freq = (1.0 / powers).tolist()
+    return inv_freq * (len(sections) if layout == "axial" else 1), axes
+
+
+@functools.lru_cache(maxsize=64)
+def _frequencies_of_core(
+    theta: float, rotary_dim: int, sections: tuple[int, ...], layout: str
+) -> tuple[Tensor, Tensor]:
+    """`_frequencies` as the core takes them: float32 and int64 tensors on the CPU."""
+    inv_freq, axis = _frequencies(theta, rotary_dim, sections, layout)
+    with _disable_current_modes(), torch.inference_mode(False):
+        return (
+            torch.tensor(inv_freq, dtype=torch.float32, device="cpu"),
+            torch.tensor(axis, dtype=torch.int64, device="cpu"),
+        )
 
 
 def _angles(
@@ -195,8 +216,9 @@ def _angles(
     """(..., rotary_dim/2) float32."""
     inv_freq, axis = _frequencies(theta, rotary_dim, tuple(sections), layout)
     positions = position_ids.unsqueeze(0) if len(sections) == 1 else position_ids
-    by_pair = positions.float()[axis.to(positions.device)].movedim(0, -1)
-    return by_pair * inv_freq.to(positions.device)
+    device = positions.device
+    by_pair = positions.float()[torch.tensor(axis, device=device)].movedim(0, -1)
+    return by_pair * torch.tensor(inv_freq, dtype=torch.float32, device=device)
 
 
 def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -246,7 +268,7 @@ def _copy_to(outputs: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 def _run(q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, *args: Any) -> bool:
     position_ids, theta, rotary_dim, sections, layout, inverse = args
-    inv_freq, axis = _frequencies(theta, rotary_dim, tuple(sections), layout)
+    inv_freq, axis = _frequencies_of_core(theta, rotary_dim, tuple(sections), layout)
     return _core.C.rope(  # type: ignore[no-any-return]
         q, k, position_ids, q_out, k_out, inv_freq, axis, len(sections), inverse
     )
