@@ -46,9 +46,7 @@ def patch_embed(
 
     Source: Dosovitskiy et al., "An image is worth 16x16 words", 2021, eq. 1.
     """
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # raises for meta
-        x, weight, bias, pos_embed = _autocast(x, weight, bias, pos_embed)
-    return _op(x, weight, bias, pos_embed)  # type: ignore[no-any-return]
+    return _op(*_library.autocast(x, weight, bias, pos_embed))  # type: ignore[no-any-return]
 
 
 def reference(
@@ -56,14 +54,6 @@ def reference(
 ) -> Tensor:
     y = linear(_rows(x, weight), weight.flatten(1), bias)
     return y if pos_embed is None else y + pos_embed
-
-
-def _autocast(x: Tensor, *others: Tensor | None) -> list[Any]:
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return [
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in (x, *others)
-    ]
 
 
 def _grid(x: Tensor, weight: Tensor) -> list[int]:
