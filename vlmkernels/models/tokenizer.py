@@ -79,12 +79,14 @@ class Tokenizer:
         """The checkpoint's chat template filled in with `messages`, as text."""
         if not self.chat_template:
             raise ValueError("chat template: the checkpoint has none")
+        # Published files also say "bos_token": null and "add_bos_token": false.
+        named = {k: v for k, v in self.config.items() if k.endswith("_token")}
         try:
             return _render(
                 self.chat_template,
                 messages=list(messages),
                 add_generation_prompt=add_generation_prompt,
-                **{k: _text(v) for k, v in self.config.items() if k.endswith("_token")},
+                **{k: _text(v) for k, v in named.items() if isinstance(v, (str, dict))},
                 **variables,
             )
         except Exception as error:  # a template is foreign code: any error may come out of it

@@ -20,6 +20,7 @@ from vlmkernels.models import load_processor
 from vlmkernels.models.images import load_rgb
 from vlmkernels.models.qwen2_vl import Qwen2VLProcessor
 from vlmkernels.models.qwen2_vl.processor import PixelSettings, smart_resize
+from vlmkernels.models.tokenizer import Tokenizer
 
 SIZES = [(56, 56), (37, 91), (3, 7), (200, 33), (10, 1999), (301, 499)]
 
@@ -211,6 +212,15 @@ def test_chat_template_matches_transformers(
         )
         assert processor.apply_chat_template(messages, add_generation_prompt=prompt) == expected
         assert hf.encode(expected) == processor.tokenizer.encode(expected)
+
+
+def test_chat_template_with_a_published_tokenizer_config(processor: Qwen2VLProcessor) -> None:
+    """Qwen2-VL's has null and false under names of tokens."""
+    plain = processor.tokenizer
+    config = {**plain.config, "bos_token": None, "unk_token": None, "add_bos_token": False}
+    published = Tokenizer(plain.backend, config, plain.chat_template)
+    messages = [{"role": "user", "content": "Hello"}]
+    assert published.apply_chat_template(messages) == plain.apply_chat_template(messages)
 
 
 def test_messages_carry_their_pictures(processor: Qwen2VLProcessor) -> None:

@@ -36,7 +36,7 @@ def test_demo(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     assert "Read the digits in reading order." in out
     assert "attention" in out and "C++" in out
     assert "batches of 8: " in out  # as many as there are
-    assert "ms with our ops" in out and "ms with plain PyTorch ops" in out
+    assert "ms with our ops" in out and "ms with their plain PyTorch references" in out
     picture = Image.open(tmp_path / "new" / "gallery.png").convert("RGB")
     assert picture.width > 1000
     colors = {color for _, color in picture.getcolors(1 << 24)}

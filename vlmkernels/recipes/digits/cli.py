@@ -126,7 +126,7 @@ def _show(reader: Reader, canvases: int, out: Path, console: Console) -> None:
     ours, eager = (times[name].median / count * 1e3 for name in ("ours", "eager"))
     console.print(
         f"time per image, pixels to answer, batches of {count}: {ours:.2f} ms with our ops, "
-        f"{eager:.2f} ms with plain PyTorch ops, {eager / ours:.2f}x"
+        f"{eager:.2f} ms with their plain PyTorch references, {eager / ours:.2f}x"
     )
 
 
