@@ -257,6 +257,7 @@ def _write_shards(directory: Path, state: Mapping[str, Tensor], max_shard_bytes:
         file = WEIGHTS if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: state[name].detach().contiguous() for name in names}
         save_file(tensors, directory / file, metadata={"format": "pt"})
+        (directory / file).chmod(0o644)  # safetensors leaves it for the owner alone
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total = {"total_size": sum(t.nbytes for t in state.values())}
