@@ -76,6 +76,7 @@ def test_round_trip_through_transformers(
 
     files = len(list((tmp_path / "ours").glob("*.safetensors")))
     assert (files == 1) == (max_shard_bytes == 10**9)
+    assert all(p.stat().st_mode & 0o444 == 0o444 for p in (tmp_path / "ours").iterdir())
     theirs, ours = state_of(tmp_path / "theirs"), state_of(tmp_path / "ours")
     assert ours.keys() == theirs.keys()
     assert ("lm_head.weight" in ours) != tied
