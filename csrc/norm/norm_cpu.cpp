@@ -89,6 +89,13 @@ void normalize(T* y, const float* z, const float* w, const float* b, float mean,
     }
 }
 
+// Asks for the next row while this one is worked on: the passes over a row leave memory idle.
+template <class T>
+void prefetch_row(const void* x, int64_t row, int64_t stride, int n) {
+    const char* next = reinterpret_cast<const char*>(static_cast<const T*>(x) + row * stride);
+    for (int64_t i = 0; i < int64_t(n) * int64_t(sizeof(T)); i += 64) __builtin_prefetch(next + i);
+}
+
 template <class T, bool kCentered>
 void forward_rows(const NormParams& p, int64_t begin, int64_t end, float* scratch) {
     const int n = p.hidden_dim;
@@ -99,6 +106,7 @@ void forward_rows(const NormParams& p, int64_t begin, int64_t end, float* scratc
         const float* x = load_row<T>(p, row, z);
         // Two passes: a mean taken on the way costs digits where the row drifts.
         const float mean = kCentered ? sum_of(n, [=](int i) { return x[i]; }) / n : 0;
+        if (row + 1 < end) prefetch_row<T>(p.x, row + 1, p.x_stride, n);
         const float variance = sum_of(n, [=](int i) { return (x[i] - mean) * (x[i] - mean); }) / n;
         const float rstd = 1.0f / std::sqrt(variance + p.eps);
         if (kCentered) p.mean[row] = mean;
@@ -108,22 +116,22 @@ void forward_rows(const NormParams& p, int64_t begin, int64_t end, float* scratc
 }
 
 template <class T>
-void backward_row(const NormBackwardParams& p, int64_t row, const float* w, float* xhat, float* g,
-                  float* dweight, float* dbias) {
+void backward_row(const NormBackwardParams& p, int64_t row, const float* w, float* dweight,
+                  float* dbias) {
     const int n = p.hidden_dim;
     const T* h = static_cast<const T*>(p.h) + row * p.h_stride;
     const T* dy = static_cast<const T*>(p.dy) + row * n;
     const float mean = p.mean ? p.mean[row] : 0, rstd = p.rstd[row];
+    // Computed in both passes: cheaper than to store and load them.
+    auto xhat = [=](int i) { return (to_float(h[i]) - mean) * rstd; };
+    auto g = [=](int i) { return to_float(dy[i]) * w[i]; };
     float along = 0, common = 0;
 #pragma omp simd reduction(+ : along, common)
     for (int i = 0; i < n; ++i) {
-        const float d = to_float(dy[i]);
-        xhat[i] = (to_float(h[i]) - mean) * rstd;
-        g[i] = d * w[i];
-        along += g[i] * xhat[i];
-        common += g[i];
-        dweight[i] += d * xhat[i];
-        dbias[i] += d;
+        along += g(i) * xhat(i);
+        common += g(i);
+        dweight[i] += to_float(dy[i]) * xhat(i);
+        dbias[i] += to_float(dy[i]);
     }
     along /= n;
     common = p.mean ? common / n : 0;
@@ -132,10 +140,10 @@ void backward_row(const NormBackwardParams& p, int64_t row, const float* w, floa
         const T* dh = static_cast<const T*>(p.dh) + row * n;
 #pragma omp simd
         for (int i = 0; i < n; ++i)
-            dx[i] = from_float<T>(to_float(dh[i]) + rstd * (g[i] - common - xhat[i] * along));
+            dx[i] = from_float<T>(to_float(dh[i]) + rstd * (g(i) - common - xhat(i) * along));
     } else {
 #pragma omp simd
-        for (int i = 0; i < n; ++i) dx[i] = from_float<T>(rstd * (g[i] - common - xhat[i] * along));
+        for (int i = 0; i < n; ++i) dx[i] = from_float<T>(rstd * (g(i) - common - xhat(i) * along));
     }
 }
 
@@ -144,14 +152,13 @@ template <class T>
 void backward_rows(const NormBackwardParams& p, int64_t begin, int64_t end, int64_t partial,
                    float* scratch) {
     const int n = p.hidden_dim;
-    float *weight = scratch, *xhat = weight + n, *g = xhat + n, *unwanted = g + n;
+    float *weight = scratch, *unwanted = weight + n;
     to_floats(p.weight_dtype, p.weight, n, weight);
     float* dweight = p.dweight ? p.dweight_partials + partial * n : unwanted;
     float* dbias = p.dbias ? p.dbias_partials + partial * n : unwanted + n;
     std::memset(dweight, 0, n * sizeof(float));
     std::memset(dbias, 0, n * sizeof(float));
-    for (int64_t row = begin; row < end; ++row)
-        backward_row<T>(p, row, weight, xhat, g, dweight, dbias);
+    for (int64_t row = begin; row < end; ++row) backward_row<T>(p, row, weight, dweight, dbias);
 }
 
 void sum_partials(const NormBackwardParams& p, const float* partials, void* out) {
@@ -195,7 +202,7 @@ template <class Isa>
 void norm_backward_cpu(const NormBackwardParams& p) {
     const int64_t rows_per_partial = (p.num_rows + p.num_partials - 1) / p.num_partials;
     const int64_t grain = 1 + (1 << 15) / (p.hidden_dim * (rows_per_partial + 1));
-    Scratch scratch(5 * int64_t(p.hidden_dim));
+    Scratch scratch(3 * int64_t(p.hidden_dim));
     parallel_for(p.num_partials, grain, [&](int64_t begin, int64_t end) {
         float* mine = scratch.take();
         for (int64_t i = begin; i < end; ++i)
