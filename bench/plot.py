@@ -38,7 +38,7 @@ def figures(run: Run) -> dict[str, Figure]:
             found[f"roofline_{op}"] = roofline(run, op, rows)
         if any("seqlen" in row and row["seqlen"] for row in rows):
             found |= lengths(run, op, rows)
-        found[f"ratio_{op}"] = ratios(run, op, rows)
+        found[f"ratio_{op}".replace(" ", "_")] = ratios(run, op, rows)
     return found
 
 
