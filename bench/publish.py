@@ -117,7 +117,7 @@ def draw(root: Path = ROOT) -> None:
         folder = _pictures(root, name)
         folder.mkdir(parents=True)
         for file, figure in plot.figures(run).items():
-            figure.savefig(folder / f"{file}.png", dpi=100)
+            figure.savefig(folder / f"{file}.png", dpi=100, bbox_inches="tight")
 
 
 def main() -> None:

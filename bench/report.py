@@ -29,8 +29,8 @@ def write_report(run: Run, directory: Path) -> Path:
     save(run, directory / "run.json")
     pictures = []
     for name, figure in plot.figures(run).items():
-        figure.savefig(directory / f"{name}.png", dpi=130)
-        figure.savefig(directory / f"{name}.svg")
+        figure.savefig(directory / f"{name}.png", dpi=130, bbox_inches="tight")
+        figure.savefig(directory / f"{name}.svg", bbox_inches="tight")
         svg = (directory / f"{name}.svg").read_text()
         pictures.append(f"<figure>{svg[svg.index('<svg') :]}</figure>")
         plt.close(figure)
