@@ -1,6 +1,7 @@
 """The ops: functions of tensors, forward and backward. One file is one room."""
 
-from vlmkernels.ops.attention import attention, attention_decode
+from vlmkernels.ops._attention_decode import attention_decode
+from vlmkernels.ops.attention import attention
 from vlmkernels.ops.norm import layer_norm, rms_norm
 from vlmkernels.ops.null import null
 from vlmkernels.ops.patch_embed import patch_embed
