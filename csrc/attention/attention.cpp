@@ -33,9 +33,9 @@ static bool attention(py::handle q_, py::handle k_, py::handle v_, py::handle ou
     Tensor q(op, "q", q_), k(op, "k", k_), v(op, "v", v_), out(op, "out", out_);
     Tensor lse(op, "lse", lse_);
     const MaskTensors tensors(op, masks);
-    AttentionParams p = check_inputs(q, k, v, tensors.masks(),
-                                     {max_seqlen_q, max_seqlen_k, window_left, window_right,
-                                      softmax_scale, softcap});
+    AttentionParams p = check_inputs(
+        q, k, v, tensors.masks(),
+        {max_seqlen_q, max_seqlen_k, window_left, window_right, softmax_scale, softcap});
     set_lse(p, q, lse);
     expect_result(out, q);
     p.out = heads_view(out);
@@ -75,9 +75,9 @@ static bool attention_backward(py::handle dout_, py::handle dlse_, py::handle q_
     Tensor delta(op, "workspace", delta_), dq(op, "dq", dq_), dk(op, "dk", dk_), dv(op, "dv", dv_);
     Tensor dbias(op, "dbias", dbias_, true);
     const MaskTensors tensors(op, masks);
-    AttentionBackwardParams p{check_inputs(q, k, v, tensors.masks(),
-                                           {max_seqlen_q, max_seqlen_k, window_left, window_right,
-                                            softmax_scale, softcap})};
+    AttentionBackwardParams p{check_inputs(
+        q, k, v, tensors.masks(),
+        {max_seqlen_q, max_seqlen_k, window_left, window_right, softmax_scale, softcap})};
     set_lse(p, q, lse);
     set_delta(p, q, out, dlse, given_delta);
     expect_same_shape(dout, q);

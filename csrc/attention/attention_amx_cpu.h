@@ -172,8 +172,7 @@ class ForwardAmx {
                     Bits pair[2] = {};
                     for (int half = 0; half < 2; ++half) {
                         const int64_t row = key + 2 * i + half;
-                        if (row < keys)
-                            pair[half] = (Bits)load_first(v[row] + d, p_.head_dim - d);
+                        if (row < keys) pair[half] = (Bits)load_first(v[row] + d, p_.head_dim - d);
                     }
                     m[i] = (Vec)(pair[0] >> 16 | pair[1]);
                 }

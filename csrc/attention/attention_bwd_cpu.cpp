@@ -63,12 +63,12 @@ class Backward {
              key += kBlockKeys) {
             const int64_t keys = round_up(std::min(kBlockKeys, span.end - key), kTileRows);
             if (rows_.mask.sees(key, keys))
-                dispatch_cols(ceil_div(rows, kWidth), [&]<int kCols>() { run_block<kCols>(key, keys); });
+                dispatch_cols(ceil_div(rows, kWidth),
+                              [&]<int kCols>() { run_block<kCols>(key, keys); });
         }
         problem.for_rows(begin, rows, [&](int64_t lane, int64_t token, int64_t head) {
-            store_gradient<T>(p_, dq_ + lane * ld_, p_.softmax_scale, [&]<class U>() {
-                return problem.query<U>(p_.dq, token, head);
-            });
+            store_gradient<T>(p_, dq_ + lane * ld_, p_.softmax_scale,
+                              [&]<class U>() { return problem.query<U>(p_.dq, token, head); });
         });
     }
 
@@ -96,9 +96,9 @@ class Backward {
     const AttentionBackwardParams& p_;
     const int64_t ld_;
     Rows<T> rows_;
-    float* dq_;                         // [rows, ld]
-    float *p_scores_, *ds_, *slopes_;   // [keys of a block, lanes]
-    float *k_, *v_, *dk_, *dv_;         // [keys, ld]
+    float* dq_;                        // [rows, ld]
+    float *p_scores_, *ds_, *slopes_;  // [keys of a block, lanes]
+    float *k_, *v_, *dk_, *dv_;        // [keys, ld]
 };
 
 // Cuts a problem whose cost is above the limit into parts of equal numbers of rows.
@@ -110,8 +110,7 @@ void cut(const Problem& problem, double limit, std::vector<Part>& parts) {
         std::max<int64_t>(1, ceil_div(panels, std::min(wanted, kMostParts))) * kPanelRows;
     for (int64_t begin = 0; begin == 0 || begin < rows; begin += step) {
         const int64_t end = std::min(begin + step, rows);
-        const int64_t keys =
-            end < rows ? problem.keys_of(begin, end).end : problem.seqlen_k;
+        const int64_t keys = end < rows ? problem.keys_of(begin, end).end : problem.seqlen_k;
         parts.push_back({{int32_t(problem.sequence), int32_t(problem.head_k), begin, end,
                           double(end - begin) * double(keys)},
                          keys});

@@ -1,5 +1,5 @@
-// Backward, dbias = ds = p (dout v^T - delta), summed over what bias is broadcast over: a CTA owns a
-// tile of dbias, and walks over the batch and the heads that share it. q k^T and dout v^T are
+// Backward, dbias = ds = p (dout v^T - delta), summed over what bias is broadcast over: a CTA owns
+// a tile of dbias, and walks over the batch and the heads that share it. q k^T and dout v^T are
 // computed again: no atomics, the same bits every time, and no memory beside dbias.
 #pragma once
 
@@ -74,8 +74,8 @@ __device__ void add_ds(float (&sum)[1][kN][4], const AttentionBackwardParams& p,
 template <class Tile, class T>
 __device__ void store_dbias(float (&sum)[1][Tile::kBlockN / 8][4], const BiasView& view,
                             const DbiasWork<Tile>& work) {
-    T* out = static_cast<T*>(view.data) + work.batch * view.batch_stride +
-             work.head * view.head_stride;
+    T* out =
+        static_cast<T*>(view.data) + work.batch * view.batch_stride + work.head * view.head_stride;
     for_scores(sum, work.row0 + threadIdx.x / 32 * 16, work.key0, threadIdx.x % 32,
                [&](float value, int, int, int row, int col) {
                    if (row < view.seqlen_q && col < view.seqlen_k)

@@ -123,9 +123,9 @@ __global__ void __launch_bounds__(Tile::kThreads)
         auto delta = [&](int, int n, int e) {
             return reinterpret_cast<const float2*>(stats)[n * 8 + lane % 4 * 2 + e % 2].y;
         };
-        Scores::template prepare<true>(probs, ds, delta, p, sequence,
-                                       work.head * heads_per_key_head + step.head,
-                                       key0 + warp_key, step.row0(), thread_in_block() % 32, tiles.tiles.whole(step.tile));
+        Scores::template prepare<true>(
+            probs, ds, delta, p, sequence, work.head * heads_per_key_head + step.head,
+            key0 + warp_key, step.row0(), thread_in_block() % 32, tiles.tiles.whole(step.tile));
 #pragma unroll
         for (int n = 0; n < kBlockM / 8; ++n) {
             const float4 two = stats[n * 4 + lane % 4];

@@ -20,8 +20,8 @@ struct AttentionDqTile {
     static constexpr int kWarps = 4;
     static constexpr int kThreads = kWarps * 32;
     static constexpr int kBlockM = kWarps * kMTiles * 16;
-    static constexpr int kBlockN = kMasked ? (kHeadDim == 64 || kHeadDim == 128 ? 32 : 16)
-                                   : kHeadDim <= 64                       ? 48
+    static constexpr int kBlockN = kMasked          ? (kHeadDim == 64 || kHeadDim == 128 ? 32 : 16)
+                                   : kHeadDim <= 64 ? 48
                                    : kHeadDim <= 112 || kHeadDim == 192 ? 32
                                                                         : 16;
     static constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
@@ -114,8 +114,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
                                                                k_tile(stage) + Tile::kKeyBytes, 0);
         auto delta = [&](int m, int, int e) { return stats[m][e / 2].y; };
         Scores::template prepare<false>(scores, dp, delta, p, sequence, queries.head,
-                                        row0 + warp_row, tile.index * kBlockN, thread_in_block() % 32,
-                                        tiles.whole(tile));
+                                        row0 + warp_row, tile.index * kBlockN,
+                                        thread_in_block() % 32, tiles.whole(tile));
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m)
 #pragma unroll

@@ -38,8 +38,7 @@ void expect_like(const Tensor& t, const Tensor& q) {
 }
 
 // Fills in what q, k and v say; dense or packed by their rank.
-AttentionParams check_qkv(const Tensor& q, const Tensor& k, const Tensor& v, int rank,
-                          bool paged) {
+AttentionParams check_qkv(const Tensor& q, const Tensor& k, const Tensor& v, int rank, bool paged) {
     const char* words =
         rank == 4 ? "(batch, seqlen, num_heads, head_dim), or (num_tokens, num_heads, head_dim) "
                     "with cu_seqlens_q"
@@ -94,8 +93,8 @@ void set_scores(AttentionParams& p, const char* op, const ScoreOptions& options)
         value_error(
             op, "softmax_scale must be positive and finite, got " + std::to_string(softmax_scale));
     if (!(softcap >= 0) || !std::isfinite(softcap))
-        value_error(op, "softcap must be 0 (none) or positive and finite, got " +
-                            std::to_string(softcap));
+        value_error(
+            op, "softcap must be 0 (none) or positive and finite, got " + std::to_string(softcap));
     p.softmax_scale = float(softmax_scale);
     p.softcap = float(softcap);
     p.window_left = window_side(op, "left", options.window_left, p.seqlen_k);
@@ -145,8 +144,9 @@ BiasView check_bias(const Tensor& bias, const Tensor& q, const AttentionParams& 
     };
     if (bias.ndim != 4 || !fits(0, p.batch, true) || !fits(1, p.num_heads, true) ||
         !fits(2, p.seqlen_q, false) || !fits(3, p.seqlen_k, false)) {
-        const std::string words = packed ? "(1 or batch, 1 or num_heads, max_seqlen_q, max_seqlen_k)"
-                                         : "(1 or batch, 1 or num_heads, seqlen_q, seqlen_k)";
+        const std::string words = packed
+                                      ? "(1 or batch, 1 or num_heads, max_seqlen_q, max_seqlen_k)"
+                                      : "(1 or batch, 1 or num_heads, seqlen_q, seqlen_k)";
         value_error(bias,
                     "must have shape " + words + " with batch " + std::to_string(p.batch) +
                         ", num_heads " + std::to_string(p.num_heads) + ", lengths " +
@@ -157,9 +157,9 @@ BiasView check_bias(const Tensor& bias, const Tensor& q, const AttentionParams& 
     expect_same_device(bias, q);
     if (bias.numel()) expect_last_dim_contiguous(bias);
     auto stride = [&](int dim) { return bias.size(dim) == 1 ? 0 : bias.stride(dim); };
-    return {bias.data,         stride(0),         stride(1),         bias.stride(2),
-            int(bias.size(0)), int(bias.size(1)), int(bias.size(2)), int(bias.size(3)),
-            bias.dtype};
+    return {bias.data,         stride(0),         stride(1),
+            bias.stride(2),    int(bias.size(0)), int(bias.size(1)),
+            int(bias.size(2)), int(bias.size(3)), bias.dtype};
 }
 
 static const int32_t* check_ids(const Tensor& ids, const Tensor& heads) {

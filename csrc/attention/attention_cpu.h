@@ -105,8 +105,8 @@ struct Problem {
     }
     // Where lse, and what is laid out like it, holds a row.
     int64_t lse_index(int64_t token, int64_t head) const {
-        return sequence * p.lse_batch_stride + (first_head + head) * p.lse_head_stride +
-               q_begin + token;
+        return sequence * p.lse_batch_stride + (first_head + head) * p.lse_head_stride + q_begin +
+               token;
     }
     // The keys in the window of a token.
     Span window(int64_t token) const {

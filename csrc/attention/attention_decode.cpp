@@ -86,9 +86,9 @@ static void set_partials(AttentionDecodeParams& p, const Tensor& q, const Tensor
 }
 
 static bool attention_decode(py::handle q_, py::handle k_, py::handle v_, py::handle cache_seqlens_,
-                             py::handle block_table_,                             py::handle out_, py::handle lse_, py::handle partial_out_,
-                             py::handle partial_lse_, int64_t window_left, int64_t window_right,
-                             double softmax_scale, double softcap) {
+                             py::handle block_table_, py::handle out_, py::handle lse_,
+                             py::handle partial_out_, py::handle partial_lse_, int64_t window_left,
+                             int64_t window_right, double softmax_scale, double softcap) {
     const char* op = "attention_decode";
     Tensor q(op, "q", q_), k(op, "k_cache", k_), v(op, "v_cache", v_), out(op, "out", out_);
     Tensor lse(op, "lse", lse_), cache_seqlens(op, "cache_seqlens", cache_seqlens_);

@@ -94,8 +94,8 @@ __device__ const T* cache_rows(const AttentionParams& p, const HeadsView& view, 
         row = p.block_table[batch * p.block_table_stride + token / int(p.page_size)];
         token %= int(p.page_size);
     }
-    return static_cast<const T*>(view.data) + row * view.batch_stride +
-           token * view.token_stride + head * view.head_stride;
+    return static_cast<const T*>(view.data) + row * view.batch_stride + token * view.token_stride +
+           head * view.head_stride;
 }
 
 // A warp's unnormalised rows, then max and sum of each.

@@ -189,9 +189,9 @@ class Decode {
             float* of_row = scores + row * kBlockKeys;
             if (p_.softcap > 0) cap_row(of_row, keys, p_.softmax_scale, p_.softcap);
             const Span window = problem.window(token);
-            rescale[row] = softmax_row(of_row, keys, {window.begin - key, window.end - key},
-                                       p_.softcap > 0 ? 1 : p_.softmax_scale, slice.max[row],
-                                       slice.sum[row]);
+            rescale[row] =
+                softmax_row(of_row, keys, {window.begin - key, window.end - key},
+                            p_.softcap > 0 ? 1 : p_.softmax_scale, slice.max[row], slice.sum[row]);
         });
         dispatch_rows(rows_, [&]<int kRows>(int64_t row) {
             add_values<kRows>(v, p_.v.token_stride, keys, scores + row * kBlockKeys, rescale + row,

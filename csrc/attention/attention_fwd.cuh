@@ -24,8 +24,13 @@ struct AttentionFwdTile {
     static constexpr int kWarps = 4;
     static constexpr int kThreads = kWarps * 32;
     static constexpr int kBlockM = kWarps * kMTiles * 16;
-    static constexpr int kBlockN = kMasked ? (kHeadDim == 128 ? 64 : kHeadDim == 64 ? 48 : kHeadDim == 96 ? 32 : 16)
-                                           : (kHeadDim <= 96 ? 64 : kHeadDim <= 128 ? 48 : 32);
+    static constexpr int kBlockN = kMasked ? (kHeadDim == 128  ? 64
+                                              : kHeadDim == 64 ? 48
+                                              : kHeadDim == 96 ? 32
+                                                               : 16)
+                                           : (kHeadDim <= 96    ? 64
+                                              : kHeadDim <= 128 ? 48
+                                                                : 32);
     static constexpr int kStages = 2;
     static constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
     static constexpr int kKeyBytes = kBlockN * kHeadDim * 2;
@@ -59,8 +64,7 @@ __device__ void store_fwd(const AttentionParams& p,
 }
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 2)
-    attention_fwd_kernel(const AttentionParams p) {
+__global__ void __launch_bounds__(Tile::kThreads, 2) attention_fwd_kernel(const AttentionParams p) {
     using Element = typename Tile::Element;
     using Scores = typename Tile::Scores;
     constexpr int kBlockM = Tile::kBlockM, kBlockN = Tile::kBlockN, kHeadDim = Tile::kHeadDim;
@@ -109,10 +113,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
         float scores[Tile::kMTiles][kBlockN / 8][4];
         multiply_rows<Element, Tile::kMTiles, kBlockN / 8, kHeadDim>(
             scores, lane, q_tile, queries.warp_row, k_tile(stage), 0);
-        const bool whole = !(Tile::kMasked && kHeadDim == 256) && tiles.whole(tile);  // saves a register
-        Scores::template prepare<false>(scores, p, sequence, queries.head,
-                                        row0 + queries.warp_row, tile.index * kBlockN,
-                                        thread_in_block() % 32, whole);
+        const bool whole =
+            !(Tile::kMasked && kHeadDim == 256) && tiles.whole(tile);  // saves a register
+        Scores::template prepare<false>(scores, p, sequence, queries.head, row0 + queries.warp_row,
+                                        tile.index * kBlockN, thread_in_block() % 32, whole);
         softmax.update(scores, out, scale_log2);
         multiply_accumulators<Element, kHeadDim>(out, scores, lane, k_tile(stage) + Tile::kKeyBytes,
                                                  0);

@@ -36,21 +36,23 @@ __global__ void __launch_bounds__(256) attention_row_stats_kernel(const Attentio
     if (!valid || threadIdx.x % 8) return;
     const int64_t at = batch * p.lse_batch_stride + head * p.lse_head_stride + token;
     const bool blind = p.lse[at] == negative_infinity();  // sees no key: p = 0, whatever dlse is
-    row_stats(p)[at] = blind ? make_float2(-negative_infinity(), 0)
-                             : make_float2(p.lse[at] * kLog2e,
-                                           given ? p.given_delta[at] : sum - (p.dlse ? p.dlse[at] : 0));
+    row_stats(p)[at] =
+        blind ? make_float2(-negative_infinity(), 0)
+              : make_float2(p.lse[at] * kLog2e,
+                            given ? p.given_delta[at] : sum - (p.dlse ? p.dlse[at] : 0));
 }
 
 template <class Element>
 Error attention_row_stats(const AttentionBackwardParams& p, Stream stream) {
-    return launch(attention_row_stats_kernel<Element>, (p.num_tokens_q * p.num_heads + 31) / 32, 256,
-                  0, stream, p);
+    return launch(attention_row_stats_kernel<Element>, (p.num_tokens_q * p.num_heads + 31) / 32,
+                  256, 0, stream, p);
 }
 
 // Writes id_ranges: a warp per block of kIdBlock tokens, those of q before those of k. A token that
 // is in no image does not count for the images.
 __global__ void __launch_bounds__(128) attention_id_ranges_kernel(const AttentionParams p) {
-    const int64_t blocks_q = id_blocks(p.num_tokens_q), block = int64_t(blockIdx.x) * 4 + threadIdx.x / 32;
+    const int64_t blocks_q = id_blocks(p.num_tokens_q),
+                  block = int64_t(blockIdx.x) * 4 + threadIdx.x / 32;
     if (block >= blocks_q + id_blocks(p.num_tokens_k)) return;
     const bool is_q = block < blocks_q;
     const int64_t num_tokens = is_q ? p.num_tokens_q : p.num_tokens_k;

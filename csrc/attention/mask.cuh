@@ -81,8 +81,8 @@ struct PlainScores {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int row = row0 + m * 16 + half * 8 + lane / 4;
-                const int limit = kTransposed ? sequence.queries_of(row).begin
-                                              : sequence.keys_of(row).end;
+                const int limit =
+                    kTransposed ? sequence.queries_of(row).begin : sequence.keys_of(row).end;
                 const int bound = limit - col0 - lane % 4 * 2;
 #pragma unroll
                 for (int n = 0; n < kN; ++n)
@@ -133,8 +133,8 @@ struct MaskedScores {
     template <bool kKeys>
     __device__ static IdRange id_range(const AttentionParams& p, const Sequence& s, Span tokens) {
         const int64_t begin = ids_begin<kKeys>(p, s);
-        const int4* blocks = reinterpret_cast<const int4*>(p.id_ranges) +
-                             (kKeys ? id_blocks(p.num_tokens_q) : 0);
+        const int4* blocks =
+            reinterpret_cast<const int4*>(p.id_ranges) + (kKeys ? id_blocks(p.num_tokens_q) : 0);
         IdRange range = IdRange::empty();
         for (int64_t i = (begin + tokens.begin) / kIdBlock;
              i <= (begin + tokens.end - 1) / kIdBlock; ++i) {
@@ -153,8 +153,7 @@ struct MaskedScores {
             some = keys.begin < last.end && keys.end > first.begin;
             whole = keys.begin >= last.begin && keys.end <= first.end;
             if (!p.has_ids()) return;
-            const IdRange q =
-                id_range<false>(p, s, {queries.begin, min(queries.end, s.seqlen_q)});
+            const IdRange q = id_range<false>(p, s, {queries.begin, min(queries.end, s.seqlen_q)});
             const IdRange k = id_range<true>(p, s, {keys.begin, min(keys.end, s.seqlen_k)});
             some |= q.image_min <= k.image_max && k.image_min <= q.image_max;
             some &= q.segment_min <= k.segment_max && k.segment_min <= q.segment_max;
@@ -271,11 +270,10 @@ struct MaskedScores {
                                             (row_image >= 0 && row_image == col_image);
                                  });
         if (p.segments.q)
-            hide_unless<kTransposed>(
-                scores, p.segments, p, s, row0, col0, lane,
-                [](Span, int row_segment, int col_segment, int) {
-                    return row_segment == col_segment;
-                });
+            hide_unless<kTransposed>(scores, p.segments, p, s, row0, col0, lane,
+                                     [](Span, int row_segment, int col_segment, int) {
+                                         return row_segment == col_segment;
+                                     });
     }
 
     template <bool kTransposed, int kM, int kN>

@@ -29,17 +29,15 @@ __device__ void store_floats(const float (&c)[kM][kN][4], const float (&factor)[
 
 // One of the two; rows.operator()<T>() is where row 0 begins.
 template <class T, int kCols, int kM, int kN, class Rows>
-__device__ void store_rows(bool float32, const float (&c)[kM][kN][4],
-                           const float (&factor)[kM][2], int lane, unsigned char* tile, int row0,
-                           int chunk0, Rows&& rows, int64_t row_stride, int num_rows,
-                           int num_cols) {
+__device__ void store_rows(bool float32, const float (&c)[kM][kN][4], const float (&factor)[kM][2],
+                           int lane, unsigned char* tile, int row0, int chunk0, Rows&& rows,
+                           int64_t row_stride, int num_rows, int num_cols) {
     if (float32)
         store_floats(c, factor, lane, row0, chunk0, rows.template operator()<float>(), row_stride,
                      num_rows, num_cols);
     else
         store_accumulators<T, kCols>(c, factor, lane, tile, row0, chunk0,
-                                     rows.template operator()<T>(), row_stride, num_rows,
-                                     num_cols);
+                                     rows.template operator()<T>(), row_stride, num_rows, num_cols);
 }
 
 }  // namespace vlmkernels

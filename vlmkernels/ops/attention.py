@@ -121,10 +121,9 @@ def arguments(
     if bias is not None and bias.dtype != torch.float32:
         (bias,) = _library.autocast(bias)
     ids = (*_pair("segment_ids", segment_ids), *_pair("image_ids", image_ids))
-    return (
-        (bias, cu_seqlens_q, cu_seqlens_k, *ids),
-        (max_seqlen_q, max_seqlen_k, *window(causal, window_size), scale(q, softmax_scale), softcap),
-    )
+    lengths, sides = (max_seqlen_q, max_seqlen_k), window(causal, window_size)
+    masks = (bias, cu_seqlens_q, cu_seqlens_k, *ids)
+    return masks, (*lengths, *sides, scale(q, softmax_scale), softcap)
 
 
 def scale(q: Tensor, softmax_scale: float | None) -> float:
