@@ -34,6 +34,18 @@ def info() -> None:
 
 
 @app.command()
+def models() -> None:
+    """List the models: sizes, what they take and give, and how complete they are."""
+    from vlmkernels.models import MODELS
+
+    rows = [(m.title, m.does, ", ".join(m.sizes), m.status, m.paper) for m in MODELS.values()]
+    rows.insert(0, ("model", "does", "sizes", "status", "paper"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+@app.command()
 def ask(
     question: Annotated[str, typer.Argument(help="What to ask.")],
     model: Annotated[Path, typer.Option(help="Checkpoint directory.")],

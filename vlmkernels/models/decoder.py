@@ -45,8 +45,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: DecoderConfig, rotary: Rotary, bias: bool) -> None:
         super().__init__()
-        self.head_dim, self.num_heads_k = config.head_dim, config.num_heads_k
-        self.rotary = rotary
+        self.head_dim, self.rotary = config.head_dim, rotary
         q_dim, kv_dim = config.num_heads * self.head_dim, config.num_heads_k * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_dim, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_dim, bias=bias)
@@ -129,6 +128,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig, rotary: Rotary, *, bias: bool) -> None:
         super().__init__()
         self.gradient_checkpointing = False
+        self.num_heads_k, self.head_dim = config.num_heads_k, config.head_dim
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, rotary, bias) for _ in range(config.num_hidden_layers)

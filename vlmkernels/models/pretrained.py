@@ -85,6 +85,7 @@ class Pretrained(nn.Module):
 
     def gradient_checkpointing_enable(self, enable: bool = True) -> None:
         """Keep only each layer's inputs for the backward pass and compute the rest again there."""
+        module: Any
         for module in self.modules():
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = enable

@@ -105,10 +105,9 @@ class VLM(Generates, Pretrained):
         packing = make_packing(x.shape[0], x.shape[1], x.device, mask)
         if not bool(packing.cu_seqlens.diff().all()):
             raise ValueError("attention_mask: expected a token in every row, got a row of padding")
-        attention = self.decoder.layers[0].self_attn
         cache = KVCache(
             *(len(self.decoder.layers), x.shape[0], packing.max_seqlen + max_new_tokens),
-            *(attention.num_heads_k, attention.head_dim),
+            *(self.decoder.num_heads_k, self.decoder.head_dim),
             dtype=x.dtype,
             device=x.device,
         )
