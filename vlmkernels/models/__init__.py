@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vlmkernels.models import qwen2_vl, vit
+from vlmkernels.models import clip, qwen2_vl, vit
 from vlmkernels.models.checkpoint import CONFIG, read_json
 
 
@@ -32,6 +32,12 @@ MODELS: dict[str, Entry] = {
         *(vit.ViT, vit.ViTProcessor, tuple(vit.config.PRESETS)),
         does="image -> class",
         paper="arXiv 2010.11929",
+    ),
+    "clip": Entry(
+        "CLIP",
+        *(clip.Clip, clip.ClipProcessor, tuple(clip.config.PRESETS)),
+        does="image, text -> similarity",
+        paper="arXiv 2103.00020",
     ),
     "qwen2_vl": Entry(
         "Qwen2-VL",
@@ -63,6 +69,8 @@ def load_processor(path: str | Path) -> Any:
 def _entry(path: str | Path) -> Entry:
     if not Path(path).is_dir():
         raise ValueError(f"model: expected a checkpoint directory, found none at {path}")
+    if clip.open_clip.is_directory(path):
+        return MODELS["clip"]
     model_type = read_json(Path(path) / CONFIG).get("model_type")
     if model_type not in MODELS:
         raise ValueError(f"{path}: expected model_type in {sorted(MODELS)}, got {model_type!r}")

@@ -244,6 +244,7 @@ def save_checkpoint(
     state: Mapping[str, Tensor],
     configs: Mapping[str, Json],
     *,
+    weights: str = WEIGHTS,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write tensors and JSON files (name -> content) as a checkpoint directory.
@@ -257,7 +258,7 @@ def save_checkpoint(
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        _write_shards(staging, state, max_shard_bytes)
+        _write_shards(staging, state, max_shard_bytes, weights)
         for name, content in configs.items():
             write_json(staging / name, content)
         staging.chmod(0o755)
@@ -282,7 +283,9 @@ def _replace_files(path: Path, staging: Path) -> None:
         os.replace(staging / name, path / name)
 
 
-def _write_shards(directory: Path, state: Mapping[str, Tensor], max_shard_bytes: int) -> None:
+def _write_shards(
+    directory: Path, state: Mapping[str, Tensor], max_shard_bytes: int, weights: str
+) -> None:
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in state.items():
@@ -293,7 +296,7 @@ def _write_shards(directory: Path, state: Mapping[str, Tensor], max_shard_bytes:
         size += tensor.nbytes
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards, start=1):
-        file = WEIGHTS if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        file = weights if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: state[name].detach().contiguous() for name in names}
         save_file(tensors, directory / file, metadata={"format": "pt"})
         (directory / file).chmod(0o644)  # safetensors leaves it for the owner alone
