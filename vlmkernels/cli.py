@@ -52,6 +52,9 @@ def ask(
     model: Annotated[Path, typer.Option(help="Checkpoint directory.")],
     image: Annotated[list[Path] | None, typer.Option(help="Image file; may repeat.")] = None,
     video: Annotated[list[Path] | None, typer.Option(help="Directory of frames.")] = None,
+    video_fps: Annotated[
+        float | None, typer.Option(help="Frames per second in them; two a second are taken.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the answer at most.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float | None, typer.Option(help="Sample from this share.")] = None,
@@ -69,7 +72,8 @@ def ask(
     pictures = [("image", p) for p in image or []] + [("video", p) for p in video or []]
     content = [{"type": kind, kind: path} for kind, path in pictures]
     message = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
-    inputs = processor.from_messages([message])
+    options = {} if video_fps is None else {"video_fps": video_fps}
+    inputs = processor.from_messages([message], **options)
     loaded = load(model, dtype=computed_in, device=where)
     tensors: dict[str, Any] = {name: x.to(where) for name, x in inputs.items()}
     steps = loaded.generate_steps(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vlmkernels.models import clip, qwen2_vl, vit
+from vlmkernels.models import clip, qwen2_5_vl, qwen2_vl, vit
 from vlmkernels.models.checkpoint import CONFIG, read_json
 
 
@@ -44,6 +44,12 @@ MODELS: dict[str, Entry] = {
         *(qwen2_vl.Qwen2VL, qwen2_vl.Qwen2VLProcessor, tuple(qwen2_vl.config.PRESETS)),
         does="images, videos, text -> text",
         paper="arXiv 2409.12191",
+    ),
+    "qwen2_5_vl": Entry(
+        "Qwen2.5-VL",
+        *(qwen2_5_vl.Qwen25VL, qwen2_5_vl.Qwen25VLProcessor, tuple(qwen2_5_vl.config.PRESETS)),
+        does="images, videos, text -> text",
+        paper="arXiv 2502.13923",
     ),
 }
 

@@ -31,6 +31,7 @@ class Qwen2VLInputs:
     image_grid_thw: Tensor | None = None
     video_grid_thw: Tensor | None = None
     mm_token_type_ids: Tensor | None = None
+    second_per_grid_ts: Tensor | None = None
 
 
 class Qwen2VL(VLM):
@@ -78,6 +79,7 @@ class Qwen2VL(VLM):
         image_grid_thw: Tensor | None = None,
         video_grid_thw: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
+        second_per_grid_ts: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         logits_to_keep: int = 0,
     ) -> VLMOutput:
@@ -94,6 +96,7 @@ class Qwen2VL(VLM):
             pixel_values, image_grid_thw: patch rows of all images, (num_images, 3) grids; the
                 same for videos. The placeholders in `input_ids` must be as many as the rows.
             mm_token_type_ids: accepted and not needed; `input_ids` say it.
+            second_per_grid_ts: (num_videos,) seconds of a step of each video; Qwen2.5-VL only.
             num_items_in_batch: divides the summed loss instead of the number of labels.
             logits_to_keep: compute logits of the last so many columns only; 0 for all.
 
@@ -102,7 +105,8 @@ class Qwen2VL(VLM):
         """
         inputs = Qwen2VLInputs(
             *(input_ids, attention_mask, position_ids, inputs_embeds),
-            *(pixel_values, pixel_values_videos, image_grid_thw, video_grid_thw, mm_token_type_ids),
+            *(pixel_values, pixel_values_videos, image_grid_thw, video_grid_thw),
+            *(mm_token_type_ids, second_per_grid_ts),
         )
         return self.run(inputs, labels, num_items_in_batch, logits_to_keep)
 
@@ -121,6 +125,12 @@ class Qwen2VL(VLM):
         return Embedded(x, position_ids, mask, text_positions)
 
     def _position_ids(self, ids: Tensor, inputs: Qwen2VLInputs) -> Tensor:
+        vision, seconds = self.config.vision, inputs.second_per_grid_ts
+        videos = inputs.video_grid_thw
+        if seconds is not None and vision.tokens_per_second is None:
+            raise ValueError("second_per_grid_ts: expected None, Qwen2-VL counts steps of a video")
+        if seconds is not None and len(seconds) != (0 if videos is None else len(videos)):
+            raise ValueError(f"second_per_grid_ts: expected one per video, got {len(seconds)}")
         position_ids, _ = mrope_position_ids(
             ids,
             image_token_id=self.config.image_token_id,
@@ -128,7 +138,9 @@ class Qwen2VL(VLM):
             image_grid_thw=inputs.image_grid_thw,
             video_grid_thw=inputs.video_grid_thw,
             attention_mask=inputs.attention_mask,
-            merge_size=self.config.vision.spatial_merge_size,
+            merge_size=vision.spatial_merge_size,
+            second_per_grid_ts=seconds,
+            tokens_per_second=vision.tokens_per_second,
         )
         return position_ids
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -33,11 +33,12 @@ from vlmkernels.models.images import Pixels, load_rgb
 from vlmkernels.models.pixels import RESAMPLE, PixelTable, as_list, resize
 from vlmkernels.models.tokenizer import Tokenizer
 
+from .video import as_videos, choose_frames, frames_of
+
 Grid = tuple[int, int, int]
 Rows = NDArray[np.float32]
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
-FRAME_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 VIDEO_TOKEN_BUDGET = 115_200  # 90 % of 128,000, what qwen-vl-utils leaves to one video
 
 
@@ -139,6 +140,9 @@ class PixelSettings(PixelTable):
 class Qwen2VLProcessor:
     """Turns text with <|image_pad|> and <|video_pad|> and the pictures for them into tensors."""
 
+    processor_class: ClassVar[str] = "Qwen2VLProcessor"
+    gives_seconds: ClassVar[bool] = False
+
     def __init__(
         self,
         tokenizer: Tokenizer,
@@ -152,7 +156,7 @@ class Qwen2VLProcessor:
         self.video_token_id = tokenizer.token_to_id(VIDEO_TOKEN)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> Qwen2VLProcessor:
+    def from_pretrained(cls, path: str | Path) -> Self:
         """From a checkpoint directory, in the published layout or the newer one-file layout."""
         path = Path(path)
         image: Json = {}
@@ -176,7 +180,7 @@ class Qwen2VLProcessor:
         self.tokenizer.save_pretrained(path)
         image = {"image_processor_type": "Qwen2VLImageProcessor"} | self.image.to_dict()
         video = {"video_processor_type": "Qwen2VLVideoProcessor"} | self.video.to_dict()
-        kind = {"processor_class": "Qwen2VLProcessor"}
+        kind = {"processor_class": self.processor_class}
         write_json(path / "preprocessor_config.json", image | kind)
         write_json(path / "video_preprocessor_config.json", video | kind)
 
@@ -186,6 +190,7 @@ class Qwen2VLProcessor:
         images: Any = None,
         videos: Any = None,
         *,
+        video_fps: float | Sequence[float] | None = None,
         padding_side: str | None = None,
         max_total_pixels: int | None = None,
     ) -> dict[str, Tensor]:
@@ -198,6 +203,8 @@ class Qwen2VLProcessor:
             videos: one or many; a video is a list of frames of one size, an array (num_frames,
                 height, width, 3), or a directory of image files, in the order of their names, where
                 numbers count by value (2.png before 10.png).
+            video_fps: frames per second of the videos given, one for all or one each; two frames of
+                each second are then taken (4 to 768 in all). None: the frames are such a choice.
             padding_side: "left" or "right"; the tokenizer's by default.
             max_total_pixels: refuse more than this, counted after resizing, over all frames.
 
@@ -212,10 +219,11 @@ class Qwen2VLProcessor:
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
             raise ValueError("text: expected at least one, got none")
-        image_list, video_list = as_list(images), _as_videos(videos)
+        image_list, video_list = as_list(images), as_videos(videos)
         budget = _Budget(max_total_pixels)
         image_rows = [self._image(x, i, budget) for i, x in enumerate(image_list)]
-        video_rows = [self._video(x, i, budget) for i, x in enumerate(video_list)]
+        chosen = choose_frames(video_list, video_fps)
+        video_rows = [self._video(x, i, budget) for i, (x, _) in enumerate(chosen)]
         texts = self._expand(texts, [g for _, g in image_rows], [g for _, g in video_rows])
         out = self.tokenizer.pad([self.tokenizer.encode(t) for t in texts], padding_side)
         ids = out["input_ids"]
@@ -227,6 +235,9 @@ class Qwen2VLProcessor:
             if rows:
                 out[pixels] = torch.from_numpy(np.concatenate([r for r, _ in rows]))
                 out[grids] = torch.tensor([g for _, g in rows])
+        if video_rows and self.gives_seconds:
+            seconds = [self.video.temporal_patch_size / fps for _, fps in chosen]
+            out["second_per_grid_ts"] = torch.tensor(seconds)
         return out
 
     def apply_chat_template(self, messages: Sequence[Json], **options: Any) -> str:
@@ -251,7 +262,7 @@ class Qwen2VLProcessor:
         return rows, grid
 
     def _video(self, video: Any, index: int, budget: _Budget) -> tuple[Rows, Grid]:
-        frames = [load_rgb(f, f"videos[{index}][{i}]") for i, f in enumerate(_frames(video))]
+        frames = [load_rgb(f, f"videos[{index}][{i}]") for i, f in enumerate(frames_of(video))]
         if not frames:
             raise ValueError(f"videos[{index}]: expected at least one frame, got none")
         if len({f.shape for f in frames}) > 1:
@@ -302,30 +313,3 @@ class _Budget:
                 f"images: expected at most max_total_pixels = {self.limit} after resizing, "
                 f"got at least {self.spent}"
             )
-
-
-def _as_videos(videos: Any) -> list[Any]:
-    """One video or a list of them as a list; a list of frames is one video."""
-    if videos is None:
-        return []
-    if not isinstance(videos, (list, tuple)):
-        return [videos]
-    first = videos[0] if videos else None
-    is_frame = isinstance(first, Image.Image) or getattr(first, "ndim", 0) in (2, 3)
-    return [videos] if is_frame else list(videos)
-
-
-def _frames(video: Any) -> Iterable[Any]:
-    """The frames of a list, an array or a directory of image files."""
-    if not isinstance(video, (str, Path)):
-        return video  # type: ignore[no-any-return]
-    if not Path(video).is_dir():
-        raise ValueError(f"video {video}: expected a directory of frames, found none")
-    frames = [p for p in Path(video).iterdir() if p.suffix.lower() in FRAME_SUFFIXES]
-    return sorted(frames, key=lambda path: _natural(path.name))
-
-
-def _natural(name: str) -> tuple[list[str | int], str]:
-    """Sorts 2 before 10; names that differ in leading zeros only, as text."""
-    parts = re.split(r"(\d+)", name)  # text and digits in turn
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
