@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
+
+from vlmkernels import cli
 
 
 def randomize(model: torch.nn.Module) -> None:
@@ -57,6 +61,20 @@ def assert_grads_match(
         assert float((grad - expected.grad).norm()) <= rtol * norm + noise, name
         compared += 1
     assert compared
+
+
+def run_command(
+    args: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `vlmkernels args`."""
+    monkeypatch.setattr(sys, "argv", ["vlmkernels", *args])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
 
 
 def template_names(templates: str, num_layers: int) -> set[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vlmkernels.models import clip, qwen2_5_vl, qwen2_vl, vit
+from vlmkernels.models import clip, llava, qwen2_5_vl, qwen2_vl, vit
 from vlmkernels.models.checkpoint import CONFIG, read_json
 
 
@@ -38,6 +38,12 @@ MODELS: dict[str, Entry] = {
         *(clip.Clip, clip.ClipProcessor, tuple(clip.config.PRESETS)),
         does="image, text -> similarity",
         paper="arXiv 2103.00020",
+    ),
+    "llava": Entry(
+        "LLaVA-1.5",
+        *(llava.Llava, llava.LlavaProcessor, tuple(llava.config.PRESETS)),
+        does="images, text -> text",
+        paper="arXiv 2310.03744",
     ),
     "qwen2_vl": Entry(
         "Qwen2-VL",

@@ -94,7 +94,7 @@ class Pretrained(nn.Module):
     def reset_parameters(self) -> None:
         """Matrices N(0, initializer_range), biases 0, norm weights 1."""
         for name, parameter in self.named_parameters():
-            if parameter.ndim > 1:
+            if parameter.ndim > 1 or name.endswith("class_embedding"):
                 parameter.normal_(std=self.config.initializer_range)
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)

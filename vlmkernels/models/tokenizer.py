@@ -183,13 +183,25 @@ def _read_template(path: Path) -> str | None:
 
 def _render(template: str, **variables: Any) -> str:
     """Sandboxed: a template comes with the checkpoint and may not reach into Python."""
+    from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def raise_exception(message: str) -> NoReturn:
         raise ValueError(message)
 
+    class Generation(Extension):
+        """{% generation %}...{% endgeneration %} marks what a model says: it stays as it is."""
+
+        tags = {"generation"}  # noqa: RUF012  (jinja2's own way)
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
     env = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", Generation],
     )
     # As in transformers: readable JSON, not HTML-escaped.
     env.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)

@@ -101,7 +101,7 @@ class VLM(Generates, Pretrained):
         prompt = self.embed(self.inputs_class(**inputs))
         x, position_ids, mask = prompt.x, prompt.position_ids, prompt.attention_mask
         if prompt.text_positions is not None:
-            raise ValueError("position_ids: expected 3 rows, generation continues one document")
+            raise ValueError("position_ids: expected no documents, generation continues one")
         packing = make_packing(x.shape[0], x.shape[1], x.device, mask)
         if not bool(packing.cu_seqlens.diff().all()):
             raise ValueError("attention_mask: expected a token in every row, got a row of padding")
@@ -200,7 +200,7 @@ def splice(name: str, x: Tensor, here: Tensor, rows: Tensor | None) -> Tensor:
         return x
     if not torch.compiler.is_compiling() and (num_tokens := int(here.sum())) != len(rows):
         raise ValueError(
-            f"input_ids: expected {len(rows)} {name} tokens (the merged patches), got {num_tokens}"
+            f"input_ids: expected {len(rows)} {name} tokens (one a feature), got {num_tokens}"
         )
     return x.masked_scatter(here.unsqueeze(-1), rows.to(x.dtype))
 

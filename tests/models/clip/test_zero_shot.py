@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +11,12 @@ import torch
 import transformers
 from PIL import Image
 
-from tests.models.common import picture
-from vlmkernels import cli
+from tests.models.common import picture, run_command
 from vlmkernels.models import load, load_processor
 from vlmkernels.models.classify import classify
 from vlmkernels.models.clip import ZeroShotClassifier
 
 LABELS = ["cat", "dog", "red car"]
-
-
-def run(
-    args: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["vlmkernels", *args])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def test_probabilities_are_those_of_transformers(checkpoint_dir: Path, hf_model: Any) -> None:
@@ -75,7 +60,7 @@ def test_classify_on_the_command_line(
         Image.fromarray(picture(40, 50, seed=i)).save(tmp_path / f"{i}.png")
     images = [str(tmp_path / f"{i}.png") for i in range(2)]
     args = ["classify", "--model", str(checkpoint_dir), "--device", "cpu"]
-    code, out, err = run(
+    code, out, err = run_command(
         [*args, "--image", images[0], "--labels", "cat, dog,red car", "--top", "2"],
         monkeypatch,
         capsys,
@@ -84,9 +69,9 @@ def test_classify_on_the_command_line(
     assert (code, err) == (0, "")
     assert out.splitlines() == [f"{p:7.2%}  {name}" for name, p in ranking[:2]]
     both = [*args, "--image", images[0], "--image", images[1], "--labels", "cat"]
-    code, out, _ = run(both, monkeypatch, capsys)
+    code, out, _ = run_command(both, monkeypatch, capsys)
     assert code == 0 and out.splitlines() == [images[0], "100.00%  cat", images[1], "100.00%  cat"]
-    code, out, err = run([*args, "--image", images[0]], monkeypatch, capsys)
+    code, out, err = run_command([*args, "--image", images[0]], monkeypatch, capsys)
     assert (code, out) == (2, "") and "labels: expected at least one label" in err
 
 

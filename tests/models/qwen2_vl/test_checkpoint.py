@@ -17,17 +17,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from tests.models.common import randomize
+from tests.models.common import randomize, state_of
 from tests.models.qwen2_vl import cases
 from tests.models.qwen2_vl.conftest import hf_config, write_tokenizer
 from vlmkernels.models import checkpoint, load, load_processor
 from vlmkernels.models.qwen2_vl import Qwen2VL, Qwen2VLProcessor
 
 HfModel = transformers.Qwen2VLForConditionalGeneration
-
-
-def state_of(path: Path) -> dict[str, torch.Tensor]:
-    return {k: v for file in path.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
 def config_of(path: Path) -> dict[str, Any]:

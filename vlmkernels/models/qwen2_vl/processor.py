@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from vlmkernels.models.chat import ChatProcessor, as_texts, grow
 from vlmkernels.models.checkpoint import Json, read_json, write_json
 from vlmkernels.models.fields import (
     INDEX,
@@ -137,7 +137,7 @@ class PixelSettings(PixelTable):
         return rows.reshape(math.prod(grid), -1), grid
 
 
-class Qwen2VLProcessor:
+class Qwen2VLProcessor(ChatProcessor):
     """Turns text with <|image_pad|> and <|video_pad|> and the pictures for them into tensors."""
 
     processor_class: ClassVar[str] = "Qwen2VLProcessor"
@@ -216,15 +216,20 @@ class Qwen2VLProcessor:
         Raises:
             ValueError: an image that cannot be read, placeholders and pictures that do not match.
         """
-        texts = [text] if isinstance(text, str) else list(text)
-        if not texts:
-            raise ValueError("text: expected at least one, got none")
+        texts = as_texts(text)
         image_list, video_list = as_list(images), as_videos(videos)
         budget = _Budget(max_total_pixels)
         image_rows = [self._image(x, i, budget) for i, x in enumerate(image_list)]
         chosen = choose_frames(video_list, video_fps)
         video_rows = [self._video(x, i, budget) for i, (x, _) in enumerate(chosen)]
-        texts = self._expand(texts, [g for _, g in image_rows], [g for _, g in video_rows])
+        counts = {
+            token: [math.prod(grid) // settings.merge_size**2 for _, grid in rows]
+            for token, settings, rows in (
+                (IMAGE_TOKEN, self.image, image_rows),
+                (VIDEO_TOKEN, self.video, video_rows),
+            )
+        }
+        texts = grow(texts, counts)
         out = self.tokenizer.pad([self.tokenizer.encode(t) for t in texts], padding_side)
         ids = out["input_ids"]
         out["mm_token_type_ids"] = (ids == self.image_token_id) + 2 * (ids == self.video_token_id)
@@ -239,20 +244,6 @@ class Qwen2VLProcessor:
             seconds = [self.video.temporal_patch_size / fps for _, fps in chosen]
             out["second_per_grid_ts"] = torch.tensor(seconds)
         return out
-
-    def apply_chat_template(self, messages: Sequence[Json], **options: Any) -> str:
-        return self.tokenizer.apply_chat_template(messages, **options)
-
-    def from_messages(self, messages: Sequence[Json], **options: Any) -> dict[str, Tensor]:
-        """Model arguments for a conversation whose content holds the pictures themselves.
-
-        messages: [{"role": "user", "content": [{"type": "image", "image": x}, {"type": "text",
-        "text": t}]}, ...], as in transformers and qwen-vl-utils.
-        """
-        parts = [p for m in messages if not isinstance(m["content"], str) for p in m["content"]]
-        images = [p["image"] for p in parts if "image" in p]
-        videos = [p["video"] for p in parts if "video" in p]
-        return self(self.apply_chat_template(messages), images, videos, **options)
 
     def _image(self, image: Any, index: int, budget: _Budget) -> tuple[Rows, Grid]:
         pixels = load_rgb(image, f"images[{index}]")
@@ -277,21 +268,6 @@ class Qwen2VLProcessor:
         v = self.video
         share = VIDEO_TOKEN_BUDGET * v.factor**2 * v.temporal_patch_size // num_frames
         return max(min(v.max_pixels, share), int(v.min_pixels * 1.05))
-
-    def _expand(self, texts: list[str], images: list[Grid], videos: list[Grid]) -> list[str]:
-        grids = {IMAGE_TOKEN: iter(images), VIDEO_TOKEN: iter(videos)}
-        for token, given in ((IMAGE_TOKEN, images), (VIDEO_TOKEN, videos)):
-            count = sum(t.count(token) for t in texts)
-            if count != len(given):
-                raise ValueError(f"text: expected {len(given)} {token} (one each), got {count}")
-
-        def grow(match: re.Match[str]) -> str:
-            token = match.group()
-            merge = (self.image if token == IMAGE_TOKEN else self.video).merge_size
-            return token * (math.prod(next(grids[token])) // merge**2)
-
-        pattern = re.compile("|".join(re.escape(token) for token in grids))
-        return [pattern.sub(grow, t) for t in texts]
 
 
 def video_settings(image: PixelSettings, raw: Json | None = None) -> PixelSettings:
