@@ -1,0 +1,107 @@
+"""Ring attention of ranks in one process against attention on one device."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vlmkernels.distributed import ContextPlan, make_mask, ring_attention
+from vlmkernels.distributed.layout import NAMES
+from vlmkernels.testing.ranks import run_ranks
+
+TOKENS = 50
+CU_SEQLENS = torch.tensor([0, 7, 7, 30, 50], dtype=torch.int32)
+BLOCKS = torch.full((TOKENS,), -1)
+BLOCKS[8:17], BLOCKS[20:26], BLOCKS[33:49] = 0, 1, 2
+MASKS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": {"causal": True},
+    "window": {"causal": True, "window": (9, -1)},
+    "packed": {"causal": True, "cu_seqlens": CU_SEQLENS},
+    "packed full": {"cu_seqlens": CU_SEQLENS},
+    "images": {"causal": True, "cu_seqlens": CU_SEQLENS, "image_blocks": BLOCKS},
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "p2p": {},
+    "all_gather": {"exchange": "all_gather"},
+    "ulysses": {"ulysses": True},
+}
+
+
+def inputs(heads: tuple[int, int] = (4, 2), batch: int = 2, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    shapes = [(batch, TOKENS, h, 8) for h in (heads[0], heads[1], heads[1], heads[0])]
+    return [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, mask: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """One device, float64, with the mask written out token by token."""
+    seen = torch.zeros(TOKENS, TOKENS, dtype=torch.bool)
+    cu, (left, right) = mask.get("cu_seqlens"), mask.get("window", (-1, -1))
+    blocks = mask.get("image_blocks", torch.full((TOKENS,), -1))
+    for i, j in itertools.product(range(TOKENS), repeat=2):
+        same = cu is None or sum(i >= cu[1:]) == sum(j >= cu[1:])
+        causal = not mask.get("causal") or j <= i or blocks[i] == blocks[j] >= 0
+        window = (left < 0 or i - left <= j) and (right < 0 or j <= i + right)
+        seen[i, j] = same and causal and window
+    group = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(~seen, -torch.inf)
+    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v), scores.logsumexp(-1)
+
+
+def run(size: Any, tensors: list[Tensor], **options: Any) -> list[Tensor]:
+    """out, lse, dq, dk, dv of all tokens."""
+    dlse = torch.randn(tensors[0].shape[0], TOKENS, tensors[0].shape[2], dtype=torch.float64)
+
+    def work(transport: Any) -> list[Tensor]:
+        plan = ContextPlan(TOKENS, group=transport, **options)
+        q, k, v, dout = (plan.shard(x).detach().requires_grad_() for x in tensors)
+        out, lse = ring_attention(q, k, v, plan, return_lse=True)
+        weight = plan.shard(dlse).transpose(1, 2)
+        gradients = torch.autograd.grad([out, lse], [q, k, v], [dout, weight.to(lse.dtype)])
+        parts = [out, lse.transpose(1, 2), *gradients]
+        return [plan.unshard(x) for x in parts]
+
+    results = run_ranks(size, work)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+    return [*results[0], dlse]
+
+
+def expected(tensors: list[Tensor], dlse: Tensor, mask: dict[str, Any]) -> list[Tensor]:
+    q, k, v, dout = (x.double().requires_grad_() for x in tensors)
+    out, lse = dense(q, k, v, mask)
+    gradients = torch.autograd.grad([out, lse], [q, k, v], [dout, dlse.transpose(1, 2)])
+    return [out, lse.transpose(1, 2), *gradients]
+
+
+@pytest.mark.parametrize("layout", NAMES)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_ring(size: int, mask: str, layout: str) -> None:
+    tensors = inputs()
+    *found, dlse = run(size, tensors, layout=layout, **MASKS[mask])
+    for x, y in zip(found, expected(tensors, dlse, MASKS[mask]), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("way", ["all_gather", "ulysses"])
+@pytest.mark.parametrize("mask", ["causal", "images"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_other_ways(size: int, mask: str, way: str) -> None:
+    tensors = inputs()
+    *found, dlse = run(size, tensors, layout="zigzag", **WAYS[way], **MASKS[mask])
+    for x, y in zip(found, expected(tensors, dlse, MASKS[mask]), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("size", [(2, 2), (1, 4), (3, 1), (3, 2)])
+@pytest.mark.parametrize("exchange", ["p2p", "all_gather"])
+def test_mesh(size: tuple[int, int], exchange: str) -> None:
+    tensors = inputs()
+    *found, dlse = run(size, tensors, exchange=exchange, **MASKS["images"])
+    for x, y in zip(found, expected(tensors, dlse, MASKS["images"]), strict=True):
+        torch.testing.assert_close(x, y)
