@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,12 @@ def check(function: Callable[[int], None]) -> Callable[[int], None]:
     return function
 
 
-def tensors(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def tensors(
+    dtype: torch.dtype = torch.float32, num_tokens: int = TOKENS, heads_k: int = 2
+) -> list[Tensor]:
     """q, k, v, dout of all tokens, the same on every rank."""
     generator = torch.Generator().manual_seed(7)
-    shapes = [(1, TOKENS, heads, 16) for heads in (4, 2, 2, 4)]
+    shapes = [(1, num_tokens, heads, 16) for heads in (4, heads_k, heads_k, 4)]
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
@@ -81,6 +84,44 @@ def other_arguments_are_found(rank: int) -> None:
     q, k, v, _ = (plan.shard(x) for x in tensors(torch.float64 if rank == 1 else torch.float32))
     with pytest.raises(ValueError, match="dtype.* must be the same on all ranks"):
         ring_attention(q, k, v, plan)
+
+
+def expect_same(
+    plan: ContextPlan, theirs: Callable[..., Tensor], dtype: torch.dtype, heads_k: int, right: int
+) -> None:
+    """Their output of this rank's tokens, and the first `right` of dq, dk, dv, are ours."""
+    everything = tensors(dtype, plan.layout.num_tokens, heads_k)
+    q, k, v, dout = (plan.shard(x).requires_grad_() for x in everything)
+    outs = [ring_attention(q, k, v, plan), theirs(q, k, v)]
+    found, expected = ([o, *torch.autograd.grad(o, [q, k, v], dout)[:right]] for o in outs)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+
+
+@check
+def ring_attention_pytorch_agrees(rank: int) -> None:
+    """In out and dq: its backward (0.5.20) takes `ring_pass`'s (received, sent) for (dk, dv)."""
+    from ring_attention_pytorch.ring_flash_attention import ring_flash_attn
+
+    for causal in (False, True):
+        plan = ContextPlan(TOKENS - 1, layout="contiguous", causal=causal)
+        theirs = partial(ring_flash_attn, causal=causal, bucket_size=9, ring_reduce_col=True)
+        expect_same(plan, theirs, torch.float32, heads_k=4, right=1)
+
+
+@check
+def ring_flash_attn_agrees(rank: int) -> None:
+    """In bfloat16: its float32 path aliases its accumulators."""
+    from tests.distributed import flash_attn_shim
+
+    flash_attn_shim.install()
+    from ring_flash_attn import stripe_flash_attn_func, zigzag_ring_flash_attn_func
+
+    theirs = {"zigzag": zigzag_ring_flash_attn_func, "striped": stripe_flash_attn_func}
+    for layout, function in theirs.items():
+        plan = ContextPlan(TOKENS - 5, layout=layout, causal=True)
+        expect_same(plan, partial(function, causal=True), torch.bfloat16, heads_k=2, right=3)
 
 
 class Block(nn.Module):
