@@ -7,8 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmkernels.distributed import ContextPlan, make_mask, ring_attention
+from vlmkernels.distributed import ContextPlan, ring_attention
 from vlmkernels.distributed.layout import NAMES
+from vlmkernels.distributed.plan import plan_of
+from vlmkernels.distributed.ring import merge
+from vlmkernels.distributed.ulysses import copies_of_key_heads
 from vlmkernels.testing.ranks import run_ranks
 
 TOKENS = 50
@@ -30,7 +33,9 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def inputs(heads: tuple[int, int] = (4, 2), batch: int = 2, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def inputs(
+    heads: tuple[int, int] = (4, 2), batch: int = 2, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
     shapes = [(batch, TOKENS, h, 8) for h in (heads[0], heads[1], heads[1], heads[0])]
     return [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
 
@@ -105,3 +110,88 @@ def test_mesh(size: tuple[int, int], exchange: str) -> None:
     *found, dlse = run(size, tensors, exchange=exchange, **MASKS["images"])
     for x, y in zip(found, expected(tensors, dlse, MASKS["images"]), strict=True):
         torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("size", [3, 8])
+def test_fewer_tokens_than_ranks(size: int) -> None:
+    x = torch.randn(1, 2, 2, 8, dtype=torch.float64)
+
+    def work(transport: Any) -> Tensor:
+        plan = ContextPlan(2, group=transport, causal=True, layout="contiguous")
+        part = plan.shard(x)
+        return plan.unshard(ring_attention(part, part, part, plan))
+
+    alone = ring_attention(x, x, x, ContextPlan(2, causal=True))
+    for out in run_ranks(size, work):
+        torch.testing.assert_close(out, alone)
+
+
+def relative_errors(size: int, mask: dict[str, Any], tensors: list[Tensor]) -> list[float]:
+    *found, dlse = run(size, tensors, layout="zigzag", **mask)
+    exact = expected(tensors, dlse, mask)
+    pairs = zip(found, exact, strict=True)
+    return [((x.detach().double() - y).norm() / y.norm()).item() for x, y in pairs]
+
+
+def test_error_does_not_grow_with_the_ring() -> None:
+    """bfloat16 in and out; what travels and adds up is not rounded."""
+    tensors = inputs(dtype=torch.bfloat16)
+    torch.manual_seed(1)
+    alone = relative_errors(1, {"causal": True}, tensors)
+    for size in (2, 4, 8, 16, 25):
+        torch.manual_seed(1)
+        errors = relative_errors(size, {"causal": True}, tensors)
+        assert all(e <= 1.1 * a + 1e-7 for e, a in zip(errors, alone, strict=True)), (size, errors)
+
+
+def test_merge_of_far_apart_and_empty_parts() -> None:
+    lse = torch.tensor([80.0, -80.0, -torch.inf, 3.0, -torch.inf]).view(1, 1, 5)
+    part_lse = torch.tensor([-80.0, 80.0, 1.0, -torch.inf, -torch.inf]).view(1, 1, 5)
+    out, part = torch.full((1, 5, 1, 2), 1.0), torch.full((1, 5, 1, 2), 2.0)
+    out[:, 2], out[:, 4], part[:, 3], part[:, 4] = 0, 0, 0, 0
+    merged, total = merge(out, lse, part, part_lse)
+    assert merged[0, :, 0, 0].tolist() == [1, 2, 2, 1, 0]
+    assert total[0, 0].tolist() == [80, 80, 1, 3, -torch.inf]
+
+
+def test_hops_that_nobody_needs_are_left_out() -> None:
+    """Documents that end on rank borders: nothing has to travel."""
+
+    def work(transport: Any) -> tuple[int, int]:
+        documents = torch.tensor([0, 8, 16, 24, 32])
+        alone = ContextPlan(32, group=transport, layout="contiguous", cu_seqlens=documents)
+        joined = ContextPlan(32, group=transport, layout="contiguous", cu_seqlens=documents[[0, 2, 4]], causal=True)  # fmt: skip
+        return alone.seen.hops(), joined.seen.hops()
+
+    assert run_ranks(4, work) == [(1, 2)] * 4
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_bad_tensors(name: str) -> None:
+    plan = ContextPlan(TOKENS)
+    good = dict(zip("qkv", inputs()[:3], strict=True))
+    with pytest.raises(ValueError, match=f"{name} must have shape \\(batch, 50"):
+        ring_attention(**{**good, name: good[name][:, 1:]}, plan=plan)
+    if name != "q":
+        with pytest.raises(TypeError, match=f"{name} must have the dtype"):
+            ring_attention(**{**good, name: good[name].float()}, plan=plan)
+    with pytest.raises(ValueError, match="head_dim of q"):
+        ring_attention(good["q"], good["k"][..., :4], good["v"][..., :4], plan)
+    with pytest.raises(ValueError, match="Ulysses"):
+        copies_of_key_heads(6, 2, 4)
+
+
+def test_a_plan_that_is_gone() -> None:
+    handle = ContextPlan(TOKENS).handle
+    with pytest.raises(ValueError, match="plan must outlive"):
+        plan_of(handle)
+
+
+def test_packed_and_autocast() -> None:
+    q, k, v, _ = inputs(batch=1, dtype=torch.float32)
+    plan = ContextPlan(TOKENS, **MASKS["packed"])
+    out, lse = ring_attention(q[0], k[0], v[0], plan, return_lse=True)
+    dense_out, dense_lse = ring_attention(q, k, v, plan, return_lse=True)
+    assert torch.equal(out, dense_out[0]) and torch.equal(lse, dense_lse[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ring_attention(q, k, v, plan).dtype == torch.bfloat16

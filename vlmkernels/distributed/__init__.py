@@ -1,8 +1,8 @@
 """Context parallelism: one long sequence on many ranks.
 
-    plan = ContextPlan(num_tokens, group=mesh, causal=True)      # the same on every rank
-    x, labels = plan.shard(x), plan.shard(labels)                # this rank's tokens
-    out = ring_attention(q, k, v, plan)                          # over all ranks' tokens
+plan = ContextPlan(num_tokens, group=mesh, causal=True)      # the same on every rank
+x, labels = plan.shard(x), plan.shard(labels)                # this rank's tokens
+out = ring_attention(q, k, v, plan)                          # over all ranks' tokens
 """
 
 from .attention import ring_attention

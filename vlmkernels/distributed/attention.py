@@ -52,15 +52,12 @@ def ring_attention(
     return (out, lse) if return_lse else out
 
 
-def _kernel(
-    q: Tensor, k: Tensor, v: Tensor, handle: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    return plan_of(handle).forward(q, k, v, scale)
+def _kernel(q: Tensor, k: Tensor, v: Tensor, handle: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    with torch.autocast(q.device.type, enabled=False):  # sums are in float32
+        return plan_of(handle).forward(q, k, v, scale)
 
 
-def _fake(
-    q: Tensor, k: Tensor, v: Tensor, handle: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, k: Tensor, v: Tensor, handle: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulate_dtype(q))
     return q.new_empty(q.shape), lse
 
@@ -84,7 +81,8 @@ def _backward_kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     delta = (out.to(lse.dtype) * dout).sum(-1).transpose(1, 2)
     delta = delta if dlse is None else delta - dlse
-    gradients = plan_of(handle).backward(dout, q, k, v, lse, delta, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        gradients = plan_of(handle).backward(dout, q, k, v, lse, delta, scale)
     dq, dk, dv = (dx.to(q.dtype) for dx in gradients)
     return dq, dk, dv
 

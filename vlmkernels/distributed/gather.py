@@ -65,9 +65,7 @@ def _gathered(
 
     def start(first: int) -> Pending:
         mine = torch.stack((k[:, :, first : first + step], v[:, :, first : first + step]))
-        like = [
-            mine.new_empty((*mine.shape[:2], len(p), *mine.shape[3:])) for p in shard.positions
-        ]
+        like = [mine.new_empty((*mine.shape[:2], len(p), *mine.shape[3:])) for p in shard.positions]
         return transport.swap([mine] * transport.size, like, what)
 
     pending = start(0)

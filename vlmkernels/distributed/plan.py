@@ -75,8 +75,7 @@ class ContextPlan:
         self.layout = _layout(layout, num_tokens, self.everybody.size, self.mask)
         self.rank = self.everybody.rank
         self._lengths = [
-            self.layout.length(self.ring.rank * self.heads.size + r)
-            for r in range(self.heads.size)
+            self.layout.length(self.ring.rank * self.heads.size + r) for r in range(self.heads.size)
         ]
         self.seen = _shard(self.mask, self.layout, self.ring, self.heads.size, device)
         self._signature: tuple[Any, ...] | None = None
@@ -109,7 +108,14 @@ class ContextPlan:
         return out, lse.transpose(1, 2).contiguous()
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, scale: float
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv) in float32 (float64); delta = rowsum(out dout) - dlse."""
         num_heads_k = k.shape[2]
@@ -119,9 +125,7 @@ class ContextPlan:
         statistics = torch.stack((lse, delta), -1).transpose(1, 2)  # tokens, heads, 2
         statistics = split_heads(statistics, self._lengths, self.heads, what).transpose(1, 2)
         lse, delta = statistics.unbind(-1)
-        gradients = self.exchange.backward(
-            dout, q, k, v, lse, delta, self.seen, self.ring, scale
-        )
+        gradients = self.exchange.backward(dout, q, k, v, lse, delta, self.seen, self.ring, scale)
         dq, dk, dv = (self._to_tokens(x, what) for x in gradients)
         if dk.shape[2] != num_heads_k:  # copies of key heads
             dk, dv = (x.unflatten(2, (num_heads_k, -1)).sum(3) for x in (dk, dv))

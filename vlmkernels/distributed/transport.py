@@ -140,7 +140,6 @@ def transport_of(group: ProcessGroup | Transport | None) -> Transport:
     return GroupTransport(group)
 
 
-
 class Grid:
     """All ranks of a 2-d mesh, row by row; what they gather goes along rows, then columns."""
 
