@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -82,7 +83,7 @@ def other_arguments_are_found(rank: int) -> None:
         ContextPlan(TOKENS, causal=rank != 2)
     plan = ContextPlan(TOKENS, **MASK)
     q, k, v, _ = (plan.shard(x) for x in tensors(torch.float64 if rank == 1 else torch.float32))
-    with pytest.raises(ValueError, match="dtype.* must be the same on all ranks"):
+    with pytest.raises(ValueError, match=r"dtype.* must be the same on all ranks"):
         ring_attention(q, k, v, plan)
 
 
@@ -214,9 +215,14 @@ def a_rank_dies(rank: int) -> None:
     if rank == 3:
         os._exit(0)
     start = time.monotonic()
-    with pytest.raises(RuntimeError, match=rf"ring_attention.*hop \d of 4: rank {rank} of 4 lost"):
-        for _ in range(3):  # what was sent before may still arrive
+    said = ""
+    for _ in range(3):  # what was sent before may still arrive
+        try:
             ring_attention(q, k, v, plan)
+        except RuntimeError as error:
+            said = str(error)
+            break
+    assert re.match(rf"ring_attention: hop \d of 4: rank {rank} of 4 lost rank", said), said
     assert time.monotonic() - start < 2 * TIMEOUT
 
 
@@ -251,4 +257,5 @@ def test_over_gloo(folder: Path, name: str) -> None:
     said = {rank: folder / f"{name}.{rank}" for rank in range(SIZE)}
     if name == "a_rank_dies":
         said.pop(3)
-    assert {r: p.read_text() if p.exists() else "nothing" for r, p in said.items()} == dict.fromkeys(said, "ok")  # fmt: skip
+    found = {rank: path.read_text() if path.exists() else "nothing" for rank, path in said.items()}
+    assert found == dict.fromkeys(said, "ok")

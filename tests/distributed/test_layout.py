@@ -1,5 +1,7 @@
 """Layouts hold every token once, and balance what they promise to balance."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -26,9 +28,11 @@ def test_every_token_has_one_rank(name: str, num_tokens: int, size: int) -> None
     assert torch.equal(found.put(parts, 1), x)
 
 
-def loads(mask_options: dict, num_tokens: int, size: int, name: str) -> list[float]:  # type: ignore[type-arg]
-    work = make_mask(num_tokens, **mask_options).work.double()
-    found = layouts.balanced(work, size) if name == "balanced" else layouts.FIXED[name](num_tokens, size)  # fmt: skip
+def loads(mask: dict[str, Any], num_tokens: int, size: int, name: str) -> list[float]:
+    """Pairs of query and key that each rank computes."""
+    work = make_mask(num_tokens, **mask).work.double()
+    fixed = layouts.FIXED.get(name)
+    found = fixed(num_tokens, size) if fixed else layouts.balanced(work, size)
     return [float(work[found.positions(rank).long()].sum()) for rank in range(size)]
 
 

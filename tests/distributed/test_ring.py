@@ -157,13 +157,13 @@ def test_merge_of_far_apart_and_empty_parts() -> None:
 def test_hops_that_nobody_needs_are_left_out() -> None:
     """Documents that end on rank borders: nothing has to travel."""
 
-    def work(transport: Any) -> tuple[int, int]:
-        documents = torch.tensor([0, 8, 16, 24, 32])
-        alone = ContextPlan(32, group=transport, layout="contiguous", cu_seqlens=documents)
-        joined = ContextPlan(32, group=transport, layout="contiguous", cu_seqlens=documents[[0, 2, 4]], causal=True)  # fmt: skip
-        return alone.seen.hops(), joined.seen.hops()
+    def work(transport: Any) -> list[int]:
+        borders = torch.tensor([0, 8, 16, 24, 32])
+        options: dict[str, Any] = {"group": transport, "layout": "contiguous", "causal": True}
+        plans = [ContextPlan(32, cu_seqlens=cu, **options) for cu in (borders, borders[[0, 2, 4]])]
+        return [plan.seen.hops() for plan in plans]
 
-    assert run_ranks(4, work) == [(1, 2)] * 4
+    assert run_ranks(4, work) == [[1, 2]] * 4
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])

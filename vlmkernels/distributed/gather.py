@@ -57,7 +57,7 @@ def backward(
 def _gathered(
     q: Tensor, k: Tensor, v: Tensor, shard: Shard, transport: Transport, what: str
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """(heads of q, heads of k, their keys and values of all ranks (2, batch, tokens, heads, ...))"""
+    """(heads of q, heads of k, their keys and values of all ranks), some heads at a time."""
     num_heads_k, group = k.shape[2], q.shape[2] // k.shape[2]
     tokens = sum(len(p) for p in shard.positions)
     head_bytes = 2 * k.shape[0] * tokens * k.shape[3] * k.element_size()

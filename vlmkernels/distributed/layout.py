@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ def _cuts(num_tokens: int, parts: int) -> list[int]:
 def contiguous(num_tokens: int, size: int) -> Layout:
     """Rank r holds the r-th part. Balanced without a causal mask."""
     cuts = _cuts(num_tokens, size)
-    return Layout(num_tokens, tuple((range(a, b),) for a, b in zip(cuts, cuts[1:], strict=False)))
+    return Layout(num_tokens, tuple((range(a, b),) for a, b in pairwise(cuts)))
 
 
 def zigzag(num_tokens: int, size: int) -> Layout:
@@ -84,7 +85,7 @@ def zigzag(num_tokens: int, size: int) -> Layout:
     Source: Zhu, zigzag ring attention (github.com/zhuzilin/ring-flash-attention).
     """
     cuts = _cuts(num_tokens, 2 * size)
-    parts = [range(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [range(a, b) for a, b in pairwise(cuts)]
     return Layout(num_tokens, tuple((parts[r], parts[-1 - r]) for r in range(size)))
 
 
@@ -93,7 +94,9 @@ def striped(num_tokens: int, size: int) -> Layout:
 
     Source: Brandon et al., Striped Attention (arXiv 2311.09431).
     """
-    return Layout(num_tokens, tuple((range(r, num_tokens, size),) for r in range(size)))
+    return Layout(
+        num_tokens, tuple((range(min(r, num_tokens), num_tokens, size),) for r in range(size))
+    )
 
 
 def balanced(work: Tensor, size: int, chunk: int = CHUNK) -> Layout:

@@ -99,7 +99,7 @@ class ContextPlan:
         return self.layout.put(self.everybody.gather(x, shapes, "unshard"), dim)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """(out, lse) of this rank's tokens over all; tensors (batch, seqlen, num_heads, head_dim)"""
+        """(out, lse) of this rank's tokens, (batch, tokens, num_heads, head_dim), over all."""
         self._check(q, k, v)
         q, k, v = self._to_heads(q, k, v)
         out, lse = self.exchange.forward(q, k, v, self.seen, self.ring, scale)
@@ -116,7 +116,7 @@ class ContextPlan:
         lse: Tensor,
         delta: Tensor,
         scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """(dq, dk, dv) in float32 (float64); delta = rowsum(out dout) - dlse."""
         num_heads_k = k.shape[2]
         what = "ring_attention backward"

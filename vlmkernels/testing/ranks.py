@@ -64,7 +64,8 @@ def run_ranks(size: int | tuple[int, int], work: Callable[[Transport | Grid], R]
     Raises what a rank raised.
     """
     rows, columns = (size, 1) if isinstance(size, int) else size
-    mails = {line: _Mail() for line in [*(("row", r) for r in range(rows)), *(("column", c) for c in range(columns))]}  # fmt: skip
+    lines = [("column", c) for c in range(columns)] + [("row", r) for r in range(rows)]
+    mails = {line: _Mail() for line in lines}
     results: dict[int, R] = {}
     errors: list[BaseException] = []
 
