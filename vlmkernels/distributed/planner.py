@@ -82,11 +82,10 @@ def estimate(
         there, back = kv * element_size, kv * (element_size + 4)
         part = forward / size
         add("p2p", [(there, part, hops), (back, 2.5 * part, hops)], 2 * there + q * 4 + 2 * kv * 4)
-        heads = max(num_heads_k, 1)
-        whole = [(there / heads, forward / heads if heads > 1 else 0.0, hops * (heads - 1))]
-        whole += [(there / heads, 0.0, hops)]  # of the first heads nothing hides
-        whole += [(back / heads, 2.5 * forward / heads, hops * heads)]
-        add("all_gather", whole, (there + kv * 4) * size // heads * 2)
+        heads = num_heads_k  # gathered one after the other; nothing hides the first
+        beside, there, back = forward / heads, hops * there / heads, hops * back / heads
+        whole = [(there, beside, heads - 1), (there, 0.0, 1), (back, 2.5 * beside, heads)]
+        add("all_gather", whole, (kv * (element_size + 4)) * size // heads * 2)
         if num_heads % size == 0:
             copies = max(1, size // num_heads_k)
             moved = (2 * q + kv * copies) * element_size * hops / size
