@@ -36,6 +36,19 @@ def info() -> None:
 
 
 @app.command()
+def models() -> None:
+    """List the models: sizes, what they take and give, and how complete they are."""
+    from vlmkernels.models import MODELS
+
+    rows = [(m.title, m.does, ", ".join(m.sizes), m.status, m.paper) for m in MODELS.values()]
+    rows.insert(0, ("model", "does", "sizes", "status", "paper"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+
+
+@app.command()
 def ask(
     question: Annotated[str, typer.Argument(help="What to ask.")],
     model: Annotated[Path, typer.Option(help="Checkpoint directory.")],
@@ -71,6 +84,34 @@ def ask(
     for piece in stream_text(processor.tokenizer, steps):
         print(piece, end="", flush=True)
     print()
+
+
+@app.command()
+def classify(
+    model: Annotated[Path, typer.Option(help="Checkpoint directory of a CLIP or a ViT.")],
+    image: Annotated[list[Path], typer.Option(help="Image file; may repeat.")],
+    labels: Annotated[str, typer.Option(help="CLIP: names with commas between them.")] = "",
+    template: Annotated[
+        list[str] | None, typer.Option(help="CLIP: prompt with {} for the name; may repeat.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="How many to show.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; a GPU if there is one.")] = "",
+    dtype: Annotated[str, typer.Option(help="bfloat16, ...; the checkpoint's if empty.")] = "",
+) -> None:
+    """Say what images show, the likeliest first: of the labels given (CLIP) or learnt (ViT)."""
+    from vlmkernels.models import load, load_processor
+    from vlmkernels.models.classify import classify as rank
+
+    where, computed_in = _device(device), _dtype(dtype)
+    processor, loaded = load_processor(model), load(model, dtype=computed_in, device=where)
+    names = [name.strip() for name in labels.split(",") if name.strip()]
+    for path, ranking in zip(
+        image, rank(loaded, processor, image, names, template or ()), strict=True
+    ):
+        if len(image) > 1:
+            print(path)
+        for name, probability in ranking[:top]:
+            print(f"{probability:7.2%}  {name}")
 
 
 @app.command(

@@ -26,11 +26,11 @@ from vlmkernels.models.fields import (
     OBJECT,
     THREE_NUMBERS,
     THREE_POSITIVE,
-    Kind,
     expect,
     expect_fields,
 )
 from vlmkernels.models.images import Pixels, load_rgb
+from vlmkernels.models.pixels import RESAMPLE, PixelTable, as_list, resize
 from vlmkernels.models.tokenizer import Tokenizer
 
 Grid = tuple[int, int, int]
@@ -38,7 +38,6 @@ Rows = NDArray[np.float32]
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 FRAME_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-RESAMPLE = Kind(f"one of {[*map(int, Image.Resampling)]}", lambda x: x in [*Image.Resampling])
 VIDEO_TOKEN_BUDGET = 115_200  # 90 % of 128,000, what qwen-vl-utils leaves to one video
 
 
@@ -64,7 +63,7 @@ def smart_resize(
 
 
 @dataclass
-class PixelSettings:
+class PixelSettings(PixelTable):
     """How pixels become patch rows. Reads and writes preprocessor_config.json.
 
     Raises ValueError for a field of another type or range than its own.
@@ -76,12 +75,7 @@ class PixelSettings:
     min_pixels: int = 56 * 56
     max_pixels: int = 28 * 28 * 1280
     do_resize: bool = True
-    do_rescale: bool = True
-    do_normalize: bool = True
     resample: int = int(Image.Resampling.BICUBIC)
-    rescale_factor: float = 1 / 255
-    image_mean: Sequence[float] = (0.48145466, 0.4578275, 0.40821073)
-    image_std: Sequence[float] = (0.26862954, 0.26130258, 0.27577711)
     raw: Json = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -129,27 +123,17 @@ class PixelSettings:
         Rows go block by block: the merge_size^2 patches that the merger joins are neighbours. The
         last frame is repeated up to a multiple of temporal_patch_size.
         """
-        video = np.stack([_resize(frame, size, self.resample) for frame in frames])
+        video = np.stack([resize(frame, size, self.resample) for frame in frames])
         short = -len(video) % self.temporal_patch_size
         video = np.concatenate([video, np.repeat(video[-1:], short, axis=0)])
         t, p, m = self.temporal_patch_size, self.patch_size, self.merge_size
         grid = (len(video) // t, size[0] // p, size[1] // p)
         patches = video.reshape(grid[0], t, grid[1] // m, m, p, grid[2] // m, m, p, 3)
         patches = patches.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
-        table, rows = self._table(), np.empty(patches.shape, dtype=np.float32)
+        table, rows = self.table(), np.empty(patches.shape, dtype=np.float32)
         for channel in range(3):
             rows[:, :, :, :, :, channel] = table[channel][patches[:, :, :, :, :, channel]]
         return rows.reshape(math.prod(grid), -1), grid
-
-    def _table(self) -> NDArray[np.float32]:
-        """(3, 256): what each byte of each channel becomes. Rounds as transformers does."""
-        values = np.arange(256, dtype=np.float64)
-        table = (values * self.rescale_factor if self.do_rescale else values).astype(np.float32)
-        table = np.tile(table, (3, 1))
-        if self.do_normalize:
-            mean, std = np.array([self.image_mean, self.image_std], dtype=np.float32)[..., None]
-            table = (table - mean) / std
-        return table
 
 
 class Qwen2VLProcessor:
@@ -228,12 +212,14 @@ class Qwen2VLProcessor:
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
             raise ValueError("text: expected at least one, got none")
-        image_list, video_list = _flatten(images), _as_videos(videos)
+        image_list, video_list = as_list(images), _as_videos(videos)
         budget = _Budget(max_total_pixels)
         image_rows = [self._image(x, i, budget) for i, x in enumerate(image_list)]
         video_rows = [self._video(x, i, budget) for i, x in enumerate(video_list)]
         texts = self._expand(texts, [g for _, g in image_rows], [g for _, g in video_rows])
-        out = self._pad([self.tokenizer.encode(t) for t in texts], padding_side)
+        out = self.tokenizer.pad([self.tokenizer.encode(t) for t in texts], padding_side)
+        ids = out["input_ids"]
+        out["mm_token_type_ids"] = (ids == self.image_token_id) + 2 * (ids == self.video_token_id)
         for rows, pixels, grids in (
             (image_rows, "pixel_values", "image_grid_thw"),
             (video_rows, "pixel_values_videos", "video_grid_thw"),
@@ -296,27 +282,6 @@ class Qwen2VLProcessor:
         pattern = re.compile("|".join(re.escape(token) for token in grids))
         return [pattern.sub(grow, t) for t in texts]
 
-    def _pad(self, rows: list[list[int]], padding_side: str | None) -> dict[str, Tensor]:
-        side = padding_side or self.tokenizer.padding_side
-        if side not in ("left", "right"):
-            raise ValueError(f"padding_side: expected 'left' or 'right', got {side!r}")
-        seqlen = max(len(row) for row in rows)
-        pad_id = self.tokenizer.pad_token_id
-        if pad_id is None and any(len(row) < seqlen for row in rows):
-            raise ValueError("tokenizer: expected a pad_token for texts of different length")
-        input_ids = torch.full((len(rows), seqlen), pad_id or 0)
-        attention_mask = torch.zeros_like(input_ids)
-        for i, row in enumerate(rows):
-            place = slice(seqlen - len(row), None) if side == "left" else slice(0, len(row))
-            input_ids[i, place] = torch.tensor(row, dtype=torch.int64)
-            attention_mask[i, place] = 1
-        types = (input_ids == self.image_token_id) + 2 * (input_ids == self.video_token_id)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "mm_token_type_ids": types,
-        }
-
 
 def video_settings(image: PixelSettings, raw: Json | None = None) -> PixelSettings:
     """Settings for frames: `raw` where it speaks, else the image's with qwen-vl-utils' sizes."""
@@ -337,22 +302,6 @@ class _Budget:
                 f"images: expected at most max_total_pixels = {self.limit} after resizing, "
                 f"got at least {self.spent}"
             )
-
-
-def _resize(frame: Pixels, size: tuple[int, int], resample: int) -> Pixels:
-    if frame.shape[:2] == size:
-        return frame
-    resized = Image.fromarray(frame).resize(size[::-1], Image.Resampling(resample))
-    return np.asarray(resized)
-
-
-def _flatten(images: Any) -> list[Any]:
-    """One image, a list of them, or a list per text, as one list."""
-    if images is None:
-        return []
-    if not isinstance(images, (list, tuple)):
-        return [images]
-    return [x for item in images for x in _flatten(item)]
 
 
 def _as_videos(videos: Any) -> list[Any]:
