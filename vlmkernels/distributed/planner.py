@@ -8,6 +8,7 @@ Per layer and rank; S = num_tokens / size tokens per rank, e bytes per element:
 Hops hide behind compute where they are shorter; a gather hides behind that of other heads.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -68,7 +69,7 @@ def estimate(
     hops = size - 1
     found = []
 
-    def add(way: str, sent: list[tuple[float, float, int]], extra: int) -> None:
+    def add(way: str, sent: Sequence[tuple[float, float, int]], extra: int) -> None:
         """sent: (bytes, compute beside it, how often)"""
         times = [(count, size_ / machine.bandwidth, beside) for size_, beside, count in sent]
         transfer = sum(count * t for count, t, _ in times)
@@ -83,8 +84,8 @@ def estimate(
         part = forward / size
         add("p2p", [(there, part, hops), (back, 2.5 * part, hops)], 2 * there + q * 4 + 2 * kv * 4)
         heads = num_heads_k  # gathered one after the other; nothing hides the first
-        beside, there, back = forward / heads, hops * there / heads, hops * back / heads
-        whole = [(there, beside, heads - 1), (there, 0.0, 1), (back, 2.5 * beside, heads)]
+        beside, bring, give = forward / heads, hops * there / heads, hops * back / heads
+        whole = [(bring, beside, heads - 1), (bring, 0.0, 1), (give, 2.5 * beside, heads)]
         add("all_gather", whole, (kv * (element_size + 4)) * size // heads * 2)
         if num_heads % size == 0:
             copies = max(1, size // num_heads_k)
