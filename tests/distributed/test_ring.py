@@ -25,6 +25,7 @@ MASKS: dict[str, dict[str, Any]] = {
     "packed": {"causal": True, "cu_seqlens": CU_SEQLENS},
     "packed full": {"cu_seqlens": CU_SEQLENS},
     "images": {"causal": True, "cu_seqlens": CU_SEQLENS, "image_blocks": BLOCKS},
+    "images and window": {"causal": True, "window": (4, -1), "image_blocks": BLOCKS},
 }
 WAYS: dict[str, dict[str, Any]] = {
     "p2p": {},
@@ -47,9 +48,9 @@ def dense(q: Tensor, k: Tensor, v: Tensor, mask: dict[str, Any]) -> tuple[Tensor
     blocks = mask.get("image_blocks", torch.full((TOKENS,), -1))
     for i, j in itertools.product(range(TOKENS), repeat=2):
         same = cu is None or sum(i >= cu[1:]) == sum(j >= cu[1:])
-        causal = not mask.get("causal") or j <= i or blocks[i] == blocks[j] >= 0
+        causal = not mask.get("causal") or j <= i
         window = (left < 0 or i - left <= j) and (right < 0 or j <= i + right)
-        seen[i, j] = same and causal and window
+        seen[i, j] = same and ((causal and window) or blocks[i] == blocks[j] >= 0)
     group = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5

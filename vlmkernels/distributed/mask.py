@@ -41,8 +41,10 @@ def make_mask(
     window: tuple[int, int] = (-1, -1),
     device: torch.device | str | None = None,
 ) -> Mask:
-    """query i sees key j  <=>  segment_i = segment_j  and  (j <= i or not causal or
-    block_i = block_j >= 0)  and  i - left <= j <= i + right.
+    """query i sees key j  <=>  segment_i = segment_j  and
+    (i - left <= j <= i + right  or  block_i = block_j >= 0).
+
+    The masks of `vlmkernels.ops.attention`; causal: right = 0.
 
     Args:
         cu_seqlens: int32 (num_documents + 1,), borders of packed documents; or
@@ -66,17 +68,16 @@ def make_mask(
     blocks = _rows("image_blocks", image_blocks, num_tokens)
     if segments is not None:
         first, last = _runs(segments, index)
-    end = last
-    if causal:
-        last = index
-        if blocks is not None:
-            inside = _runs(blocks, index)[1].minimum(end)
-            last = torch.where(blocks >= 0, inside, index)
-    left, right = window
+    low, high = first, last
+    left, right = window[0], 0 if causal else window[1]
     if left >= 0:
         first = first.maximum(index - left)
     if right >= 0:
         last = last.minimum(index + right)
+    if blocks is not None:
+        begin, end = _runs(blocks, index)
+        first = torch.where(blocks >= 0, first.minimum(begin.maximum(low)), first)
+        last = torch.where(blocks >= 0, last.maximum(end.minimum(high)), last)
     first, last = torch.broadcast_tensors(first, last)
     return Mask(first.contiguous(), last.contiguous())
 
