@@ -1,10 +1,12 @@
 """Several ranks in one process, each a thread: tests and benches of what ranks do together."""
 
+import contextlib
 import queue
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -14,22 +16,23 @@ R = TypeVar("R")
 TIMEOUT = 120.0  # seconds that a rank waits for another
 
 
-class _Mail:
+class Mail:
     """What was sent and not yet received: (from, to) -> tensors in order."""
 
-    def __init__(self) -> None:
-        self.boxes: dict[tuple[int, int], queue.Queue[Tensor]] = defaultdict(queue.Queue)
-        self.lock = threading.Lock()
+    def __init__(self, baton: Any) -> None:
+        self.baton = baton  # held by the rank that computes, if one at a time does
+        self._boxes: dict[tuple[int, int], queue.Queue[Tensor]] = defaultdict(queue.Queue)
+        self._lock = threading.Lock()
 
     def box(self, source: int, to: int) -> "queue.Queue[Tensor]":
-        with self.lock:
-            return self.boxes[source, to]
+        with self._lock:
+            return self._boxes[source, to]
 
 
 class ThreadTransport(Transport):
     """A rank of a group of threads. Tensors are copied when sent, as on a wire."""
 
-    def __init__(self, mail: _Mail, rank: int, size: int) -> None:
+    def __init__(self, mail: Mail, rank: int, size: int) -> None:
         self.mail, self.rank, self.size = mail, rank, size
 
     def exchange(
@@ -46,45 +49,55 @@ class ThreadTransport(Transport):
 
         def finish() -> None:
             for source, like in receives:
-                try:
-                    sent = self.mail.box(source, self.rank).get(timeout=TIMEOUT)
-                except queue.Empty:
-                    raise RuntimeError(
-                        f"{what}: rank {self.rank} of {self.size} lost rank {source}"
-                    ) from None
+                sent = self._receive(source, what)
                 assert sent.shape == like.shape and sent.dtype == like.dtype, what
                 like.copy_(sent)
 
         return Pending([like for _, like in receives], finish)
 
-
-def run_ranks(size: int | tuple[int, int], work: Callable[[Transport | Grid], R]) -> list[R]:
-    """work(transport) on `size` ranks at once, results by rank; of (rows, columns), on a mesh.
-
-    Raises what a rank raised.
-    """
-    rows, columns = (size, 1) if isinstance(size, int) else size
-    lines = [("column", c) for c in range(columns)] + [("row", r) for r in range(rows)]
-    mails = {line: _Mail() for line in lines}
-    results: dict[int, R] = {}
-    errors: list[BaseException] = []
-
-    def main(row: int, column: int) -> None:
-        ring = ThreadTransport(mails["column", column], row, rows)
-        heads = ThreadTransport(mails["row", row], column, columns)
-        transport = ring if isinstance(size, int) else Grid(ring, heads)
+    def _receive(self, source: int, what: str) -> Tensor:
+        box = self.mail.box(source, self.rank)
+        self.mail.baton.__exit__(None, None, None)
         try:
-            results[row * columns + column] = work(transport)
-        except BaseException as error:
-            errors.append(error)
+            return box.get(timeout=TIMEOUT)
+        except queue.Empty:
+            raise RuntimeError(
+                f"{what}: rank {self.rank} of {self.size} lost rank {source}"
+            ) from None
+        finally:
+            self.mail.baton.__enter__()
 
-    threads = [
-        threading.Thread(target=main, args=(r, c)) for r in range(rows) for c in range(columns)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return [results[rank] for rank in range(rows * columns)]
+
+class Ranks:
+    """`size` ranks, or (rows, columns) on a mesh, that can work together again and again.
+
+    one_at_a_time: a rank computes until it waits for another; else all at once.
+    """
+
+    def __init__(self, size: int | tuple[int, int], *, one_at_a_time: bool = False) -> None:
+        rows, columns = (size, 1) if isinstance(size, int) else size
+        self._baton: Any = threading.Lock() if one_at_a_time else contextlib.nullcontext()
+        down = [Mail(self._baton) for _ in range(columns)]
+        across = [Mail(self._baton) for _ in range(rows)]
+        self.transports: list[Transport | Grid] = []
+        for row in range(rows):
+            for column in range(columns):
+                ring = ThreadTransport(down[column], row, rows)
+                heads = ThreadTransport(across[row], column, columns)
+                self.transports.append(ring if isinstance(size, int) else Grid(ring, heads))
+        self._threads = ThreadPoolExecutor(len(self.transports))
+
+    def run(self, work: Callable[[Any], R]) -> list[R]:
+        """work(transport) of every rank, results by rank. Raises what the first rank raised."""
+
+        def one(transport: Transport | Grid) -> R:
+            with self._baton:
+                return work(transport)
+
+        tasks = [self._threads.submit(one, transport) for transport in self.transports]
+        return [task.result() for task in tasks]
+
+
+def run_ranks(size: int | tuple[int, int], work: Callable[[Any], R]) -> list[R]:
+    """work(transport) on new ranks."""
+    return Ranks(size).run(work)

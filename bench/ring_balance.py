@@ -1,4 +1,4 @@
-"""How much of the ranks' work is useful, counted: `python -m bench.distributed.balance out.png`.
+"""How much of the ranks' work is useful, counted: `python -m bench.ring_balance out.png`.
 
 Useful: pairs of query and key that the mask lets see each other. Done: the tiles of 128 x 128 pairs
 that the busiest rank computes, times the number of ranks. Nothing is measured.
