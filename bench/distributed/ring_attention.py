@@ -82,11 +82,11 @@ class _OnRanks(torch.autograd.Function):
 
         def work(transport: Any) -> tuple[list[Tensor], Tensor]:
             plan = ctx.plans[transport.rank]
-            parts = [plan.shard(x.detach(), 0).requires_grad_(record) for x in whole]
+            q, k, v = (plan.shard(x.detach(), 0).requires_grad_(record) for x in whole)
             with torch.set_grad_enabled(record):
-                out = ring_attention(*parts, plan)
+                out = ring_attention(q, k, v, plan)
             assert isinstance(out, Tensor)
-            return parts, out
+            return [q, k, v], out
 
         ctx.parts = ctx.ranks.run(work)
         joined: Tensor = ctx.plans[0].layout.put([out.detach() for _, out in ctx.parts], 0)
@@ -94,7 +94,7 @@ class _OnRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        def work(transport: Any) -> tuple[Tensor, ...]:
+        def work(transport: Any) -> Any:
             inputs, out = ctx.parts[transport.rank]
             dout = ctx.plans[transport.rank].shard(grads[0], 0)
             return torch.autograd.grad(out, inputs, dout, retain_graph=True)
