@@ -52,7 +52,7 @@ def ring(
         return ops.attention(q, k, v, causal=True, cu_seqlens_q=cu_seqlens, max_seqlen_q=length)
 
     def together(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return _OnRanks.apply(q, k, v, ranks, plans)
+        return _OnRanks.apply(q, k, v, ranks, plans)  # type: ignore[no-untyped-call]
 
     kind = f"documents of {length}" if packed else "one document"
     for direction, bind in (("fwd", forward), ("bwd", gradient)):
