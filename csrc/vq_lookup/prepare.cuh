@@ -85,127 +85,180 @@ __device__ inline VqTile error_bound(float scale, float norm, int columns, bool 
             .per_scale = 0x1p-21f * inverse_scale * norm * norm * 0.5f};
 }
 
-// Column `column` of a prepared row, of which element(i) is element i, scaled. kFirst: of tokens.
-template <bool kToken, class Element>
-__device__ __half vq_column(int column, int dim, bool split, Element&& element) {
-    if (!split) return __float2half_rn(column < dim ? element(column) : 0.0f);
-    if (column >= 3 * dim) return __float2half_rn(0.0f);
-    const int group = column / dim;
-    const float x = element(column - group * dim);
-    const __half hi = __float2half_rn(x);
-    return group == (kToken ? 1 : 2) ? __float2half_rn(x - __half2float(hi)) : hi;
-}
-
-template <class T>
-struct VqShape {
-    const T* codebook;  // [num_codes, dim]
-    int num_codes, dim;
-    bool cosine;
-    // 16-bit elements fit fp16 once scaled, so that they need no shift, nor their parts of a split.
-    static constexpr bool kExact = sizeof(T) == 2;
-    __device__ bool shifted() const { return !cosine && !kExact; }
-};
-
-// The mean of up to 64 valid codes, spread over the codebook: any shift is right, this one takes
-// away what all have in common. Every CTA computes the same one.
-template <class T>
-__device__ void vq_shift(const VqShape<T>& codes, float* shift, int thread, int threads) {
-    const int count = min(codes.num_codes, 64);
-    for (int column = thread; column < codes.dim; column += threads) {
-        float sum = 0;
-        int valid = 0;
-        for (int i = 0; codes.shifted() && i < count; ++i) {
-            const int64_t code = int64_t(codes.num_codes) * i / count;
-            const float x = to_float(codes.codebook[code * codes.dim + column]);
-            if (vq_valid(x)) sum += x, ++valid;
-        }
-        shift[column] = valid ? sum / float(valid) : 0.0f;
-    }
-}
-
 __device__ inline float warp_max(float x) {
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2)
         x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
     return x;
 }
-__device__ inline double warp_sum(double x) {
+
+// 8 elements of a row from `column` on, zeros beyond its end. vectors: rows start at 16 bytes.
+template <class T>
+__device__ void load_eight(const T* row, int column, int dim, bool vectors, float (&x)[8]) {
+    if (vectors && column + 8 <= dim) return load(row + column, x);
 #pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
-    return x;
+    for (int i = 0; i < 8; ++i) x[i] = column + i < dim ? to_float(row[column + i]) : 0.0f;
 }
 
-// A CTA prepares one tile; a warp takes every eighth code.
 template <class T>
-__global__ void __launch_bounds__(256)
-    vq_prepare_kernel(const VqShape<T> codes, const VqPrepared prepared) {
-    constexpr int kCodes = VqPrepared::kTileCodes, kWarps = 8;
+__device__ void store_eight(T* row, int column, int dim, bool vectors, const float (&x)[8]) {
+    if (vectors && column + 8 <= dim) return store(row + column, x);
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+        if (column + i < dim) row[column + i] = from_float<T>(x[i]);
+}
+
+// Column `column` of a prepared row whose operands are split; element(i): element i, scaled.
+template <bool kToken, class Element>
+__device__ __half split_column(int column, int dim, Element&& element) {
+    const int group = column / dim;
+    if (group >= 3) return __float2half_rn(0.0f);
+    const float x = element(column - group * dim);
+    const __half hi = __float2half_rn(x);
+    return group == (kToken ? 1 : 2) ? __float2half_rn(x - __half2float(hi)) : hi;
+}
+
+// Eight lanes share a row.
+struct VqGroup {
+    static constexpr int kLanes = 8;
+
+    template <class X, class Combine>
+    __device__ static X combine(X x, Combine&& f) {
+#pragma unroll
+        for (int offset = kLanes / 2; offset > 0; offset /= 2)
+            x = f(x, __shfl_xor_sync(0xffffffffu, x, offset));
+        return x;
+    }
+    template <class X>
+    __device__ static X sum(X x) {
+        return combine(x, [](X a, X b) { return a + b; });
+    }
+    __device__ static float max(float x) {
+        return combine(x, [](float a, float b) { return fmaxf(a, b); });
+    }
+    __device__ static bool all(bool x) {
+        return combine(int(x), [](int a, int b) { return a & b; });
+    }
+};
+
+template <class T>
+struct VqCodebook {
+    const T* data;  // [num_codes, dim]
+    int num_codes, dim;
+    bool cosine, vectors;
+    // Scaled 16-bit elements are exact in fp16: no shift.
+    static constexpr bool kExact = sizeof(T) == 2;
+    __device__ bool shifted() const { return !cosine && !kExact; }
+    __device__ const T* row(int code) const { return data + int64_t(code) * dim; }
+};
+
+// The mean of up to 16 valid codes, spread over the codebook: any shift is right, this one takes
+// away what all have in common. Every CTA computes the same one.
+template <class T>
+__device__ float vq_shift(const VqCodebook<T>& codebook, int column) {
+    constexpr int kCount = 16;
+    if (!codebook.shifted()) return 0;
+    float sum = 0;
+    int valid = 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+        const float x =
+            to_float(codebook.row(int(int64_t(codebook.num_codes) * i / kCount))[column]);
+        if (vq_valid(x)) sum += x, ++valid;
+    }
+    return valid ? sum / float(valid) : 0.0f;
+}
+
+// What a code is multiplied by (besides the tile's scale), and its length squared after that.
+struct VqCode {
+    float factor;   // 0: a code without a direction
+    double square;  // infinite: not valid
+    float largest;  // element
+
+    template <class T>
+    __device__ static VqCode of(const VqCodebook<T>& codebook, int code, const float* shift,
+                                int lane) {
+        VqCode result{1.0f, 0, 0.0f};
+        bool valid = code < codebook.num_codes;
+        for (int column = lane * 8; code < codebook.num_codes && column < codebook.dim;
+             column += 64) {
+            float x[8];
+            load_eight(codebook.row(code), column, codebook.dim, codebook.vectors, x);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                valid = valid && vq_valid(x[i]);
+                const float y = column + i < codebook.dim ? x[i] - shift[column + i] : 0.0f;
+                result.largest = fmaxf(result.largest, fabsf(y));
+                result.square += double(y) * y;
+            }
+        }
+        result.square = VqGroup::sum(result.square);
+        result.largest = VqGroup::max(result.largest);
+        if (codebook.cosine) {
+            const bool zero = result.square < kVqShortest * kVqShortest;
+            result.factor = zero ? 0.0f : float(rsqrt(result.square));
+            result.square = zero ? 0 : 1;
+        }
+        result.largest *= result.factor;
+        if (!VqGroup::all(valid)) result = {0.0f, INFINITY, 0.0f};
+        return result;
+    }
+};
+
+// A CTA prepares one tile, eight lanes a code.
+template <class T>
+__global__ void __launch_bounds__(VqPrepared::kTileCodes* VqGroup::kLanes)
+    vq_prepare_kernel(const VqCodebook<T> codebook, const VqPrepared prepared) {
+    constexpr int kCodes = VqPrepared::kTileCodes, kThreads = kCodes * VqGroup::kLanes;
     extern __shared__ __align__(16) float shift[];  // [dim]
-    __shared__ float factors[kCodes];               // to length 1, or 1; 0: a code of zeros
-    __shared__ double squares[kCodes];              // infinite: not valid
-    __shared__ float largest_of_warp[kWarps];
-    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, tile = blockIdx.x;
-    vq_shift(codes, shift, thread, 256);
+    __shared__ float largest_of_warp[kThreads / 32], square_of_warp[kThreads / 32];
+    const int thread = threadIdx.x, tile = blockIdx.x, lane = thread % VqGroup::kLanes;
+    const int row = thread / VqGroup::kLanes, index = tile * kCodes + row;
+    for (int i = thread; i < codebook.dim; i += kThreads) {
+        shift[i] = vq_shift(codebook, i);
+        if (tile == 0) prepared.shift[i] = shift[i];
+    }
     __syncthreads();
-    if (tile == 0)
-        for (int i = thread; i < codes.dim; i += 256) prepared.shift[i] = shift[i];
-    auto row = [&](int i) { return codes.codebook + int64_t(tile * kCodes + i) * codes.dim; };
-    float largest = 0;
-    for (int i = warp; i < kCodes; i += kWarps) {
-        const bool there = tile * kCodes + i < codes.num_codes;
-        float row_largest = 0;
-        double square = 0;
-        bool valid = there;
-        for (int column = lane; there && column < codes.dim; column += 32) {
-            const float x = to_float(row(i)[column]), y = x - shift[column];
-            valid = valid && vq_valid(x);
-            row_largest = fmaxf(row_largest, fabsf(y));
-            square += double(y) * y;
-        }
-        valid = __all_sync(0xffffffffu, valid);
-        square = warp_sum(square);
-        row_largest = warp_max(row_largest);
-        const bool zero = codes.cosine && square < kVqShortest * kVqShortest;
-        const float factor = codes.cosine && !zero ? float(rsqrt(square)) : 1.0f;
-        if (valid && !zero) largest = fmaxf(largest, row_largest * factor);
-        if (lane == 0) {
-            factors[i] = zero ? 0.0f : factor;
-            squares[i] = !valid ? INFINITY : codes.cosine ? double(!zero) : square;
-        }
+    const VqCode code = VqCode::of(codebook, index, shift, lane);
+    const bool valid = code.square < INFINITY;
+    const float largest = warp_max(code.largest);
+    const float square = warp_max(valid ? float(code.square) : 0.0f);
+    if (thread % 32 == 0) {
+        largest_of_warp[thread / 32] = largest;
+        square_of_warp[thread / 32] = square;
     }
-    if (lane == 0) largest_of_warp[warp] = largest;
     __syncthreads();
-    for (int w = 0; w < kWarps; ++w) largest = fmaxf(largest, largest_of_warp[w]);
-    const float scale = vq_scale(largest);
-    __half* out =
-        prepared.codes + int64_t(tile) * prepared.num_chunks * kCodes * VqPrepared::kChunk;
-    for (int chunk = 0; chunk < prepared.num_chunks; ++chunk)
-        for (int i = thread; i < kCodes * VqPrepared::kChunk; i += 256) {
-            const int code = i / VqPrepared::kChunk, in_chunk = i % VqPrepared::kChunk;
-            const float factor = squares[code] < INFINITY ? factors[code] : 0.0f;
-            const __half x = vq_column<false>(
-                chunk * VqPrepared::kChunk + in_chunk, codes.dim, prepared.split, [&](int column) {
-                    if (factor == 0) return 0.0f;
-                    return (to_float(row(code)[column]) - shift[column]) * factor * scale;
-                });
-            const uint32_t offset =
-                VqPrepared::Layout::offset(code, in_chunk / 8) + in_chunk % 8 * 2;
-            out[chunk * kCodes * VqPrepared::kChunk + offset / 2] = x;
+    const float scale = vq_scale(warp_max(largest_of_warp[thread % 32]));
+    const float norm = sqrtf(warp_max(square_of_warp[thread % 32])) * scale * 1.0001f;
+    auto* out = reinterpret_cast<unsigned char*>(prepared.codes) +
+                int64_t(tile) * prepared.num_chunks * VqPrepared::kChunkBytes;
+    const int columns = prepared.num_chunks * VqPrepared::kChunk;
+    for (int column = lane * 8; column < columns; column += 64) {
+        float x[8] = {};
+        if (!prepared.split && code.factor != 0)
+            load_eight(codebook.row(index), column, codebook.dim, codebook.vectors, x);
+        auto element = [&](int i) {
+            if (code.factor == 0) return 0.0f;
+            return (to_float(codebook.row(index)[i]) - shift[i]) * code.factor * scale;
+        };
+        Vector<__half, 8> eight;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const float y = column + i < codebook.dim ? x[i] - shift[column + i] : 0.0f;
+            eight.x[i] = prepared.split
+                             ? split_column<false>(column + i, codebook.dim, element)
+                             : __float2half_rn(code.factor == 0 ? 0 : y * code.factor * scale);
         }
-    double square = 0;  // the largest
-    for (int i = 0; i < kCodes; ++i)
-        if (squares[i] < INFINITY) square = fmax(square, squares[i]);
-    if (thread < kCodes) {
-        const bool zero = codes.cosine && squares[thread] < INFINITY;
-        prepared.half_norms[tile * kCodes + thread] =
-            zero ? 0.0f : float(squares[thread] * scale * scale * 0.5);
+        *reinterpret_cast<Vector<__half, 8>*>(
+            out + column / VqPrepared::kChunk * VqPrepared::kChunkBytes +
+            VqPrepared::Layout::offset(row, column % VqPrepared::kChunk / 8)) = eight;
     }
-    if (thread == 0) {
-        const bool exact = VqShape<T>::kExact && !codes.cosine;
-        prepared.tiles[tile] =
-            error_bound(scale, float(sqrt(square) * scale) * 1.0001f,
-                        prepared.num_chunks * VqPrepared::kChunk, prepared.split, exact);
-    }
+    if (lane == 0)
+        prepared.half_norms[index] =
+            codebook.cosine && valid ? 0.0f : float(code.square * scale * scale * 0.5);
+    if (thread == 0)
+        prepared.tiles[tile] = error_bound(scale, norm, columns, prepared.split,
+                                           VqCodebook<T>::kExact && !codebook.cosine);
 }
 
 }  // namespace vlmkernels

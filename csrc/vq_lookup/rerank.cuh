@@ -5,38 +5,30 @@
 
 namespace vlmkernels {
 
-// Eight lanes share a token; all four groups of a warp add together.
-struct VqGroup {
-    static constexpr int kLanes = 8;
-    int lane;  // within the group
-
-    __device__ static double sum(double x) {
-#pragma unroll
-        for (int offset = kLanes / 2; offset > 0; offset /= 2)
-            x += __shfl_xor_sync(0xffffffffu, x, offset);
-        return x;
-    }
-};
-
 // Squared distance, or 1 - similarity; infinite for a code that isn't valid.
 template <class T>
-__device__ double vq_distance(const VqGroup& group, const T* token, const T* code, int dim,
-                              bool cosine) {
+__device__ double vq_distance(const VqCodebook<T>& codebook, const T* token, const T* code, int dim,
+                              int lane) {
     double dot = 0, square = 0, token_square = 0;
     bool valid = true;
-    for (int i = group.lane; i < dim; i += VqGroup::kLanes) {
-        const float x = to_float(token[i]), y = to_float(code[i]);
-        valid = valid && vq_valid(y);
-        if (cosine) {
-            dot += double(x) * y;
-            token_square += double(x) * x;
-            square += double(y) * y;
-        } else {
-            square += (double(x) - y) * (double(x) - y);
+    for (int column = lane * 8; column < dim; column += 64) {
+        float x[8], y[8];
+        load_eight(token, column, dim, codebook.vectors, x);
+        load_eight(code, column, dim, codebook.vectors, y);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            valid = valid && vq_valid(y[i]);
+            if (codebook.cosine) {
+                dot += double(x[i]) * y[i];
+                token_square += double(x[i]) * x[i];
+                square += double(y[i]) * y[i];
+            } else {
+                square += (double(x[i]) - y[i]) * (double(x[i]) - y[i]);
+            }
         }
     }
     square = VqGroup::sum(valid ? square : INFINITY);
-    if (!cosine) return square;
+    if (!codebook.cosine) return square;
     dot = VqGroup::sum(dot);
     token_square = VqGroup::sum(token_square);
     if (!(square < INFINITY)) return square;
@@ -47,11 +39,11 @@ __device__ double vq_distance(const VqGroup& group, const T* token, const T* cod
 
 // Writes the results of token `row` of the warp, token `token` of all. Called by whole warps.
 template <class T, class Candidates>
-__device__ void vq_rerank(const VqLookupParams& p, const typename Candidates::Shared& shared,
-                          const VqGroup& group, int row, int64_t token) {
+__device__ void vq_rerank(const VqLookupParams& p, const VqCodebook<T>& codebook,
+                          const typename Candidates::Shared& shared, int row, int64_t token,
+                          int lane) {
     const bool there = token < p.num_tokens;
     const T* z = static_cast<const T*>(p.z) + (there ? token * p.dim : 0);
-    const auto* codebook = static_cast<const T*>(p.codebook);
     const int count = there ? shared.count[row] : 0;
     const bool every = count > Candidates::kMost;
     double best = INFINITY;
@@ -61,8 +53,7 @@ __device__ void vq_rerank(const VqLookupParams& p, const typename Candidates::Sh
     for (int i = 0; i < rounds; ++i) {
         const bool own = i < own_count && (every || shared.list[row][i].upper >= shared.lower[row]);
         const int code = !own ? 0 : every ? i : shared.list[row][i].code;
-        const double distance =
-            vq_distance(group, z, codebook + int64_t(code) * p.dim, own ? p.dim : 0, p.cosine);
+        const double distance = vq_distance(codebook, z, codebook.row(code), own ? p.dim : 0, lane);
         if (own && (distance < best || (distance == best && code < nearest))) {
             best = distance;
             nearest = code;
@@ -70,13 +61,16 @@ __device__ void vq_rerank(const VqLookupParams& p, const typename Candidates::Sh
     }
     if (!there) return;
     const int index = nearest < 0 ? 0 : nearest;
-    if (group.lane == 0) {
+    if (lane == 0) {
         p.indices[token] = index;
         p.distance[token] = nearest < 0 ? NAN : float(best);
     }
-    const T* from = codebook + int64_t(index) * p.dim;
     T* to = static_cast<T*>(p.quantized) + token * p.dim;
-    for (int i = group.lane; i < p.dim; i += VqGroup::kLanes) to[i] = from[i];
+    for (int column = lane * 8; column < p.dim; column += 64) {
+        float x[8];  // and back: exact
+        load_eight(codebook.row(index), column, p.dim, codebook.vectors, x);
+        store_eight(to, column, p.dim, codebook.vectors, x);
+    }
 }
 
 }  // namespace vlmkernels

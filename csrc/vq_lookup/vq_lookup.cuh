@@ -7,9 +7,9 @@
 
 namespace vlmkernels {
 
-template <int kM_, int kStages_>
+template <int kM_, int kMostDim_, int kStages_>
 struct VqBlock {
-    static constexpr int kM = kM_, kStages = kStages_, kSlots = 12;
+    static constexpr int kM = kM_, kMostDim = kMostDim_, kStages = kStages_, kSlots = 12;
     static constexpr int kWarps = 4, kThreads = 32 * kWarps, kTokens = 16 * kM * kWarps;
     static constexpr int kChunk = VqPrepared::kChunk, kTileCodes = VqPrepared::kTileCodes;
     static constexpr int kTokenChunkBytes = kTokens * kChunk * 2;
@@ -21,37 +21,56 @@ struct VqBlock {
     }
 };
 
-// One token, by a warp: scaled and in fp16 to row `row` of the block.
+// One token by eight lanes: scaled and in fp16 to row `row` of the block. Called by whole warps.
 template <class Block, class T>
-__device__ void vq_load_token(const VqLookupParams& p, const VqPrepared& prepared, int64_t token,
-                              int row, unsigned char* tokens,
+__device__ void vq_load_token(const VqLookupParams& p, const VqPrepared& prepared, bool vectors,
+                              int64_t token, int row, unsigned char* tokens,
                               typename Block::Candidates::Shared& shared, int lane) {
     using Layout = VqPrepared::Layout;
-    const T* z = static_cast<const T*>(p.z) + token * p.dim;
-    float largest = 0, square = 0;
-    bool valid = token < p.num_tokens;
-    auto element = [&](int i) { return to_float(z[i]) - prepared.shift[i]; };
-    const bool there = valid;
-    for (int i = lane; there && i < p.dim; i += 32) {
-        valid = valid && vq_valid(to_float(z[i]));
-        largest = fmaxf(largest, fabsf(element(i)));
+    const bool there = token < p.num_tokens;
+    const T* z = static_cast<const T*>(p.z) + (there ? token * p.dim : 0);
+    const int columns = prepared.num_chunks * Block::kChunk;
+    float x[Block::kMostDim / 64][8], largest = 0, square = 0;
+    bool valid = there;
+#pragma unroll
+    for (int j = 0; j < Block::kMostDim / 64; ++j) {
+        const int column = j * 64 + lane * 8;
+        if (column >= p.dim) continue;
+        load_eight(z, column, p.dim, vectors, x[j]);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            valid = valid && vq_valid(x[j][i]);
+            if (column + i < p.dim) x[j][i] -= prepared.shift[column + i];
+            largest = fmaxf(largest, fabsf(x[j][i]));
+            square = fmaf(x[j][i], x[j][i], square);
+        }
     }
-    valid = __all_sync(0xffffffffu, valid);
-    const float scale = valid ? vq_scale(warp_max(largest)) : 1.0f;
-    auto scaled = [&](int i) { return valid ? element(i) * scale : 0.0f; };
-    for (int i = lane; i < p.dim; i += 32) square = fmaf(scaled(i), scaled(i), square);
-    square = float(warp_sum(square));
-    for (int column = lane; column < prepared.num_chunks * Block::kChunk; column += 32) {
-        unsigned char* chunk = tokens + column / Block::kChunk * Block::kTokenChunkBytes;
-        const int in_chunk = column % Block::kChunk;
-        *reinterpret_cast<__half*>(chunk + Layout::offset(row, in_chunk / 8) + in_chunk % 8 * 2) =
-            vq_column<true>(column, p.dim, prepared.split, scaled);
+    valid = VqGroup::all(valid);
+    largest = VqGroup::max(largest);
+    const float scale = valid ? vq_scale(largest) : 1.0f;
+    square = VqGroup::sum(square);
+    auto element = [&](int i) {
+        return valid ? (to_float(z[i]) - prepared.shift[i]) * scale : 0.0f;
+    };
+#pragma unroll
+    for (int j = 0; j < Block::kMostDim / 64; ++j) {
+        const int column = j * 64 + lane * 8;
+        if (column >= columns) continue;
+        Vector<__half, 8> eight;
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            eight.x[i] = prepared.split
+                             ? split_column<true>(column + i, p.dim, element)
+                             : __float2half_rn(valid && column < p.dim ? x[j][i] * scale : 0.0f);
+        *reinterpret_cast<Vector<__half, 8>*>(
+            tokens + column / Block::kChunk * Block::kTokenChunkBytes +
+            Layout::offset(row, column % Block::kChunk / 8)) = eight;
     }
     if (lane == 0) {
         const int in_warp = row % Block::Candidates::kTokens;
         shared.count[in_warp] = valid ? 0 : Block::Candidates::kInvalid;
         shared.scale[in_warp] = scale;
-        shared.norm[in_warp] = sqrtf(square) * 1.0001f;
+        shared.norm[in_warp] = sqrtf(square) * scale * 1.0001f;
     }
 }
 
@@ -99,7 +118,8 @@ __device__ void vq_multiply(float (&scores)[Block::kM][Block::kTileCodes / 8][4]
 
 template <class Block, class T>
 __global__ void __launch_bounds__(Block::kThreads)
-    vq_lookup_kernel(const VqLookupParams p, const VqPrepared prepared) {
+    vq_lookup_kernel(const VqLookupParams p, const VqCodebook<T> codebook,
+                     const VqPrepared prepared) {
     using Candidates = typename Block::Candidates;
     constexpr int kStages = Block::kStages;
     extern __shared__ __align__(128) unsigned char shared[];
@@ -117,9 +137,10 @@ __global__ void __launch_bounds__(Block::kThreads)
         cp_async_commit();
     };
     for (int step = 0; step < kStages - 1; ++step) load_stage(step);
-    for (int i = 0; i < Candidates::kTokens; ++i)
-        vq_load_token<Block, T>(p, prepared, token0 + i, warp * Candidates::kTokens + i, shared,
-                                lists[warp], lane);
+    const int group = lane / VqGroup::kLanes, group_lane = lane % VqGroup::kLanes;
+    for (int row = group; row < Candidates::kTokens; row += 4)
+        vq_load_token<Block, T>(p, prepared, codebook.vectors, token0 + row,
+                                warp * Candidates::kTokens + row, shared, lists[warp], group_lane);
     __syncwarp();
     Candidates candidates(lists[warp], lane);
     float scores[Block::kM][Block::kTileCodes / 8][4] = {};
@@ -145,9 +166,8 @@ __global__ void __launch_bounds__(Block::kThreads)
                 scores[m][n][0] = scores[m][n][1] = scores[m][n][2] = scores[m][n][3] = 0;
     }
     candidates.publish();
-    const VqGroup group{lane % VqGroup::kLanes};
-    for (int row = lane / VqGroup::kLanes; row < Candidates::kTokens; row += 32 / VqGroup::kLanes)
-        vq_rerank<T, Candidates>(p, lists[warp], group, row, token0 + row);
+    for (int row = group; row < Candidates::kTokens; row += 4)
+        vq_rerank<T, Candidates>(p, codebook, lists[warp], row, token0 + row, group_lane);
 }
 
 }  // namespace vlmkernels

@@ -55,7 +55,8 @@ def vq_lookup(
 
     Source: van den Oord et al., "Neural discrete representation learning", 2017, eqs. 1 to 3.
     """
-    return VQLookup(*_op(z, codebook, metric, straight_through))
+    quantized, distance, codebook_distance, indices = _op(z, codebook, metric, straight_through)
+    return VQLookup(indices, quantized, distance, codebook_distance)
 
 
 def nearest(z: Tensor, codebook: Tensor, metric: str) -> Tensor:
@@ -83,7 +84,7 @@ def reference(
     valid = _valid(z.detach()) & _valid(codes.detach())
     distances = (_distance(z, codes.detach(), metric), _distance(z.detach(), codes, metric))
     distance, codebook_distance = (torch.where(valid, d, torch.nan) for d in distances)
-    return indices, quantized, distance, codebook_distance
+    return quantized, distance, codebook_distance, indices
 
 
 def _valid(x: Tensor) -> Tensor:
@@ -108,13 +109,15 @@ def _kernel(
     z: Tensor, codebook: Tensor, metric: str, straight_through: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     z, codebook = z.contiguous(), codebook.contiguous()
-    indices, quantized, distance, _ = outputs = _fake(z, codebook, metric, straight_through)
+    quantized, distance, codebook_distance, indices = outputs = _fake(
+        z, codebook, metric, straight_through
+    )
     num_bytes = _core.C.vq_lookup_workspace(codebook)
     workspace = z.new_empty(num_bytes, dtype=torch.uint8) if num_bytes else None
     if not _core.C.vq_lookup(z, codebook, metric, indices, quantized, distance, workspace):
         with torch.no_grad():
             return reference(z, codebook, metric, False)
-    outputs[3].copy_(distance)
+    codebook_distance.copy_(distance)
     return outputs
 
 
@@ -124,25 +127,26 @@ def _fake(
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     num_tokens = z.shape[0]
     return (
-        z.new_empty(num_tokens, dtype=torch.int64),
         z.new_empty(z.shape),
         z.new_empty(num_tokens, dtype=dtype),
         z.new_empty(num_tokens, dtype=dtype),
+        z.new_empty(num_tokens, dtype=torch.int64),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     z, codebook, ctx.metric, ctx.straight_through = inputs
-    ctx.save_for_backward(z, codebook, output[0])
+    ctx.save_for_backward(z, codebook, output[3])
+    ctx.mark_non_differentiable(output[3])
     ctx.set_materialize_grads(False)
 
 
 def _backward(
     ctx: Any,
-    _: Any,
     dquantized: Tensor | None,
     ddistance: Tensor | None,
     dcodebook_distance: Tensor | None,
+    _: Any,
 ) -> tuple[Tensor | None, ...]:
     z, codebook, indices = ctx.saved_tensors
     to_z = dquantized if ctx.straight_through else None
