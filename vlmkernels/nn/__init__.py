@@ -1,10 +1,12 @@
 """Drop-in modules: parameters and a call, with the state_dict keys of what they replace."""
 
+from vlmkernels.nn._vector_quantize import ResidualVQ, VectorQuantize
 from vlmkernels.nn.attention import MultiheadAttention
 from vlmkernels.nn.norm import LayerNorm, RMSNorm
 from vlmkernels.nn.null import Null
 from vlmkernels.nn.patch_embed import PatchEmbed2d, PatchEmbed3d
 from vlmkernels.nn.rope import MRotaryEmbedding, RotaryEmbedding, VisionRotaryEmbedding
+from vlmkernels.nn.vq_lookup import VectorQuantizer
 
 __all__ = [
     "LayerNorm",
@@ -14,6 +16,9 @@ __all__ = [
     "PatchEmbed2d",
     "PatchEmbed3d",
     "RMSNorm",
+    "ResidualVQ",
     "RotaryEmbedding",
+    "VectorQuantize",
+    "VectorQuantizer",
     "VisionRotaryEmbedding",
 ]

@@ -5,6 +5,7 @@ from vlmkernels.ops.norm import layer_norm, rms_norm
 from vlmkernels.ops.null import null
 from vlmkernels.ops.patch_embed import patch_embed
 from vlmkernels.ops.rope import mrope, rope, rope_from_tables, vision_rope
+from vlmkernels.ops.vq_lookup import vq_lookup
 
 __all__ = [
     "attention",
@@ -17,4 +18,5 @@ __all__ = [
     "rope",
     "rope_from_tables",
     "vision_rope",
+    "vq_lookup",
 ]
