@@ -180,11 +180,13 @@ void gradient_row(const ContrastiveGradientRowsParams& p, int64_t row) {
             const int64_t left = end - j;
             const Vec product = load_first(x + j, left), s = product * scale + bias;
             Vec ds;
-            if constexpr (kSigmoid)
-                ds = 1 / (1 + exp(min(splat(88), -s)));
-            else
+            if constexpr (kSigmoid) {
+                const Vec e = exp(-abs(s));
+                ds = (s < 0 ? e : splat(1)) / (1 + e);
+            } else {
                 ds = exp(s - lse) * p.image_weight +
                      exp(s - load_first(p.text_lse + j, left)) * p.text_weight;
+            }
             for (int64_t i = left; i < kWidth; ++i) ds[i] = 0;
             if (positive >= j && positive < j + kWidth) ds[positive - j] -= share;
             strip_by_product += ds * product;

@@ -1,12 +1,14 @@
 """Drop-in modules: parameters and a call, with the state_dict keys of what they replace."""
 
 from vlmkernels.nn.attention import MultiheadAttention
+from vlmkernels.nn.contrastive_loss import ClipLoss, SigLipLoss
 from vlmkernels.nn.norm import LayerNorm, RMSNorm
 from vlmkernels.nn.null import Null
 from vlmkernels.nn.patch_embed import PatchEmbed2d, PatchEmbed3d
 from vlmkernels.nn.rope import MRotaryEmbedding, RotaryEmbedding, VisionRotaryEmbedding
 
 __all__ = [
+    "ClipLoss",
     "LayerNorm",
     "MRotaryEmbedding",
     "MultiheadAttention",
@@ -15,5 +17,6 @@ __all__ = [
     "PatchEmbed3d",
     "RMSNorm",
     "RotaryEmbedding",
+    "SigLipLoss",
     "VisionRotaryEmbedding",
 ]
