@@ -42,8 +42,6 @@ static ContrastivePairs pairs_of(const Tensor& image, const Tensor& text, const 
         value_error(text,
                     std::string("must have the shape of ") + image.name + " " + shape_text(image),
                     shape_text(text));
-    if (num_images == 0 || num_texts == 0 || dim == 0)
-        value_error(image, "and text must not be empty", shape_text(image));
     if (num_images >= 1 << 28 || num_texts >= 1 << 28 || dim >= 1 << 24)
         value_error(image, "must have batch below 2^28 and dim below 2^24", shape_text(image));
     expect_contiguous(image);
@@ -88,7 +86,7 @@ static bool contrastive_forward(py::handle image_, py::handle text_, py::handle 
     if (image_lse.given != text_lse.given || image_lse.given == losses.given ||
         (image_lse.given && positives && !positive.given))
         value_error(op, "statistics are those of CLIP (image_lse, text_lse, positive) or losses");
-    if (!workspace.given) return false;
+    if (!workspace.given || image.numel() == 0 || text.numel() == 0) return false;
     expect_panel_rows(image, panel_rows);
     expect_statistics(workspace, image, DType::kFloat32, {contrastive_workspace(panel_rows, n)},
                       "(contrastive_workspace,)");
@@ -126,7 +124,7 @@ static bool contrastive_backward(py::handle image_, py::handle text_, py::handle
     expect_scalar(factor, image);
     expect_statistics(dimage, image, compute, {m, dim}, "(batch, dim)");
     expect_statistics(dtext, image, compute, {n, dim}, "(batch, dim)");
-    if (!panel.given) return false;
+    if (!panel.given || image.numel() == 0 || text.numel() == 0) return false;
     expect_panel_rows(image, rows);
     const int64_t num_sums = contrastive_num_sums(rows, n), stride = (n + 7) / 8 * 8;
     expect_statistics(sums, image, DType::kFloat32, {2, num_sums}, "(2, num_sums)");

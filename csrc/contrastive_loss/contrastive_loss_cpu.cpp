@@ -187,8 +187,8 @@ void gradient_row(const ContrastiveGradientRowsParams& p, int64_t row) {
                 ds = exp(s - lse) * p.image_weight +
                      exp(s - load_first(p.text_lse + j, left)) * p.text_weight;
             }
-            for (int64_t i = left; i < kWidth; ++i) ds[i] = 0;
             if (positive >= j && positive < j + kWidth) ds[positive - j] -= share;
+            for (int64_t i = left; i < kWidth; ++i) ds[i] = 0;
             strip_by_product += ds * product;
             strip += ds;
             store_first(x + j, ds, left);
