@@ -78,8 +78,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
                     auto* pairs = reinterpret_cast<uint32_t*>(&packed);
 #pragma unroll
                     for (int i = 0; i < 4; ++i)
-                        pairs[i] =
-                            pack<T>(x[2 * i] * kHeadroom<T>, x[2 * i + 1] * kHeadroom<T>);
+                        pairs[i] = pack<T>(x[2 * i] * kHeadroom<T>, x[2 * i + 1] * kHeadroom<T>);
                     *reinterpret_cast<uint4*>(ds.data + ds.row(row) + column) = packed;
                 });
     __syncthreads();
@@ -105,8 +104,7 @@ __device__ inline void put_floats(const MatrixView<float>& to, int row, int colu
         } else {
 #pragma unroll
             for (int k = i; k < i + 4; ++k)
-                if (column + k < to.num_columns)
-                    at[k] = (grow ? at[k] : 0) + factor * values[k];
+                if (column + k < to.num_columns) at[k] = (grow ? at[k] : 0) + factor * values[k];
         }
     }
 }

@@ -97,7 +97,8 @@ static bool contrastive_forward(py::handle image_, py::handle text_, py::handle 
                                      .losses = losses.ptr<float>(),
                                      .workspace = workspace.ptr<float>()};
     return is_half(image.dtype) &&
-           run(image, [&](Stream stream) { return launch_contrastive_forward(p, stream); },
+           run(
+               image, [&](Stream stream) { return launch_contrastive_forward(p, stream); },
                nullptr);
 }
 
@@ -143,7 +144,8 @@ static bool contrastive_backward(py::handle image_, py::handle text_, py::handle
                                       .num_sums = int(num_sums),
                                       .panel_stride = stride};
     return is_half(image.dtype) &&
-           run(image, [&](Stream stream) { return launch_contrastive_backward(p, stream); },
+           run(
+               image, [&](Stream stream) { return launch_contrastive_backward(p, stream); },
                nullptr);
 }
 
@@ -174,8 +176,8 @@ static bool clip_rows(py::handle products_, py::handle scale_, int64_t first_pos
     Tensor products(op, "products", products_), scale(op, "logit_scale", scale_),
         image_lse(op, "image_lse", image_lse_), positive(op, "positive", positive_, true),
         text_max(op, "text_max", text_max_), text_sum(op, "text_sum", text_sum_);
-    const ContrastiveProducts x = products_of(products, scale, Tensor(op, "", py::none(), true),
-                                              first_positive);
+    const ContrastiveProducts x =
+        products_of(products, scale, Tensor(op, "", py::none(), true), first_positive);
     if (!on_cpu(products)) return false;
     for (const Tensor* t : {&image_lse, &positive})
         expect_statistics(*t, products, DType::kFloat32, {x.num_rows}, "(rows,)");

@@ -63,7 +63,8 @@ struct Strip {
 VLMKERNELS_INLINE void merge(float* max_, float* sum_, int64_t n, Vec strip_max, Vec strip_sum) {
     const Vec before = load_first(max_, n), now = max(before, strip_max);
     const Vec offset = now == splat(-kInfinity) ? Vec{} : now;
-    const Vec sum = load_first(sum_, n) * exp(before - offset) + strip_sum * exp(strip_max - offset);
+    const Vec sum =
+        load_first(sum_, n) * exp(before - offset) + strip_sum * exp(strip_max - offset);
     store_first(max_, now, n);
     store_first(sum_, sum, n);
 }

@@ -56,16 +56,16 @@ Error forward(const ContrastiveForwardParams& p, Stream stream) {
             const int row_parts = (pairs.num_texts + Tile::kN - 1) / Tile::kN * Tile::kWarpsN;
             const int column_parts = (rows + Tile::kM - 1) / Tile::kM * Tile::kWarpsM;
             float* columns = p.workspace + int64_t(row_parts) * rows;
-            Error error = launch(
-                contrastive_forward_kernel<Tile, T, kSigmoid>,
-                Grid(num_tiles<Tile>(rows, pairs.num_texts)), Tile::kThreads, Tile::kSharedBytes,
-                stream, image_rows<T>(pairs, first, rows), texts<T>(pairs),
-                {.rows = p.workspace,
-                 .columns = columns,
-                 .positive = kSigmoid ? nullptr : p.positive + first,
-                 .logit_scale = pairs.logit_scale,
-                 .logit_bias = pairs.logit_bias,
-                 .first_positive = pairs.positives ? first : kNoPositive});
+            Error error = launch(contrastive_forward_kernel<Tile, T, kSigmoid>,
+                                 Grid(num_tiles<Tile>(rows, pairs.num_texts)), Tile::kThreads,
+                                 Tile::kSharedBytes, stream, image_rows<T>(pairs, first, rows),
+                                 texts<T>(pairs),
+                                 {.rows = p.workspace,
+                                  .columns = columns,
+                                  .positive = kSigmoid ? nullptr : p.positive + first,
+                                  .logit_scale = pairs.logit_scale,
+                                  .logit_bias = pairs.logit_bias,
+                                  .first_positive = pairs.positives ? first : kNoPositive});
             if (error) return error;
             error = combine<kSigmoid>(p.workspace, row_parts, rows, false,
                                       (kSigmoid ? p.losses : p.image_lse) + first, stream);
@@ -82,7 +82,8 @@ Error forward(const ContrastiveForwardParams& p, Stream stream) {
 template <class T>
 Error products(const ContrastiveBackwardParams& p, int first, int rows, Stream stream) {
     const ContrastivePairs& pairs = p.pairs;
-    const int images = p.dimage ? rows : 0, dim = pairs.dim, num_texts = p.dtext ? pairs.num_texts : 0;
+    const int images = p.dimage ? rows : 0, dim = pairs.dim,
+              num_texts = p.dtext ? pairs.num_texts : 0;
     if (!images && !num_texts) return cudaSuccess;
     const MatrixView<const T> ds(static_cast<const T*>(p.panel), p.panel_stride, rows,
                                  int(p.panel_stride));
@@ -116,10 +117,8 @@ Error backward(const ContrastiveBackwardParams& p, Stream stream) {
             .sums = p.sums,
             .num_sums = p.num_sums,
             .grow = first > 0};
-        const MatrixView<T> ds(static_cast<T*>(p.panel), p.panel_stride, rows,
-                               int(p.panel_stride));
-        Error error = with_tile<T>(pairs.panel_rows, pairs.num_texts,
-                                   [&]<class Tile>() {
+        const MatrixView<T> ds(static_cast<T*>(p.panel), p.panel_stride, rows, int(p.panel_stride));
+        Error error = with_tile<T>(pairs.panel_rows, pairs.num_texts, [&]<class Tile>() {
             return launch(contrastive_ds_kernel<Tile, T, kSigmoid>,
                           Grid(num_tiles<Tile>(rows, pairs.num_texts)), Tile::kThreads,
                           Tile::kSharedBytes, stream, image_rows<T>(pairs, first, rows),

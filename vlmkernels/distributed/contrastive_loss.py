@@ -47,8 +47,9 @@ def clip_loss(
     if dist.get_world_size(group) == 1:
         return ops.clip_loss(image_features, text_features, scale)
     features = _library.autocast(image_features, text_features)
-    loss = _ClipLoss.apply(*features, scale, group, local_loss, gather_with_grad)
-    return loss  # type: ignore[no-any-return]
+    apply: Any = _ClipLoss.apply
+    loss: Tensor = apply(*features, scale, group, local_loss, gather_with_grad)
+    return loss
 
 
 def siglip_loss(
@@ -71,7 +72,9 @@ def siglip_loss(
     if dist.get_world_size(group) == 1:
         return ops.siglip_loss(image_features, text_features, scale, bias)
     features = _library.autocast(image_features, text_features)
-    return _SiglipLoss.apply(*features, scale, bias, group)  # type: ignore[no-any-return]
+    apply: Any = _SiglipLoss.apply
+    loss: Tensor = apply(*features, scale, bias, group)
+    return loss
 
 
 def _ring_statistics(
@@ -111,15 +114,17 @@ def _ring_gradients(
         calls = [([1.0, 0.0], (wanted[0], False)), ([0.0, 1.0], (False, wanted[1]))]
     dimage = scale.new_zeros(image.shape) if wanted[0] else scale.new_empty(0)
     dtext, totals = scale.new_empty(0), scale.new_zeros(2)
-    block, block_lse = text, () if lse is None else (lse[1],)
+    block = text
+    block_lse: list[Tensor] = [] if lse is None else [lse[1]]
     behind: Exchange | None = None
     for hop in range(ring.size):
         ahead = ring.start(block, *block_lse) if hop + 1 < ring.size else None
-        both = (None, None) if lse is None else (lse[0], *block_lse)
+        rows, columns = (None, None) if lse is None else (lse[0], block_lse[0])
         dblock: Tensor | None = None
         for weights, want in calls:
-            options = (factor, hop == 0, weights, *want)
-            dimage_part, dtext_part, part = gradients(image, block, scale, bias, *both, *options)
+            dimage_part, dtext_part, part = gradients(
+                *(image, block, scale, bias, rows, columns, factor, hop == 0, weights), *want
+            )
             totals += part
             if want[0]:
                 dimage += dimage_part
@@ -128,8 +133,7 @@ def _ring_gradients(
         if dblock is not None:
             behind = ring.start(dblock if behind is None else dblock + behind.wait()[0])
         if ahead is not None:
-            block, *rest = ahead.wait()
-            block_lse = tuple(rest)  # type: ignore[assignment]
+            block, *block_lse = ahead.wait()
     return dimage, dtext if behind is None else behind.wait()[0], totals
 
 
@@ -153,7 +157,7 @@ class _ClipLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         image, text, scale, *lse = ctx.saved_tensors
         ring, wanted = ctx.ring, ctx.needs_input_grad[:2]
         factor = ring.sum(dloss) / (ring.size * 2 * len(image))  # of the sum of the local losses
@@ -197,7 +201,7 @@ class _SiglipLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         image, text, scale, bias = ctx.saved_tensors
         wanted, factor = ctx.needs_input_grad[:2], dloss / len(image)
         dimage, dtext, totals = _ring_gradients(

@@ -17,9 +17,7 @@ FORWARD_ROWS, BACKWARD_ROWS, CHUNK_ROWS = 8192, 4096, 512
 
 
 @_library.public
-def clip_loss(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float
-) -> Tensor:
+def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
     """loss = mean_i(logsumexp_j(s_ij) + logsumexp_j(s_ji)) / 2 - mean_i(s_ii),
     s_ij = logit_scale * image_i · text_j
 
@@ -156,9 +154,7 @@ def _forward(
     if _has_cuda_kernel(image, text):
         workspace = scale.new_empty(_core.C.contrastive_workspace(rows, len(text)))
     return bool(
-        _core.C.contrastive_forward(
-            image, text, scale, bias, positives, *outputs, workspace, rows
-        )
+        _core.C.contrastive_forward(image, text, scale, bias, positives, *outputs, workspace, rows)
     )
 
 
@@ -283,7 +279,7 @@ def _gradient_chunks(
         lse = None if image_lse is None else image_lse[rows]
         sums = totals.new_empty((2, len(products)))
         first = rows.start if positives else len(text)
-        options = (first, lse, text_lse, *weights, sums)
+        options: tuple[Any, ...] = (first, lse, text_lse, *weights, sums)
         ds = products
         if not _core.C.contrastive_gradient_rows(products, scale, bias, *options):
             ds = _gradient_rows(products, scale, bias, *options)
