@@ -26,9 +26,8 @@ struct ContrastiveGradient {
     float image_weight, text_weight;
     int first_positive;  // column of the positive of row 0
     int num_rows, num_columns;
-    float* sums;  // [2, num_sums]
+    float* sums;  // [2, num_sums], each added to by one thread alone
     int num_sums;
-    bool grow;  // not the first panel: sums are added to
 
     // 8 products of a row become ds; adds up ds * product, and ds.
     __device__ void operator()(int row, int column, float (&x)[8], float (&total)[2]) const {
@@ -54,13 +53,25 @@ struct ContrastiveGradient {
     }
 };
 
+// Writes 8 values of a row, columns a multiple of 8.
+template <class T>
+__device__ void put_ds(const MatrixView<T>& ds, int row, int column, const float (&x)[8]) {
+    if (row >= ds.num_rows || column >= ds.num_columns) return;
+    uint4 packed;
+    auto* pairs = reinterpret_cast<uint32_t*>(&packed);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        pairs[i] = pack<T>(x[2 * i] * kHeadroom<T>, x[2 * i + 1] * kHeadroom<T>);
+    *reinterpret_cast<uint4*>(ds.data + ds.row(row) + column) = packed;
+}
+
 template <class Tile, class T, bool kSigmoid>
 __global__ void __launch_bounds__(Tile::kThreads)
     contrastive_ds_kernel(const __grid_constant__ MatrixView<const T> image,
                           const __grid_constant__ MatrixView<const T> text,
                           const __grid_constant__ ContrastiveGradient<kSigmoid> gradient,
                           const __grid_constant__ MatrixView<T> ds) {
-    extern __shared__ __align__(128) char shared[];
+    extern __shared__ __align__(1024) unsigned char shared[];
     const int thread = threadIdx.x, tiles_m = (image.num_rows + Tile::kM - 1) / Tile::kM;
     const int m0 = blockIdx.x % tiles_m * Tile::kM, n0 = blockIdx.x / tiles_m * Tile::kN;
     typename Tile::Accumulators c = {};
@@ -71,26 +82,18 @@ __global__ void __launch_bounds__(Tile::kThreads)
     float total[2] = {};
     store<Tile>(c, reinterpret_cast<float*>(shared), thread,
                 [&](int row, int column, float (&x)[8]) {
-                    row += m0, column += n0;
-                    gradient(row, column, x, total);
-                    if (row >= ds.num_rows || column >= ds.num_columns) return;
-                    uint4 packed;
-                    auto* pairs = reinterpret_cast<uint32_t*>(&packed);
-#pragma unroll
-                    for (int i = 0; i < 4; ++i)
-                        pairs[i] = pack<T>(x[2 * i] * kHeadroom<T>, x[2 * i + 1] * kHeadroom<T>);
-                    *reinterpret_cast<uint4*>(ds.data + ds.row(row) + column) = packed;
+                    gradient(m0 + row, n0 + column, x, total);
+                    put_ds(ds, m0 + row, n0 + column, x);
                 });
     __syncthreads();
     group_sum<Tile::kThreads>(total, reinterpret_cast<float*>(shared));
     if (thread >= 2) return;
-    float* sum = gradient.sums + thread * gradient.num_sums + blockIdx.x;
-    *sum = (gradient.grow ? *sum : 0) + (thread ? total[1] : total[0]);
+    gradient.sums[thread * gradient.num_sums + blockIdx.x] += thread ? total[1] : total[0];
 }
 
 // Writes 8 values of a row, or adds them to what is there.
 __device__ inline void put_floats(const MatrixView<float>& to, int row, int column, bool grow,
-                                  float (&values)[8], float factor) {
+                                  const float (&values)[8], float factor) {
     if (row >= to.num_rows) return;
     float* at = to.data + to.row(row) + column;
 #pragma unroll
@@ -118,7 +121,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
                                 const __grid_constant__ MatrixView<float> dimage,
                                 const __grid_constant__ MatrixView<float> dtext,
                                 const float* factor_, const float* logit_scale, bool grow) {
-    extern __shared__ __align__(128) char shared[];
+    extern __shared__ __align__(1024) unsigned char shared[];
     const int thread = threadIdx.x;
     const int tiles_n = (image.num_columns + Tile::kN - 1) / Tile::kN;
     const int image_tiles = (dimage.num_rows + Tile::kM - 1) / Tile::kM * tiles_n;

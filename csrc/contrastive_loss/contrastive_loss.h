@@ -3,14 +3,15 @@
 //   contrastive_loss.h         what the kernels are given, and the launch declarations
 //   contrastive_fwd.cuh        one sweep over tiles of s: log-sum-exps of rows and of columns
 //   contrastive_bwd.cuh        ds of a panel of rows, then ds text and ds^T image from it
-//   launch.cuh                 tiles, panels and launches; instances/*.cu one element type each
-//   contrastive_loss.cu        launchers
-//   contrastive_loss_cpu.cpp   the same statistics of products that PyTorch multiplied
-//   contrastive_loss.cpp       argument checks and binding
+//   contrastive_hopper.cuh     the same with TMA and wgmma
+//   launch.cuh, launch_hopper.cuh   tiles, panels and launches; instances/*.cu one element type
+//   each contrastive_loss.cu        launchers contrastive_loss_cpu.cpp   the same statistics of
+//   products that PyTorch multiplied contrastive_loss.cpp       argument checks and binding
 // Pair (i, i) is positive, all others are negative; in a block off the diagonal of a batch that is
 // spread over processes all are negative.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "common/dtype.h"
@@ -22,6 +23,7 @@ namespace vlmkernels {
 inline int contrastive_tile(int64_t panel_rows, int64_t num_texts) {
     return panel_rows * num_texts >= 100 * 128 * 128 ? 128 : 64;
 }
+inline constexpr int kMaxSms = 160;  // that persistent kernels use
 inline int64_t tiles_of(int64_t n, int tile) { return (n + tile - 1) / tile; }
 
 struct ContrastivePairs {
@@ -52,7 +54,7 @@ struct ContrastiveBackwardParams {
     const float* factor;              // one value: of all gradients
     float* dimage;                    // [num_images, dim]; null: not wanted
     float* dtext;                     // [num_texts, dim]; null: not wanted
-    float* sums;                      // [2, num_sums]: sums of ds * image . text, and of ds
+    float* sums;                      // [2, num_sums], zeros: of ds * image . text, and of ds
     void* panel;                      // [panel_rows, panel_stride], of dtype
     int num_sums;
     int64_t panel_stride;
@@ -103,7 +105,8 @@ inline int64_t contrastive_workspace(int64_t panel_rows, int64_t num_texts) {
 }
 inline int64_t contrastive_num_sums(int64_t panel_rows, int64_t num_texts) {
     const int tile = contrastive_tile(panel_rows, num_texts);
-    return tiles_of(panel_rows, tile) * tiles_of(num_texts, tile);
+    return std::max<int64_t>(8 * kMaxSms,  // warps of persistent CTAs, or tiles
+                             tiles_of(panel_rows, tile) * tiles_of(num_texts, tile));
 }
 
 template <class Isa>

@@ -7,6 +7,7 @@
 #include "contrastive_loss/contrastive_bwd.cuh"
 #include "contrastive_loss/contrastive_fwd.cuh"
 #include "contrastive_loss/contrastive_loss.h"
+#include "contrastive_loss/launch_hopper.cuh"
 
 namespace vlmkernels {
 
@@ -48,34 +49,55 @@ Error combine(const float* parts, int num_parts, int count, bool grow, float* ou
 }
 
 template <class T, bool kSigmoid>
+Error forward_panel(const ContrastivePairs& p, int first, int rows, const ContrastiveParts& parts,
+                    Stream stream) {
+    if (takes_hopper(p)) return forward_panel_hopper<T, kSigmoid>(p, first, rows, parts, stream);
+    return with_tile<T>(p.panel_rows, p.num_texts, [&]<class Tile>() {
+        return launch(contrastive_forward_kernel<Tile, T, kSigmoid>,
+                      Grid(num_tiles<Tile>(rows, p.num_texts)), Tile::kThreads, Tile::kSharedBytes,
+                      stream, image_rows<T>(p, first, rows), texts<T>(p), parts);
+    });
+}
+
+template <class T, bool kSigmoid>
 Error forward(const ContrastiveForwardParams& p, Stream stream) {
     const ContrastivePairs& pairs = p.pairs;
+    const int tile = contrastive_tile(pairs.panel_rows, pairs.num_texts);
+    const bool hopper = takes_hopper(pairs);
     for (int first = 0; first < pairs.num_images; first += pairs.panel_rows) {
         const int rows = std::min(pairs.panel_rows, pairs.num_images - first);
-        Error error = with_tile<T>(pairs.panel_rows, pairs.num_texts, [&]<class Tile>() {
-            const int row_parts = (pairs.num_texts + Tile::kN - 1) / Tile::kN * Tile::kWarpsN;
-            const int column_parts = (rows + Tile::kM - 1) / Tile::kM * Tile::kWarpsM;
-            float* columns = p.workspace + int64_t(row_parts) * rows;
-            Error error = launch(contrastive_forward_kernel<Tile, T, kSigmoid>,
-                                 Grid(num_tiles<Tile>(rows, pairs.num_texts)), Tile::kThreads,
-                                 Tile::kSharedBytes, stream, image_rows<T>(pairs, first, rows),
-                                 texts<T>(pairs),
-                                 {.rows = p.workspace,
-                                  .columns = columns,
-                                  .positive = kSigmoid ? nullptr : p.positive + first,
-                                  .logit_scale = pairs.logit_scale,
-                                  .logit_bias = pairs.logit_bias,
-                                  .first_positive = pairs.positives ? first : kNoPositive});
-            if (error) return error;
+        const int row_parts =
+            hopper ? tiles_of(pairs.num_texts, 256) : 2 * tiles_of(pairs.num_texts, tile);
+        const int column_parts = hopper ? tiles_of(rows, 64) : 2 * tiles_of(rows, tile);
+        float* columns = p.workspace + int64_t(row_parts) * rows;
+        const ContrastiveParts parts{.rows = p.workspace,
+                                     .columns = columns,
+                                     .positive = kSigmoid ? nullptr : p.positive + first,
+                                     .logit_scale = pairs.logit_scale,
+                                     .logit_bias = pairs.logit_bias,
+                                     .first_positive = pairs.positives ? first : kNoPositive};
+        Error error = forward_panel<T, kSigmoid>(pairs, first, rows, parts, stream);
+        if (!error)
             error = combine<kSigmoid>(p.workspace, row_parts, rows, false,
                                       (kSigmoid ? p.losses : p.image_lse) + first, stream);
-            if (error || kSigmoid) return error;
-            return combine<kSigmoid>(columns, column_parts, pairs.num_texts, first > 0, p.text_lse,
-                                     stream);
-        });
+        if (!error && !kSigmoid)
+            error = combine<kSigmoid>(columns, column_parts, pairs.num_texts, first > 0, p.text_lse,
+                                      stream);
         if (error) return error;
     }
     return cudaSuccess;
+}
+
+template <class T, bool kSigmoid>
+Error ds_panel(const ContrastivePairs& p, int first, const ContrastiveGradient<kSigmoid>& gradient,
+               const MatrixView<T>& ds, Stream stream) {
+    if (takes_hopper(p)) return ds_panel_hopper<T, kSigmoid>(p, first, gradient, ds, stream);
+    return with_tile<T>(p.panel_rows, p.num_texts, [&]<class Tile>() {
+        return launch(contrastive_ds_kernel<Tile, T, kSigmoid>,
+                      Grid(num_tiles<Tile>(ds.num_rows, p.num_texts)), Tile::kThreads,
+                      Tile::kSharedBytes, stream, image_rows<T>(p, first, ds.num_rows), texts<T>(p),
+                      gradient, ds);
+    });
 }
 
 // dimage, dtext: null where they are not wanted.
@@ -85,11 +107,12 @@ Error products(const ContrastiveBackwardParams& p, int first, int rows, Stream s
     const int images = p.dimage ? rows : 0, dim = pairs.dim,
               num_texts = p.dtext ? pairs.num_texts : 0;
     if (!images && !num_texts) return cudaSuccess;
-    const MatrixView<const T> ds(static_cast<const T*>(p.panel), p.panel_stride, rows,
+    const MatrixView<const T> ds(static_cast<T*>(p.panel), p.panel_stride, rows,
                                  int(p.panel_stride));
     const MatrixView<float> dimage(images ? p.dimage + int64_t(first) * dim : nullptr, dim, images,
                                    dim);
     const MatrixView<float> dtext(p.dtext, dim, num_texts, dim);
+    if (takes_hopper(pairs)) return products_panel_hopper(p, first, ds, dimage, dtext, stream);
     return with_tile<T>(images + num_texts, dim, [&]<class Tile>() {
         return launch(contrastive_products_kernel<Tile, T>,
                       Grid(num_tiles<Tile>(images, dim) + num_tiles<Tile>(num_texts, dim)),
@@ -115,17 +138,10 @@ Error backward(const ContrastiveBackwardParams& p, Stream stream) {
             .num_rows = rows,
             .num_columns = pairs.num_texts,
             .sums = p.sums,
-            .num_sums = p.num_sums,
-            .grow = first > 0};
+            .num_sums = p.num_sums};
         const MatrixView<T> ds(static_cast<T*>(p.panel), p.panel_stride, rows, int(p.panel_stride));
-        Error error = with_tile<T>(pairs.panel_rows, pairs.num_texts, [&]<class Tile>() {
-            return launch(contrastive_ds_kernel<Tile, T, kSigmoid>,
-                          Grid(num_tiles<Tile>(rows, pairs.num_texts)), Tile::kThreads,
-                          Tile::kSharedBytes, stream, image_rows<T>(pairs, first, rows),
-                          texts<T>(pairs), gradient, ds);
-        });
-        if (error) return error;
-        error = products<T>(p, first, rows, stream);
+        Error error = ds_panel<T, kSigmoid>(pairs, first, gradient, ds, stream);
+        if (!error) error = products<T>(p, first, rows, stream);
         if (error) return error;
     }
     return cudaSuccess;

@@ -248,7 +248,7 @@ def gradients(
     if _has_cuda_kernel(image, text):
         rows = min(len(image), BACKWARD_ROWS)
         panel = image.new_empty((rows, -(-len(text) // 8) * 8))
-        sums = scale.new_empty((2, _core.C.contrastive_num_sums(rows, len(text))))
+        sums = scale.new_zeros((2, _core.C.contrastive_num_sums(rows, len(text))))
     lse = (image_lse, text_lse)
     if _core.C.contrastive_backward(
         image, text, scale, bias, positives, *lse, *weights, factor, *out, sums, panel
