@@ -46,6 +46,14 @@ class Transport(ABC):
             return Pending([x], lambda: None)
         return self.exchange([(to, x)], [(source, like)], what)
 
+    def rotate(self, *tensors: Tensor, what: str) -> Pending:
+        """Sends these to the next rank; receives the like from the one before."""
+        to, source = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        if to == self.rank:
+            return Pending(list(tensors), lambda: None)
+        like = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
+        return self.exchange([(to, x) for x in tensors], [(source, x) for x in like], what)
+
     def swap(self, parts: Sequence[Tensor], like: Sequence[Tensor], what: str) -> Pending:
         """All to all: parts[r] goes to rank r; receives into like[r] from rank r."""
         others = [r for r in range(self.size) if r != self.rank]
@@ -60,6 +68,10 @@ class Transport(ABC):
         """Everybody's x, of these shapes."""
         like = [x.new_empty(tuple(shape)) for shape in shapes]
         return self.swap([x.contiguous()] * self.size, like, what).wait()
+
+    def total(self, x: Tensor, what: str) -> Tensor:
+        """The sum of everybody's x, in the same order everywhere."""
+        return torch.stack(self.gather(x, [x.shape] * self.size, what)).sum(0)
 
 
 def void(_: object) -> None:

@@ -2,6 +2,7 @@
 
 from vlmkernels.nn._vector_quantize import ResidualVQ, VectorQuantize
 from vlmkernels.nn.attention import MultiheadAttention
+from vlmkernels.nn.contrastive_loss import ClipLoss, SigLipLoss
 from vlmkernels.nn.norm import LayerNorm, RMSNorm
 from vlmkernels.nn.null import Null
 from vlmkernels.nn.patch_embed import PatchEmbed2d, PatchEmbed3d
@@ -9,6 +10,7 @@ from vlmkernels.nn.rope import MRotaryEmbedding, RotaryEmbedding, VisionRotaryEm
 from vlmkernels.nn.vq_lookup import VectorQuantizer
 
 __all__ = [
+    "ClipLoss",
     "LayerNorm",
     "MRotaryEmbedding",
     "MultiheadAttention",
@@ -18,6 +20,7 @@ __all__ = [
     "RMSNorm",
     "ResidualVQ",
     "RotaryEmbedding",
+    "SigLipLoss",
     "VectorQuantize",
     "VectorQuantizer",
     "VisionRotaryEmbedding",
