@@ -4,6 +4,7 @@ from vlmkernels.ops.attention import attention, attention_decode
 from vlmkernels.ops.norm import layer_norm, rms_norm
 from vlmkernels.ops.null import null
 from vlmkernels.ops.patch_embed import patch_embed
+from vlmkernels.ops.qformer_attention import qformer_attention
 from vlmkernels.ops.rope import mrope, rope, rope_from_tables, vision_rope
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "mrope",
     "null",
     "patch_embed",
+    "qformer_attention",
     "rms_norm",
     "rope",
     "rope_from_tables",
