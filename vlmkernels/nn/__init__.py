@@ -4,6 +4,7 @@ from vlmkernels.nn.attention import MultiheadAttention
 from vlmkernels.nn.norm import LayerNorm, RMSNorm
 from vlmkernels.nn.null import Null
 from vlmkernels.nn.patch_embed import PatchEmbed2d, PatchEmbed3d
+from vlmkernels.nn.qformer_attention import QFormerCrossAttention, Resampler
 from vlmkernels.nn.rope import MRotaryEmbedding, RotaryEmbedding, VisionRotaryEmbedding
 
 __all__ = [
@@ -13,7 +14,9 @@ __all__ = [
     "Null",
     "PatchEmbed2d",
     "PatchEmbed3d",
+    "QFormerCrossAttention",
     "RMSNorm",
+    "Resampler",
     "RotaryEmbedding",
     "VisionRotaryEmbedding",
 ]

@@ -227,7 +227,7 @@ def _exists(x: Tensor, key_lengths: Tensor | None) -> Tensor:
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """(batch, num_heads, num_queries), the sum of a b over head_dim."""
     dtype = _lse_dtype(a)
-    return (a.to(dtype) * b.to(dtype)).sum(-1).transpose(1, 2)
+    return (a.to(dtype) * b.to(dtype)).sum(-1).transpose(1, 2).contiguous()
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -236,9 +236,7 @@ def _dense(x: Tensor) -> Tensor:
 
 def _fake(q: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     shape = (x.shape[0], *q.shape[1:])
-    return q.new_empty(shape), q.new_empty(
-        (shape[0], shape[2], shape[1]), dtype=_lse_dtype(x)
-    )
+    return q.new_empty(shape), q.new_empty((shape[0], shape[2], shape[1]), dtype=_lse_dtype(x))
 
 
 def _kernel(
@@ -251,7 +249,12 @@ def _kernel(
     key_lengths: Tensor | None,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    q, x, weight_k, weight_v = q.contiguous(), _dense(x), weight_k.contiguous(), weight_v.contiguous()
+    q, x, weight_k, weight_v = (
+        q.contiguous(),
+        _dense(x),
+        weight_k.contiguous(),
+        weight_v.contiguous(),
+    )
     out, lse = _fake(q, x)
     if not _core.C.qformer_attention(
         q, x, weight_k, weight_v, bias_k, bias_v, key_lengths, softmax_scale, out, lse
@@ -264,7 +267,7 @@ def _absorbed(
     q: Tensor, x: Tensor, weight_k: Tensor, weight_v: Tensor, bias_v: Tensor | None,
     key_lengths: Tensor | None, softmax_scale: float, out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
-    """The absorbed form with PyTorch's matrix products, image by image: one's rows stay in cache."""
+    """By PyTorch's matrix products, image by image: what belongs to one stays in cache."""
     heads, width = q.shape[2:], x.shape[2]
     rows = q.new_empty((heads[0], q.shape[1], width))
     for i, num_keys in enumerate(_lengths(x, key_lengths)):
@@ -298,10 +301,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, x, weight_k, weight_v, bias_k, bias_v, key_lengths, out, lse = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    delta = _dot(dout, out if bias_v is None else out - bias_v.unflatten(0, q.shape[2:]))
-    delta = delta if dlse is None else delta - dlse
+    delta = _dot(
+        dout, out if bias_v is None else out - bias_v.unflatten(0, q.shape[2:])
+    )  # sum p dp
     dq, dx, dweight_k, dweight_v = _backward_op(
-        dout, delta, q, x, weight_k, weight_v, key_lengths, lse, ctx.softmax_scale,
+        dout, dlse, delta, q, x, weight_k, weight_v, key_lengths, lse, ctx.softmax_scale,
         ctx.needs_input_grad[1],
     )  # fmt: skip
     dbias_k = None if bias_k is None else torch.zeros_like(bias_k)
@@ -314,21 +318,21 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
 
 
 def _backward_fake(
-    dout: Tensor, delta: Tensor, q: Tensor, x: Tensor, weight_k: Tensor, weight_v: Tensor,
-    key_lengths: Tensor | None, lse: Tensor, softmax_scale: float, need_dx: bool,
+    dout: Tensor, dlse: Tensor | None, delta: Tensor, q: Tensor, x: Tensor, weight_k: Tensor,
+    weight_v: Tensor, key_lengths: Tensor | None, lse: Tensor, softmax_scale: float, need_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dx = x.new_empty(x.shape if need_dx else 0)
     return q.new_empty(q.shape), dx, *(w.new_empty(w.shape) for w in (weight_k, weight_v))
 
 
 def _backward_kernel(
-    dout: Tensor, delta: Tensor, q: Tensor, x: Tensor, weight_k: Tensor, weight_v: Tensor,
-    key_lengths: Tensor | None, lse: Tensor, softmax_scale: float, need_dx: bool,
+    dout: Tensor, dlse: Tensor | None, delta: Tensor, q: Tensor, x: Tensor, weight_k: Tensor,
+    weight_v: Tensor, key_lengths: Tensor | None, lse: Tensor, softmax_scale: float, need_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """With the stacks rows = [dy; q'] and [p; ds] of each image:
     [y; dq'] = [p; ds] x and dx = [p; ds]^T [dy; q']."""
     _, num_queries, *heads = q.shape
-    x, delta = _dense(x), delta.contiguous()
+    x, dlse = _dense(x), torch.zeros_like(lse) if dlse is None else dlse
     dx = x.new_empty(x.shape) if need_dx else None
     dq = q.new_zeros(q.shape, dtype=_lse_dtype(q) if q.shape[0] < x.shape[0] else q.dtype)
     weights = [weight.reshape(*heads, x.shape[2]) for weight in (weight_v, weight_k)]
@@ -342,12 +346,12 @@ def _backward_kernel(
             torch.bmm(left[i], weights[i], out=rows[i])
         lengths = None if key_lengths is None else key_lengths[images]
         drows = _products(
-            rows, now, lengths, lse[images], delta[images], softmax_scale,
+            rows, now, lengths, lse[images], dlse[images], delta[images], softmax_scale,
             None if dx is None else dx[images],
         )  # fmt: skip
         for i in range(2):
             sums[i] += torch.bmm(left[i].mT, drows[i])
-        part = torch.bmm(drows[1], weights[1].mT).unflatten(1, (-1, num_queries))
+        part = torch.bmm(drows[1], weights[1].mT).unflatten(1, (len(now), num_queries))
         part = part.permute(1, 2, 0, 3)
         if q.shape[0] < x.shape[0]:
             dq += part.sum(0, keepdim=True, dtype=dq.dtype)
@@ -375,25 +379,26 @@ def _by_head(t: Tensor) -> Tensor:
 
 
 def _products(
-    rows: Tensor, x: Tensor, key_lengths: Tensor | None, lse: Tensor, delta: Tensor,
+    rows: Tensor, x: Tensor, key_lengths: Tensor | None, lse: Tensor, dlse: Tensor, delta: Tensor,
     softmax_scale: float, dx: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """[y; dq'], and dx in place."""
-    batch, num_tokens, _ = x.shape
+    batch, num_tokens, width = x.shape
     drows = torch.empty_like(rows)
     columns = (num_tokens + 7) // 8 * 8
     stack = lse.shape[1] * lse.shape[2]
     probabilities = x.new_empty((batch, 2, stack, columns))
     if _core.C.qformer_attention_backward(
-        rows, x, key_lengths, lse, delta, softmax_scale, probabilities, drows, dx
+        rows, x, key_lengths, lse, delta - dlse, softmax_scale, probabilities, drows, dx
     ):
         return drows
-    each, deach = (t.unflatten(2, (batch, -1)) for t in (rows, drows))
+    each, deach = (t.unflatten(2, (batch, lse.shape[2])) for t in (rows, drows))
     for i, num_keys in enumerate(_lengths(x, key_lengths)):
-        tokens, both = x[i, :num_keys], each[:, :, i].reshape(2 * stack, -1)
+        tokens, both = x[i, :num_keys], each[:, :, i].reshape(2 * stack, width)
         dp, scores = (both @ tokens.t()).to(lse.dtype).view(2, stack, num_keys)
         p = scores.mul_(softmax_scale).sub_(lse[i].view(-1, 1)).exp_()
-        ds = dp.sub_(delta[i].view(-1, 1)).mul_(p).mul_(softmax_scale)
+        dp += dlse[i].reshape(-1, 1) - (p * dp).sum(-1, keepdim=True)  # closer than delta
+        ds = dp.mul_(p).mul_(softmax_scale)
         weights = torch.cat([p, ds]).to(x.dtype)
         deach[:, :, i] = (weights @ tokens).view_as(deach[:, :, i])
         if dx is not None:
@@ -414,8 +419,8 @@ _op = _library.define(
     cpu="its own matrix products",
 )
 _backward_op = _library.define(
-    f"qformer_attention_backward(Tensor dout, Tensor delta, {_INPUTS}, Tensor? key_lengths, "
-    "Tensor lse, float softmax_scale, bool need_dx) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"qformer_attention_backward(Tensor dout, Tensor? dlse, Tensor delta, {_INPUTS}, "
+    "Tensor? key_lengths, Tensor lse, float softmax_scale, bool need_dx) -> (Tensor, Tensor, Tensor, Tensor)",
     kernel=_backward_kernel,
     fake=_backward_fake,
     reference=_backward_kernel,
