@@ -1,5 +1,4 @@
-// Launchers by element type. Without queries or images there is nothing to do; without tokens or
-// width the kernels write zeros.
+// Launchers by element type. Without queries there are no kernels: dx is zero.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -16,17 +15,18 @@ Error launch(const QFormerAttentionBackwardParams& p, Stream stream);
 
 template <class Params>
 static Error dispatch(const Params& p, Stream stream) {
-    if (p.batch == 0 || p.num_queries == 0) return cudaSuccess;
     return p.dtype == DType::kFloat16 ? launch<__half>(p, stream)
                                       : launch<__nv_bfloat16>(p, stream);
 }
 
 Error launch_qformer_attention(const QFormerAttentionParams& p, Stream stream) {
-    return dispatch(p, stream);
+    return p.num_queries ? dispatch(p, stream) : cudaSuccess;
 }
 
 Error launch_qformer_attention_backward(const QFormerAttentionBackwardParams& p, Stream stream) {
-    return dispatch(p, stream);
+    if (p.num_queries) return dispatch(p, stream);
+    const int64_t elements = int64_t(p.batch) * p.num_tokens * p.width;
+    return p.dx ? cudaMemsetAsync(p.dx, 0, elements * size_of(p.dtype), stream) : cudaSuccess;
 }
 
 }  // namespace vlmkernels

@@ -13,8 +13,8 @@ from vlmkernels.nn.norm import LayerNorm
 
 
 class QFormerCrossAttention(torch.nn.Module):
-    """out = concat_h(softmax(q_h k_h^T / sqrt(head_dim)) v_h), q projected from hidden_states, k and
-    v from encoder_hidden_states: `ops.qformer_attention` with parameters.
+    """out = concat_h(softmax(q_h k_h^T / sqrt(head_dim)) v_h), q projected from hidden_states, k
+    and v from encoder_hidden_states: `ops.qformer_attention` with parameters.
 
     Drop-in for the cross-attention of transformers' Q-Formers (`Blip2QFormerMultiHeadAttention`,
     `InstructBlipQFormerMultiHeadAttention` with is_cross_attention=True): same state_dict, same
@@ -56,11 +56,11 @@ class QFormerCrossAttention(torch.nn.Module):
         self.value = torch.nn.Linear(encoder_hidden_size, hidden_size, **like)
 
     @classmethod
-    def from_attention(cls, attention: torch.nn.Module) -> "QFormerCrossAttention":
+    def from_attention(cls, attention: Any) -> "QFormerCrossAttention":
         """The same attention, sharing the parameters of a transformers module."""
         module = cls.__new__(cls)
         torch.nn.Module.__init__(module)
-        module.num_attention_heads = int(attention.num_attention_heads)  # type: ignore[arg-type]
+        module.num_attention_heads = attention.num_attention_heads
         module.dropout = _dropout(attention)
         module.form = "auto"
         module.query, module.key, module.value = attention.query, attention.key, attention.value
@@ -80,9 +80,9 @@ class QFormerCrossAttention(torch.nn.Module):
             hidden_states: (batch, num_queries, hidden_size); batch may be 1.
             attention_mask: of the queries among themselves; not used, as in transformers.
             encoder_hidden_states: (batch, num_tokens, encoder_hidden_size); batch may be 1.
-            encoder_attention_mask: which tokens exist: (batch, num_tokens), not 0 where one does; or
-                what transformers makes of it, (batch, 1, 1 or num_queries, num_tokens), all rows
-                alike: True, or 0 to be added, where one does.
+            encoder_attention_mask: which tokens exist: (batch, num_tokens), not 0 where one does;
+                or what transformers makes of it, (batch, 1, 1 or num_queries, num_tokens), all
+                rows alike: True, or 0 to be added, where one does.
 
         Returns:
             (out, None), out as hidden_states.

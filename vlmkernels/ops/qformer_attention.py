@@ -322,7 +322,8 @@ def _backward_fake(
     weight_v: Tensor, key_lengths: Tensor | None, lse: Tensor, softmax_scale: float, need_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dx = x.new_empty(x.shape if need_dx else 0)
-    return q.new_empty(q.shape), dx, *(w.new_empty(w.shape) for w in (weight_k, weight_v))
+    dweight_k, dweight_v = weight_k.new_empty(weight_k.shape), weight_v.new_empty(weight_v.shape)
+    return q.new_empty(q.shape), dx, dweight_k, dweight_v
 
 
 def _backward_kernel(
@@ -420,7 +421,8 @@ _op = _library.define(
 )
 _backward_op = _library.define(
     f"qformer_attention_backward(Tensor dout, Tensor? dlse, Tensor delta, {_INPUTS}, "
-    "Tensor? key_lengths, Tensor lse, float softmax_scale, bool need_dx) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? key_lengths, Tensor lse, float softmax_scale, bool need_dx) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     kernel=_backward_kernel,
     fake=_backward_fake,
     reference=_backward_kernel,
