@@ -141,10 +141,10 @@ static bool qformer_attention_backward(py::handle rows_, py::handle x_, py::hand
                                        py::handle probabilities_, py::handle drows_,
                                        py::handle dx_) {
     const char* op = "qformer_attention_backward";
-    Tensor rows(op, "rows", rows_), x(op, "x", x_), key_lengths(op, "key_lengths", key_lengths_, true),
-        lse(op, "lse", lse_), delta(op, "delta", delta_),
-        probabilities(op, "probabilities", probabilities_), drows(op, "drows", drows_),
-        dx(op, "dx", dx_, true);
+    Tensor rows(op, "rows", rows_), x(op, "x", x_),
+        key_lengths(op, "key_lengths", key_lengths_, true), lse(op, "lse", lse_),
+        delta(op, "delta", delta_), probabilities(op, "probabilities", probabilities_),
+        drows(op, "drows", drows_), dx(op, "dx", dx_, true);
     const auto [batch, num_tokens, width] = x.unpack<3>("(batch, num_tokens, width)");
     expect_dtype(x, kFloats);
     expect_last_dim_contiguous(x);

@@ -1,4 +1,4 @@
-#include "qformer_attention/qformer_attention_fwd.cuh"
+#include "qformer_attention/qformer_attention_fwd_hopper.cuh"
 
 namespace vlmkernels {
 
