@@ -109,6 +109,11 @@ def calls() -> dict[str, Callable[[], Callable[[], Any]]]:
     layer = {"x": rand(256, 1280), "weight": rand(1280), "bias": rand(1280)}
     add("layer_norm 256x1280", ops.layer_norm, **layer)
     add("patch_embed 128x1176 to 256", ops.patch_embed, x=rand(128, 1176), weight=rand(256, 1176))
+    qformer = {"weight_k": rand(128, 512), "weight_v": rand(128, 512)}
+    add(
+        "qformer_attention 1x32x257x512", ops.qformer_attention, q=rand(1, 32, 2, 64),
+        x=rand(1, 257, 512), **qformer,
+    )  # fmt: skip
     return found
 
 

@@ -55,7 +55,8 @@ def cases_of(
     work = batch * flops(cheaper_form(*sizes), *sizes)
     yield from both_directions(
         "qformer_attention",
-        {name: t.requires_grad_() for name, t in inputs.items()},
+        # That of bias_k is zero: what eager gives is its rounding.
+        {name: t.requires_grad_(name != "bias_k") for name, t in inputs.items()},
         eager,
         op="qformer_attention",
         shape=f"{tower} {batch}x{num_queries}x{s.num_tokens} {num_heads}x{head_dim}",

@@ -36,7 +36,7 @@ def sdpa(
 @rival("qformer_attention", "SDPA cuDNN + F.linear", needs_cuda=True)
 def sdpa_cudnn(**inputs: Any) -> Tensor:
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return sdpa(**inputs)
+        return sdpa(**inputs)  # type: ignore[no-any-return]
 
 
 @rival("qformer_attention", "absorbed, torch.matmul")
