@@ -4,7 +4,6 @@
 // in registers. The products with the weights stay with mma.sync: a warpgroup holds rows of several
 // heads, which have different weights, and fragments of both instructions are the same.
 #pragma once
-#include <cstdlib>
 
 #include "common/gemm_hopper.cuh"
 #include "qformer_attention/qformer_attention_fwd.cuh"
@@ -180,7 +179,7 @@ Error launch_hopper(const QFormerAttentionParams& p, Stream stream) {
 
 template <class T>
 Error launch(const QFormerAttentionParams& p, Stream stream) {
-    if (!has_hopper() || p.width == 0 || getenv("QF80")) return launch_sm80<T>(p, stream);
+    if (!has_hopper() || p.width == 0) return launch_sm80<T>(p, stream);
     if (p.head_dim > 64) return launch_hopper<QFormerHopperTile<T, 128, 144, 32, 4>>(p, stream);
     if (p.num_tokens <= 144 || p.num_tokens > 272)
         return work_of_blocks(p, 144) <= work_of_blocks(p, 208)

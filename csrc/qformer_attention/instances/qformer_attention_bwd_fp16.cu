@@ -1,4 +1,4 @@
-#include "qformer_attention/qformer_attention_bwd.cuh"
+#include "qformer_attention/qformer_attention_bwd_hopper.cuh"
 
 namespace vlmkernels {
 
