@@ -114,6 +114,11 @@ def calls() -> dict[str, Callable[[], Callable[[], Any]]]:
     scalars["logit_bias"] = torch.tensor(-5.0, requires_grad=True)
     add("siglip_loss 256x512", ops.siglip_loss, **features, **scalars)
     add("patch_embed 128x1176 to 256", ops.patch_embed, x=rand(128, 1176), weight=rand(256, 1176))
+    qformer = {"weight_k": rand(128, 512), "weight_v": rand(128, 512)}
+    add(
+        "qformer_attention 1x32x257x512", ops.qformer_attention, q=rand(1, 32, 2, 64),
+        x=rand(1, 257, 512), **qformer,
+    )  # fmt: skip
     return found
 
 

@@ -6,6 +6,7 @@ from vlmkernels.nn.contrastive_loss import ClipLoss, SigLipLoss
 from vlmkernels.nn.norm import LayerNorm, RMSNorm
 from vlmkernels.nn.null import Null
 from vlmkernels.nn.patch_embed import PatchEmbed2d, PatchEmbed3d
+from vlmkernels.nn.qformer_attention import QFormerCrossAttention, Resampler
 from vlmkernels.nn.rope import MRotaryEmbedding, RotaryEmbedding, VisionRotaryEmbedding
 from vlmkernels.nn.vq_lookup import VectorQuantizer
 
@@ -17,7 +18,9 @@ __all__ = [
     "Null",
     "PatchEmbed2d",
     "PatchEmbed3d",
+    "QFormerCrossAttention",
     "RMSNorm",
+    "Resampler",
     "ResidualVQ",
     "RotaryEmbedding",
     "SigLipLoss",
