@@ -3,7 +3,7 @@
 from vlmkernels.ops.attention import attention, attention_decode
 from vlmkernels.ops.norm import layer_norm, rms_norm
 from vlmkernels.ops.null import null
-from vlmkernels.ops.patch_embed import patch_embed
+from vlmkernels.ops.patch_embed import patch_embed, patch_embed_pixels
 from vlmkernels.ops.rope import mrope, rope, rope_from_tables, vision_rope
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "mrope",
     "null",
     "patch_embed",
+    "patch_embed_pixels",
     "rms_norm",
     "rope",
     "rope_from_tables",
