@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads) patch_embed_fold_kernel(const __grid
     const int64_t row = blockIdx.x;
     const int columns = p.channels * p.plane;
     const T* weight = static_cast<const T*>(p.weight) + row * columns * p.frames;
-    T* folded = static_cast<T*>(p.folded_weight) + row * columns;
+    T* folded = static_cast<T*>(p.folded_weight) + row * p.folded_stride;
     float sum[1] = {};
     for (int column = threadIdx.x; column < columns; column += kThreads) {
         const int channel = column / p.plane;

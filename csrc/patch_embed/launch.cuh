@@ -61,8 +61,8 @@ Error launch(const PatchEmbedParams& p, Stream stream) {
         .float_bias = p.float_bias ? static_cast<const float*>(p.bias) : nullptr,
         .pos_embed = {pos_embed, hidden_dim, pos_embed ? int(p.num_positions) : 0, hidden_dim},
         .positions = FastDivide(unsigned(p.num_positions))};
-    const MatrixView<const T> weight(static_cast<const T*>(p.weight), p.patches.patch_dim,
-                                     hidden_dim, p.patches.patch_dim);
+    const MatrixView<const T> weight(static_cast<const T*>(p.weight), p.weight_stride, hidden_dim,
+                                     p.patches.patch_dim);
     return with_view<T, kPixels>(p.x, p.patches, [&]<class View>(const View& x) {
         return with_tile<T>(rows, hidden_dim, [&]<class Tile>() {
             return launch_tiles<Tile>(patch_embed_kernel<Tile, View, T>, rows, hidden_dim, 1,
@@ -76,7 +76,7 @@ Error launch(const PatchEmbedDxParams& p, Stream stream) {
     const int rows = int(p.patches.num_patches), hidden_dim = int(p.hidden_dim);
     const int patch_dim = p.patches.patch_dim;
     const MatrixView<const T> dy(static_cast<const T*>(p.dy), hidden_dim, rows, hidden_dim);
-    const MatrixView<const T> weight(static_cast<const T*>(p.weight), patch_dim, hidden_dim,
+    const MatrixView<const T> weight(static_cast<const T*>(p.weight), p.weight_stride, hidden_dim,
                                      patch_dim);
     return with_view<T, kPixels>(p.dx, p.patches, [&]<class View>(const View& dx) {
         return with_tile<T>(rows, patch_dim, [&]<class Tile>() {

@@ -30,6 +30,7 @@ static bool patch_embed(py::handle x_, py::handle weight_, py::handle bias_, py:
                        .pos_embed = pos_embed.data,
                        .y = y.data,
                        .patches = patches,
+                       .weight_stride = patches.patch_dim,
                        .hidden_dim = hidden_dim,
                        .num_positions = positions,
                        .dtype = x.dtype};
@@ -52,6 +53,7 @@ static bool patch_embed_dx(py::handle dy_, py::handle weight_, py::handle dx_) {
                          .weight = weight.data,
                          .dx = dx.data,
                          .patches = patches,
+                         .weight_stride = patches.patch_dim,
                          .hidden_dim = hidden_dim,
                          .dtype = dy.dtype};
     return has_kernel(dy.dtype) &&

@@ -55,6 +55,7 @@ struct PatchEmbedParams {
     const void* pos_embed;  // [num_patches of one image, hidden_dim] or null
     void* y;                // [num_patches, hidden_dim]
     Patches patches;
+    int64_t weight_stride;  // from row to row
     int64_t hidden_dim;
     int64_t num_positions;  // patches of one image (all patches when x is rows)
     DType dtype;            // of all else: fp16 or bf16
@@ -66,6 +67,7 @@ struct PatchEmbedDxParams {
     const void* weight;  // [hidden_dim, patch_dim]
     void* dx;            // patches
     Patches patches;     // of dx
+    int64_t weight_stride;
     int64_t hidden_dim;
     DType dtype;
 };
@@ -97,8 +99,9 @@ struct PixelAffine {
 struct FoldParams {
     const void* weight;   // [hidden_dim, channels, frames, plane]
     const void* bias;     // [hidden_dim] or null
-    void* folded_weight;  // [hidden_dim, channels, plane]
+    void* folded_weight;  // [hidden_dim, channels, plane], rows folded_stride apart
     float* folded_bias;   // [hidden_dim]
+    int64_t folded_stride;
     int64_t hidden_dim;
     int channels, frames, plane;
     PixelAffine affine;  // shift: centre - mean / rescale

@@ -175,6 +175,7 @@ static bool fold(py::handle weight_, py::handle bias_, const Numbers& mean, cons
     p.bias = bias.data;
     p.folded_weight = folded.data;
     p.folded_bias = folded_bias.ptr<float>();
+    p.folded_stride = folded.stride(0);
     p.affine = folding(mean, std, rescale, centre);
     return has_kernel(weight.dtype) &&
            run(weight, [&](Stream stream) { return launch_patch_embed_fold(p, stream); }, nullptr);
@@ -185,7 +186,7 @@ static bool pixels(py::handle images_, py::handle weight_, py::handle bias_, py:
     Tensor images(kOp, "images", images_), weight(kOp, "weight", weight_),
         bias(kOp, "bias", bias_, true), pos_embed(kOp, "pos_embed", pos_embed_, true),
         table(kOp, "table", table_, true), y(kOp, "y", y_);
-    expect_like(weight, y);
+    expect_same_dtype(weight, y);
     if (bias.given) expect_dtype(bias, {DType::kFloat32});
     PatchEmbedParams p{.x = images.data,
                        .weight = weight.data,
@@ -193,6 +194,7 @@ static bool pixels(py::handle images_, py::handle weight_, py::handle bias_, py:
                        .pos_embed = pos_embed.data,
                        .y = y.data,
                        .patches = pixel_patches(images, weight, table, merge),
+                       .weight_stride = weight.stride(0),
                        .hidden_dim = weight.size(0),
                        .num_positions = 0,
                        .dtype = y.dtype,
@@ -207,11 +209,12 @@ static bool pixels_dx(py::handle dy_, py::handle weight_, py::handle table_, int
     Tensor dy(kOp, "dy", dy_), weight(kOp, "weight", weight_), table(kOp, "table", table_, true),
         dx(kOp, "dx", dx_);
     expect_like(dy, dx);
-    expect_like(weight, dx);
+    expect_same_dtype(weight, dx);
     PatchEmbedDxParams p{.dy = dy.data,
                          .weight = weight.data,
                          .dx = dx.data,
                          .patches = pixel_patches(dx, weight, table, merge),
+                         .weight_stride = weight.stride(0),
                          .hidden_dim = weight.size(0),
                          .dtype = dy.dtype};
     return has_kernel(dy.dtype) &&

@@ -295,9 +295,12 @@ def _folded(images: Sequence[int], weight: Tensor) -> Tensor:
     still = len(images) in (1, 4)
     if len(images) == 2 and weight.ndim == 5:
         still = images[1] * weight.shape[2] == math.prod(weight.shape[1:])
-    if still and weight.ndim == 5:
-        return weight.new_empty((*weight.shape[:2], *weight.shape[3:]))
-    return weight.new_empty(weight.shape)
+    sizes = (
+        [*weight.shape[1:2], *weight.shape[3:]] if still and weight.ndim == 5 else weight.shape[1:]
+    )
+    columns = math.prod(sizes)
+    rows = weight.new_empty(weight.shape[0], -(-columns // 8) * 8)  # 16-byte aligned, as TMA wants
+    return rows[:, :columns].view(weight.shape[0], *sizes)
 
 
 def _blocks(images: Tensor, folded: Tensor, grid: Tensor | None, merge: int) -> list[Tensor]:
@@ -332,7 +335,7 @@ def _pixel_rows(images: Tensor, folded: Tensor, grid: Tensor | None, merge: int)
 
 
 def _normalised(rows: Tensor, mean: list[float], std: list[float], rescale: float) -> Tensor:
-    """(num_patches, patch_dim), whose columns begin with the channel."""
+    """rows (num_patches, patch_dim), whose columns begin with the channel."""
     centre, scale = (rows.new_tensor(values)[:, None] for values in (mean, std))
     return ((rows.unflatten(1, (len(mean), -1)) * rescale - centre) / scale).flatten(1)
 
