@@ -33,8 +33,8 @@ __global__ void __launch_bounds__(kThreads) patch_embed_fold_kernel(const __grid
     }
     group_sum<kThreads>(sum, scratch);
     if (threadIdx.x) return;
-    if (p.bias) sum[0] += to_float(static_cast<const T*>(p.bias)[row]);
-    p.folded_bias[row] = sum[0];
+    const float bias = p.bias ? to_float(static_cast<const T*>(p.bias)[row]) : 0.f;
+    p.folded_bias[row] = bias + p.common * sum[0];
 }
 
 // Adds the splits in order: the result does not depend on which CTA was first.

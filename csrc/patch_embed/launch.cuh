@@ -50,17 +50,37 @@ Error with_view(Data* data, const Patches& p, F&& f) {
     }
 }
 
-template <class T, bool kPixels>
-Error launch(const PatchEmbedParams& p, Stream stream) {
+template <class T>
+PatchEmbedEpilogue<T> make_epilogue(const PatchEmbedParams& p) {
     const int rows = int(p.patches.num_patches), hidden_dim = int(p.hidden_dim);
     const auto* pos_embed = static_cast<const T*>(p.pos_embed);
     const auto* bias = p.float_bias ? nullptr : static_cast<const T*>(p.bias);
-    const PatchEmbedEpilogue<T> epilogue{
+    return {
         .y = {static_cast<T*>(p.y), hidden_dim, rows, hidden_dim},
         .bias = {bias, hidden_dim, bias ? 1 : 0, hidden_dim},
         .float_bias = p.float_bias ? static_cast<const float*>(p.bias) : nullptr,
         .pos_embed = {pos_embed, hidden_dim, pos_embed ? int(p.num_positions) : 0, hidden_dim},
-        .positions = FastDivide(unsigned(p.num_positions))};
+        .positions = FastDivide(unsigned(p.num_positions)),
+        .scale = p.scale};
+}
+
+// instances/hopper_*.cu: from pixels, where has_hopper(). They fail with cudaErrorNotSupported, and
+// launch nothing, where TMA cannot take an operand.
+template <class T>
+Error launch_hopper(const PatchEmbedParams& p, Stream stream);
+template <class T>
+Error launch_hopper(const PatchEmbedDxParams& p, Stream stream);
+template <class T>
+Error launch_hopper(const PatchEmbedDweightParams& p, Stream stream);
+
+template <class T, bool kPixels>
+Error launch(const PatchEmbedParams& p, Stream stream) {
+    if constexpr (kPixels)
+        if (has_hopper())
+            if (Error error = launch_hopper<T>(p, stream); error != cudaErrorNotSupported)
+                return error;
+    const int rows = int(p.patches.num_patches), hidden_dim = int(p.hidden_dim);
+    const PatchEmbedEpilogue<T> epilogue = make_epilogue<T>(p);
     const MatrixView<const T> weight(static_cast<const T*>(p.weight), p.weight_stride, hidden_dim,
                                      p.patches.patch_dim);
     return with_view<T, kPixels>(p.x, p.patches, [&]<class View>(const View& x) {
@@ -73,6 +93,10 @@ Error launch(const PatchEmbedParams& p, Stream stream) {
 
 template <class T, bool kPixels>
 Error launch(const PatchEmbedDxParams& p, Stream stream) {
+    if constexpr (kPixels)
+        if (has_hopper())
+            if (Error error = launch_hopper<T>(p, stream); error != cudaErrorNotSupported)
+                return error;
     const int rows = int(p.patches.num_patches), hidden_dim = int(p.hidden_dim);
     const int patch_dim = p.patches.patch_dim;
     const MatrixView<const T> dy(static_cast<const T*>(p.dy), hidden_dim, rows, hidden_dim);
@@ -81,13 +105,17 @@ Error launch(const PatchEmbedDxParams& p, Stream stream) {
     return with_view<T, kPixels>(p.dx, p.patches, [&]<class View>(const View& dx) {
         return with_tile<T>(rows, patch_dim, [&]<class Tile>() {
             return launch_tiles<Tile>(patch_embed_dx_kernel<Tile, View, T>, rows, patch_dim, 1,
-                                      stream, dy, weight, dx);
+                                      stream, dy, weight, dx, p.scale);
         });
     });
 }
 
 template <class T, bool kPixels>
 Error launch(const PatchEmbedDweightParams& p, Stream stream) {
+    if constexpr (kPixels)
+        if (has_hopper())
+            if (Error error = launch_hopper<T>(p, stream); error != cudaErrorNotSupported)
+                return error;
     const int rows = int(p.patches.num_patches), hidden_dim = int(p.hidden_dim);
     const int patch_dim = p.patches.patch_dim;
     const MatrixView<const T> dy(static_cast<const T*>(p.dy), hidden_dim, rows, hidden_dim);

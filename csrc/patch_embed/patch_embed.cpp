@@ -33,7 +33,9 @@ static bool patch_embed(py::handle x_, py::handle weight_, py::handle bias_, py:
                        .weight_stride = patches.patch_dim,
                        .hidden_dim = hidden_dim,
                        .num_positions = positions,
-                       .dtype = x.dtype};
+                       .dtype = x.dtype,
+                       .float_bias = false,
+                       .scale = 1.f};
     return has_kernel(x.dtype) &&
            run(x, [&](Stream stream) { return launch_patch_embed(p, stream); }, nullptr);
 }
@@ -55,7 +57,8 @@ static bool patch_embed_dx(py::handle dy_, py::handle weight_, py::handle dx_) {
                          .patches = patches,
                          .weight_stride = patches.patch_dim,
                          .hidden_dim = hidden_dim,
-                         .dtype = dy.dtype};
+                         .dtype = dy.dtype,
+                         .scale = 1.f};
     return has_kernel(dy.dtype) &&
            run(dy, [&](Stream stream) { return launch_patch_embed_dx(p, stream); }, nullptr);
 }

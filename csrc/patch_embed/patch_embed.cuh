@@ -20,9 +20,12 @@ struct PatchEmbedEpilogue {
     const float* float_bias;   // or null
     MatrixView<const T> pos_embed;
     FastDivide positions;
+    float scale;  // of the product
 
     __device__ void operator()(int row, int column, float (&values)[8]) const {
         if (row >= y.num_rows) return;
+#pragma unroll
+        for (float& value : values) value *= scale;
         uint32_t position = row;
         positions(position);
         add_values(bias, 0, column, values);
@@ -57,7 +60,7 @@ template <class Tile, class View, class T>
 __global__ void __launch_bounds__(Tile::kThreads)
     patch_embed_dx_kernel(const __grid_constant__ MatrixView<const T> dy,
                           const __grid_constant__ MatrixView<const T> weight,
-                          const __grid_constant__ View dx) {
+                          const __grid_constant__ View dx, float scale) {
     extern __shared__ __align__(128) char shared[];
     const int thread = threadIdx.x, tiles_n = (dx.num_columns + Tile::kN - 1) / Tile::kN;
     const int m0 = blockIdx.x / tiles_n * Tile::kM, n0 = blockIdx.x % tiles_n * Tile::kN;
@@ -68,6 +71,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
         operand_loader<Tile, Operand::kBTransposed>(weight, n0, thread));
     store<Tile>(c, reinterpret_cast<float*>(shared), thread,
                 [&](int row, int column, float (&values)[8]) {
+#pragma unroll
+                    for (float& value : values) value *= scale;
                     store_values(dx, m0 + row, n0 + column, values);
                 });
 }

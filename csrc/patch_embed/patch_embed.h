@@ -1,7 +1,8 @@
 // patch_embed: tokens = patches(x) * weight^T + bias + pos_embed, and its gradients.
 //   patch_embed.h        what the kernels are given, and the launch declarations
 // Pixels are the same with a normalisation per channel in front, folded into weight and bias:
-//   tokens = (pixels - centre) * folded_weight^T + folded_bias + pos_embed, centre 128 for bytes.
+//   tokens = scale * (pixels - centre) * folded_weight^T + folded_bias + pos_embed,
+// centre 128 for bytes.
 //   patch_embed.h        what the kernels are given, and the launch declarations
 //   patches.cuh          x as a matrix of patches, read and written in place
 //   pixels.cuh           the same of bytes, of images packed one after another, in blocks
@@ -60,6 +61,7 @@ struct PatchEmbedParams {
     int64_t num_positions;  // patches of one image (all patches when x is rows)
     DType dtype;            // of all else: fp16 or bf16
     bool float_bias;        // bias is fp32
+    float scale;            // of the product
 };
 
 struct PatchEmbedDxParams {
@@ -70,6 +72,7 @@ struct PatchEmbedDxParams {
     int64_t weight_stride;
     int64_t hidden_dim;
     DType dtype;
+    float scale;  // of the product
 };
 
 struct PatchEmbedDweightParams {
@@ -94,8 +97,10 @@ struct PixelAffine {
 };
 
 // folded_weight[n, c, i] = scale[c] * sum over frames of weight[n, c, frame, i], rounded, and
-// folded_bias[n] = bias[n] + sum of shift[c] * folded_weight[n, c, i]. The rounded weight is what
-// is multiplied with the centre, too: its error then weighs pixel - mean, not pixel - centre.
+// folded_bias[n] = bias[n] + common * sum of shift[c] * folded_weight[n, c, i]. The rounded weight
+// is what is multiplied with the centre, too: its error then weighs pixel - mean, not pixel -
+// centre. What channels have in common of their scales stays outside, as a factor of the product:
+// where all have the same, as in ViT and SigLIP, no weight is rounded at all.
 struct FoldParams {
     const void* weight;   // [hidden_dim, channels, frames, plane]
     const void* bias;     // [hidden_dim] or null
@@ -105,7 +110,8 @@ struct FoldParams {
     int64_t hidden_dim;
     int channels, frames, plane;
     PixelAffine affine;  // shift: centre - mean / rescale
-    DType dtype;         // of weight and bias: fp16 or bf16
+    float common;
+    DType dtype;  // of weight and bias: fp16 or bf16
 };
 
 // The gradients back through the fold: dweight[n, c, frame, i] = scale[c] * (d[n, c, i] + shift[c]

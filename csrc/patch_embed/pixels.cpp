@@ -141,10 +141,12 @@ static void check(py::handle images_, py::handle weight_, py::handle folded_, py
     }
 }
 
-static PixelAffine folding(const Numbers& mean, const Numbers& std, double rescale, double centre) {
+// common: the factor that stays outside of the folded weight.
+static PixelAffine folding(const Numbers& mean, const Numbers& std, double rescale, double centre,
+                           double common) {
     PixelAffine affine = {};
     for (size_t i = 0; i < mean.size(); ++i) {
-        affine.scale[i] = float(rescale / std[i]);
+        affine.scale[i] = float(rescale / std[i] / common);
         affine.shift[i] = float(centre - mean[i] / rescale);
     }
     return affine;
@@ -176,13 +178,14 @@ static bool fold(py::handle weight_, py::handle bias_, const Numbers& mean, cons
     p.folded_weight = folded.data;
     p.folded_bias = folded_bias.ptr<float>();
     p.folded_stride = folded.stride(0);
-    p.affine = folding(mean, std, rescale, centre);
+    p.common = float(rescale / std[0]);
+    p.affine = folding(mean, std, rescale, centre, rescale / std[0]);
     return has_kernel(weight.dtype) &&
            run(weight, [&](Stream stream) { return launch_patch_embed_fold(p, stream); }, nullptr);
 }
 
 static bool pixels(py::handle images_, py::handle weight_, py::handle bias_, py::handle pos_embed_,
-                   py::handle table_, int64_t merge, py::handle y_) {
+                   py::handle table_, int64_t merge, float scale, py::handle y_) {
     Tensor images(kOp, "images", images_), weight(kOp, "weight", weight_),
         bias(kOp, "bias", bias_, true), pos_embed(kOp, "pos_embed", pos_embed_, true),
         table(kOp, "table", table_, true), y(kOp, "y", y_);
@@ -198,14 +201,15 @@ static bool pixels(py::handle images_, py::handle weight_, py::handle bias_, py:
                        .hidden_dim = weight.size(0),
                        .num_positions = 0,
                        .dtype = y.dtype,
-                       .float_bias = true};
+                       .float_bias = true,
+                       .scale = scale};
     p.num_positions = positions_of(p.patches);
     return has_kernel(y.dtype) &&
            run(y, [&](Stream stream) { return launch_patch_embed(p, stream); }, nullptr);
 }
 
 static bool pixels_dx(py::handle dy_, py::handle weight_, py::handle table_, int64_t merge,
-                      py::handle dx_) {
+                      float scale, py::handle dx_) {
     Tensor dy(kOp, "dy", dy_), weight(kOp, "weight", weight_), table(kOp, "table", table_, true),
         dx(kOp, "dx", dx_);
     expect_like(dy, dx);
@@ -216,7 +220,8 @@ static bool pixels_dx(py::handle dy_, py::handle weight_, py::handle table_, int
                          .patches = pixel_patches(dx, weight, table, merge),
                          .weight_stride = weight.stride(0),
                          .hidden_dim = weight.size(0),
-                         .dtype = dy.dtype};
+                         .dtype = dy.dtype,
+                         .scale = scale};
     return has_kernel(dy.dtype) &&
            run(dy, [&](Stream stream) { return launch_patch_embed_dx(p, stream); }, nullptr);
 }
@@ -251,7 +256,7 @@ static bool pixels_dweight(py::handle dy_, py::handle images_, py::handle folded
     unfold.dweight = dweight.data;
     unfold.dbias = dbias.data;
     unfold.num_splits = splits;
-    unfold.affine = folding(mean, std, rescale, centre);
+    unfold.affine = folding(mean, std, rescale, centre, 1);
     auto launch = [&](Stream stream) {
         const Error error = launch_patch_embed_dweight(p, stream);
         return error ? error : launch_patch_embed_unfold(unfold, stream);

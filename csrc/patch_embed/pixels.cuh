@@ -32,7 +32,7 @@ struct PixelView {
     FastDivide patch_w, patch_h, patch_t;
     FastDivide merge, blocks_w, blocks_h, grid_t;  // of images of one size
     int64_t step_image, step_t;
-    int step_h, step_w;
+    int step_h, step_w, frames;  // lines, pixels and frames of a patch
     PixelRow strides;           // of images of one size
     const PackedImage* images;  // packed
     int num_images, merged, patch_dim;
@@ -53,6 +53,7 @@ struct PixelView {
           step_t(p.stride_t * p.patch_t),
           step_h(p.patch_h),
           step_w(p.patch_w),
+          frames(p.patch_t),
           strides{0, int(p.stride_channel), int(p.stride_t), int(p.stride_h)},
           images(p.images),
           num_images(p.num_images),

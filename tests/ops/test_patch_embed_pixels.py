@@ -151,25 +151,21 @@ def test_accurate(backend: Backend, case: str) -> None:
             assert_as_accurate(name, got, same_dtype, want)
 
 
-def test_rounding(backend: Backend) -> None:
-    """The fold must round no more than normalising to bfloat16 does: 1.7e-3 RMS of random bytes."""
+@pytest.mark.parametrize("std", [STD, [0.5] * 3], ids=["CLIP", "SigLIP"])
+def test_rounding(backend: Backend, std: list[float]) -> None:
+    """At most what normalising to bfloat16 rounds, 1.7e-3 RMS; nothing where stds are equal."""
     weight = (torch.randn(64, 3, 14, 14) / 24).bfloat16().to(backend.device)
+    how = {"mean": MEAN, "std": std}
     for high in (256, 16):  # any picture; a dark one
         images = torch.randint(0, high, (1, 3, 56, 56), dtype=torch.uint8)
-        exact = expected(images, weight.cpu().double(), None, None, CLIP, 1)
-        mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
-        normalised = ((images / 255 - mean) / std).bfloat16()
-        standard = expected(
-            *(normalised, weight.cpu().double(), None, None),
-            {"mean": [0.0] * 3, "std": [1.0] * 3, "rescale": 1.0},
-            1,
-        )
-        y = ops.patch_embed_pixels(images.to(backend.device), weight, **CLIP).cpu().double()
-        rounding = rms(exact.bfloat16().double() - exact)  # of the tokens, which both have
+        exact = expected(images, weight.cpu().double(), None, None, how, 1)
+        y = ops.patch_embed_pixels(images.to(backend.device), weight, **how).cpu().double()
+        rounding = rms(exact.bfloat16().double() - exact)  # of the tokens themselves
         error = math.sqrt(max(0.0, rms(y - exact) ** 2 - rounding**2)) / rms(exact)
-        assert error < 1.8e-3
-        if high == 256:
-            assert error <= rms(standard - exact) / rms(exact) * 1.02
+        if backend.name == "cpu":
+            assert error < 1.9e-3  # PyTorch's product, of normalised rows
+        else:
+            assert error < (1.5e-3 if std == STD else 2e-4)
 
 
 def rms(x: Tensor) -> float:

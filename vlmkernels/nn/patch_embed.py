@@ -114,9 +114,9 @@ class _PatchEmbed(torch.nn.Module):
             )
         rows = isinstance(x, Tensor) and x.ndim == 2  # in an order already
         merge_size = 1 if rows else self.merge_size
-        if isinstance(x, Tensor) and not is_bytes and merge_size == 1 and grid_thw is None:
-            if x.ndim in (2, self.weight.ndim):
-                return ops.patch_embed(x, self.weight, self.bias, pos_embed)
+        plain = not is_bytes and merge_size == 1 and grid_thw is None
+        if plain and isinstance(x, Tensor) and x.ndim in (2, self.weight.ndim):
+            return ops.patch_embed(x, self.weight, self.bias, pos_embed)
         normalised = {"mean": [0.0] * self.in_channels, "std": [1.0] * self.in_channels}
         how: Any = normalised | {"rescale": 1.0}
         if is_bytes:

@@ -217,8 +217,8 @@ def patch_embed_pixels(
 
     Patch embedding of pixels as a decoder gives them: what an image processor does after resizing,
     and the convolution, as one matrix product. The normalisation is folded into the weight: with
-    folded_weight = weight * rescale / std, pixels u enter the product as u - 128, exact in 16 bits,
-    and the bias takes up the rest. A still image through a Conv3d's weight, where processors repeat
+    folded_weight = weight / std, pixels u enter the product as u - 128, exact in 16 bits, and the
+    bias takes up the rest. A still image through a Conv3d's weight, where processors repeat
     it for every frame, meets the sum of the weight over its frames: half the work for Qwen2-VL.
 
     Args:
@@ -399,7 +399,8 @@ def _pixels_kernel(
     y, folded_bias = _pixels_output(images, folded), weight.new_empty(len(weight), dtype=_FP32)
     if _core.C.patch_embed_fold(weight, bias, *numbers, _centre(images), folded, folded_bias):
         table = None if table is None else table.to(images.device, non_blocking=True)
-        _core.C.patch_embed_pixels(images, folded, folded_bias, pos_embed, table, merge, y)
+        scale = rescale / std[0]  # what the fold leaves outside
+        _core.C.patch_embed_pixels(images, folded, folded_bias, pos_embed, table, merge, scale, y)
         return y
     rows = _normalised_rows(images, folded, grid, table, *numbers, merge)
     y = linear(rows, _summed(weight, folded).flatten(1), bias).view(y.shape)
@@ -451,7 +452,7 @@ def _pixels_dx_kernel(
     unused = weight.new_empty(len(weight), dtype=_FP32)
     if _core.C.patch_embed_fold(weight, None, *numbers, 0.0, folded, unused):
         table = None if table is None else table.to(dx.device, non_blocking=True)
-        _core.C.patch_embed_pixels_dx(dy, folded, table, merge, dx)
+        _core.C.patch_embed_pixels_dx(dy, folded, table, merge, rescale / std[0], dx)
         return dx
     drows = dy.flatten(0, -2) @ _summed(weight, folded).flatten(1)
     scale = drows.new_tensor([rescale / x for x in std])[:, None]
