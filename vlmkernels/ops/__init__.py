@@ -4,7 +4,7 @@ from vlmkernels.ops.attention import attention, attention_decode
 from vlmkernels.ops.contrastive_loss import clip_loss, siglip_loss
 from vlmkernels.ops.norm import layer_norm, rms_norm
 from vlmkernels.ops.null import null
-from vlmkernels.ops.patch_embed import patch_embed
+from vlmkernels.ops.patch_embed import patch_embed, patch_embed_pixels
 from vlmkernels.ops.qformer_attention import qformer_attention
 from vlmkernels.ops.rope import mrope, rope, rope_from_tables, vision_rope
 from vlmkernels.ops.vq_lookup import vq_lookup
@@ -17,6 +17,7 @@ __all__ = [
     "mrope",
     "null",
     "patch_embed",
+    "patch_embed_pixels",
     "qformer_attention",
     "rms_norm",
     "rope",
