@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.rivals import NotSupportedError, rival
-from vlmkernels.ops.rope import _angles
+from vlmkernels.ops._rotation import angles as angles_of
 
 
 @functools.lru_cache(maxsize=4)
@@ -23,7 +23,7 @@ def _tables(
     layout: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    angles = _angles(position_ids, theta, head_dim, sections, layout)
+    angles = angles_of(position_ids, theta, head_dim, sections, layout)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 

@@ -5,7 +5,7 @@
 #include <new>
 #include <type_traits>
 
-#include "common/cpu.h"
+#include "common/column_sums_cpu.h"
 #include "norm/norm.h"
 
 namespace vlmkernels {
@@ -161,27 +161,6 @@ void backward_rows(const NormBackwardParams& p, int64_t begin, int64_t end, int6
     for (int64_t row = begin; row < end; ++row) backward_row<T>(p, row, weight, dweight, dbias);
 }
 
-void sum_partials(const NormBackwardParams& p, const float* partials, void* out) {
-    constexpr int kColumns = 1024;
-    if (!out) return;
-    const int64_t num_blocks = (p.hidden_dim + kColumns - 1) / kColumns;
-    parallel_for(num_blocks, 1, [&](int64_t first, int64_t last) {
-        const int64_t end = last * kColumns < p.hidden_dim ? last * kColumns : p.hidden_dim;
-        for (int64_t begin = first * kColumns; begin < end; begin += kColumns) {
-            const int64_t n = end - begin < kColumns ? end - begin : kColumns;
-            float sum[kColumns] = {};
-            for (int partial = 0; partial < p.num_partials; ++partial) {
-                const float* x = partials + int64_t(partial) * p.hidden_dim + begin;
-                for (int64_t i = 0; i < n; ++i) sum[i] += x[i];
-            }
-            dispatch_float(p.weight_dtype, [&]<class T>() {
-                for (int64_t i = 0; i < n; ++i)
-                    static_cast<T*>(out)[begin + i] = from_float<T>(sum[i]);
-            });
-        }
-    });
-}
-
 }  // namespace
 
 template <class Isa>
@@ -211,8 +190,7 @@ void norm_backward_cpu(const NormBackwardParams& p) {
                                  p.num_rows * (i + 1) / p.num_partials, i, mine);
             });
     });
-    sum_partials(p, p.dweight_partials, p.dweight);
-    sum_partials(p, p.dbias_partials, p.dbias);
+    column_sums(column_sums_of(p));
 }
 
 template void norm_cpu<VLMKERNELS_ISA>(const NormParams& p);

@@ -1,4 +1,4 @@
-"""rope, norm and null on every instruction set; attention's kernels have their own such test."""
+"""rope, norm, activation and null on every instruction set; attention has its own such test."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CHECKS = """
 import sys, torch
 from tests.conftest import Backend
-from tests.ops import test_norm, test_rope
+from tests.ops import test_activation, test_norm, test_qk_norm_rope, test_rope
 from vlmkernels import _core, ops
 
 print(_core.C.build_info()["cpu"])
@@ -27,6 +27,13 @@ for dtype in dtypes:
         q, k = test_rope.heads(5, 3, head_dim, backend=cpu, dtype=dtype)
         for name, rotate in test_rope.all_rotations((5,), head_dim, cpu).items():
             test_rope.check(rotate, q, k, f"{name} {head_dim} {dtype}")
+        inputs = [q, k, *test_qk_norm_rope.weights(head_dim, cpu, dtype)]
+        for name, function in test_qk_norm_rope.variants((5,), head_dim, cpu).items():
+            test_qk_norm_rope.check(function, inputs, f"{name} {head_dim} {dtype}")
+    for name in (*test_activation.PLAIN, *test_activation.GATED):
+        for shape in ((1, 8), (3, 71), (2, 2056)):
+            x = [test_activation.values(shape, cpu, dtype) for _ in range(2)]
+            test_activation.check(name, x[: 1 + (name in test_activation.GATED)])
     for size in (0, 1, 15, 16, 33, 1000):
         x = torch.randn(size + 1).to(dtype)[1:]
         assert torch.equal(ops.null(x), x)
