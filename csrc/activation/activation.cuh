@@ -2,6 +2,8 @@
 // other are one long row.
 #pragma once
 
+#include <initializer_list>
+
 #include "common/ptx.cuh"
 #include "common/vector.cuh"
 
@@ -33,8 +35,10 @@ __global__ void __launch_bounds__(kActivationThreads)
     if (column >= p.dim) return;
     for (int64_t row = blockIdx.y; row < p.num_rows; row += gridDim.y) {
         float x[V], up[V];
-        load(static_cast<const T*>(p.x) + row * p.x_stride + column, x);
+        const T* from = static_cast<const T*>(p.x) + row * p.x_stride + column;
+        const auto x_vector = load_vector<V>(from);
         if constexpr (kGated) load(static_cast<const T*>(p.up) + row * p.up_stride + column, up);
+        unpack(x_vector, x);
 #pragma unroll
         for (int i = 0; i < V; ++i) {
             float s, slope;
@@ -52,9 +56,12 @@ __global__ void __launch_bounds__(kActivationThreads)
     if (column >= p.dim) return;
     for (int64_t row = blockIdx.y; row < p.num_rows; row += gridDim.y) {
         float dy[V], x[V], up[V];
-        load(static_cast<const T*>(p.dy) + row * p.dim + column, dy);
-        load(static_cast<const T*>(p.x) + row * p.x_stride + column, x);
+        const auto dy_vector = load_vector<V>(static_cast<const T*>(p.dy) + row * p.dim + column);
+        const auto x_vector =
+            load_vector<V>(static_cast<const T*>(p.x) + row * p.x_stride + column);
         if constexpr (kGated) load(static_cast<const T*>(p.up) + row * p.up_stride + column, up);
+        unpack(dy_vector, dy);
+        unpack(x_vector, x);
 #pragma unroll
         for (int i = 0; i < V; ++i) {
             float s, slope;
@@ -86,8 +93,25 @@ Error over_rows(int64_t num_rows, int64_t dim, F&& f) {
     return cudaGetLastError();
 }
 
-inline bool on_16_bytes(const void* pointer) {
-    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+// True when every vector of V elements is aligned to its size.
+template <int V>
+bool vectors_fit(int64_t num_rows, int64_t dim, DType dtype,
+                 std::initializer_list<const void*> pointers,
+                 std::initializer_list<int64_t> strides) {
+    bool fit = dim % V == 0;
+    for (const void* pointer : pointers)
+        fit = fit && reinterpret_cast<uintptr_t>(pointer) % (V * size_of(dtype)) == 0;
+    for (int64_t stride : strides) fit = fit && (num_rows == 1 || stride % V == 0);
+    return fit;
+}
+
+// Calls f.template operator()<V>() with the widest vectors that fit: 16 bytes, 8, one element.
+template <class T, class Fits, class F>
+Error widest_vectors(Fits&& fits, F&& f) {
+    constexpr int V = 16 / sizeof(T);
+    if (fits.template operator()<V>()) return f.template operator()<V>();
+    if (fits.template operator()<V / 2>()) return f.template operator()<V / 2>();
+    return f.template operator()<1>();
 }
 
 template <class T, int V>
@@ -116,23 +140,22 @@ Error launch_activation_backward_vectors(const ActivationBackwardParams& p, Stre
 
 template <class T>
 Error launch_activation_typed(const ActivationParams& p, Stream stream) {
-    constexpr int V = 16 / sizeof(T);
-    const bool aligned = p.dim % V == 0 && p.x_stride % V == 0 && p.up_stride % V == 0 &&
-                         on_16_bytes(p.x) && on_16_bytes(p.up) && on_16_bytes(p.y);
-    return aligned ? launch_activation_vectors<T, V>(p, stream)
-                   : launch_activation_vectors<T, 1>(p, stream);
+    auto fits = [&]<int V>() {
+        return vectors_fit<V>(p.num_rows, p.dim, p.dtype, {p.x, p.up, p.y},
+                              {p.x_stride, p.up_stride});
+    };
+    return widest_vectors<T>(fits,
+                             [&]<int V>() { return launch_activation_vectors<T, V>(p, stream); });
 }
 
 template <class T>
 Error launch_activation_backward_typed(const ActivationBackwardParams& p, Stream stream) {
-    constexpr int V = 16 / sizeof(T);
-    bool aligned = p.dim % V == 0;
-    for (int64_t stride : {p.x_stride, p.up_stride, p.dx_stride, p.dup_stride})
-        aligned = aligned && stride % V == 0;
-    for (const void* pointer : {p.dy, p.x, p.up, (const void*)p.dx, (const void*)p.dup})
-        aligned = aligned && on_16_bytes(pointer);
-    return aligned ? launch_activation_backward_vectors<T, V>(p, stream)
-                   : launch_activation_backward_vectors<T, 1>(p, stream);
+    auto fits = [&]<int V>() {
+        return vectors_fit<V>(p.num_rows, p.dim, p.dtype, {p.dy, p.x, p.up, p.dx, p.dup},
+                              {p.x_stride, p.up_stride, p.dx_stride, p.dup_stride});
+    };
+    return widest_vectors<T>(
+        fits, [&]<int V>() { return launch_activation_backward_vectors<T, V>(p, stream); });
 }
 
 }  // namespace vlmkernels

@@ -83,10 +83,9 @@ void activation_cpu(const ActivationParams& p) {
             const T* x = at<T>(p.x, row * p.x_stride + column);
             const T* up = at<T>(p.up, row * p.up_stride + column);
             T* y = at<T>(p.y, row * p.dim + column);
-            int64_t i = 0;
-            for (; i + kWidth <= n; i += kWidth)
-                forward<T, kind, kGated>(x + i, up + i, y + i, kWidth);
-            if (i < n) forward<T, kind, kGated>(x + i, up + i, y + i, n - i);
+            for_each_vector(0, n, [&](int64_t i, int count) VLMKERNELS_INLINED {
+                forward<T, kind, kGated>(x + i, up + i, y + i, count);
+            });
         });
     });
 }
@@ -100,10 +99,9 @@ void activation_backward_cpu(const ActivationBackwardParams& p) {
             const T* up = at<T>(p.up, row * p.up_stride + column);
             T* dx = at<T>(p.dx, row * p.dx_stride + column);
             T* dup = at<T>(p.dup, row * p.dup_stride + column);
-            int64_t i = 0;
-            for (; i + kWidth <= n; i += kWidth)
-                backward<T, kind, kGated>(dy + i, x + i, up + i, dx + i, dup + i, kWidth);
-            if (i < n) backward<T, kind, kGated>(dy + i, x + i, up + i, dx + i, dup + i, n - i);
+            for_each_vector(0, n, [&](int64_t i, int count) VLMKERNELS_INLINED {
+                backward<T, kind, kGated>(dy + i, x + i, up + i, dx + i, dup + i, count);
+            });
         });
     });
 }

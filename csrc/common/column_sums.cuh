@@ -9,7 +9,7 @@
 
 namespace vlmkernels {
 
-inline constexpr int kSumColumns = 32, kSumSlices = 16;
+inline constexpr int kSumColumns = 32, kSumSlices = 32, kSumLoads = 9;
 
 static __global__ void __launch_bounds__(kSumColumns* kSumSlices)
     column_sums_kernel(const __grid_constant__ ColumnSums p) {
@@ -19,10 +19,17 @@ static __global__ void __launch_bounds__(kSumColumns* kSumSlices)
     if (!out) return;
     const int column = blockIdx.x * kSumColumns + threadIdx.x;
     float sum = 0.0f;
-    if (column < p.num_columns)
-#pragma unroll 4
-        for (int i = threadIdx.y; i < p.num_partials; i += kSumSlices)
-            sum += partials[int64_t(i) * p.num_columns + column];
+    for (int first = threadIdx.y; first < p.num_partials; first += kSumSlices * kSumLoads) {
+        float x[kSumLoads];  // in flight together
+#pragma unroll
+        for (int j = 0; j < kSumLoads; ++j) {
+            const int i = first + j * kSumSlices;
+            const bool there = i < p.num_partials && column < p.num_columns;
+            x[j] = there ? partials[int64_t(i) * p.num_columns + column] : 0.0f;
+        }
+#pragma unroll
+        for (int j = 0; j < kSumLoads; ++j) sum += x[j];
+    }
     slices[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
     if (threadIdx.y || column >= p.num_columns) return;

@@ -57,10 +57,12 @@ __device__ void backward_head(const QkNormRopeParams& p, const NormedHeads& h, c
         const T* dy = static_cast<const T*>(h.dy) + head_offset(h.dy_strides, batch, token, head);
         Spread::for_each_slot(p.head_dim, pairs, [&](int a, int b, int pair, int i) {
             float u[V], v[V], du[V], dv[V], c[V], s[V], wa[V], wb[V];
-            load(x + a, u);
-            load(x + b, v);
-            load(dy + a, du);
-            load(dy + b, dv);
+            const auto x_a = load_vector<V>(x + a), x_b = load_vector<V>(x + b);
+            const auto dy_a = load_vector<V>(dy + a), dy_b = load_vector<V>(dy + b);
+            unpack(x_a, u);
+            unpack(x_b, v);
+            unpack(dy_a, du);
+            unpack(dy_b, dv);
             load_weight<V, T>(h.weight, float_weight, a, wa);
             load_weight<V, T>(h.weight, float_weight, b, wb);
             angles.get(t, pairs, pair, c, s);

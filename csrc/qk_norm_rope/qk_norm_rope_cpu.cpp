@@ -9,14 +9,6 @@
 namespace vlmkernels {
 namespace {
 
-// f(begin, count) over [begin, end): whole vectors, then what is left.
-template <class F>
-VLMKERNELS_INLINE void for_each_vector(int begin, int end, F&& f) {
-    int i = begin;
-    for (; i + kWidth <= end; i += kWidth) f(i, kWidth);
-    if (i < end) f(i, end - i);
-}
-
 struct Token {
     int64_t batch, token;
     alignas(64) float cosines[kMaxPairs], sines[kMaxPairs];
@@ -46,19 +38,19 @@ void forward_heads(const QkNormRopeParams& p, const NormedHeads& h, const Token&
         const T* x = at.head<T>(h.x, h.x_strides, head);
         T* y = at.head<T>(h.out, h.out_strides, head);
         Vec squares{};
-        for_each_vector(0, p.head_dim, [&](int i, int count) {
+        for_each_vector(0, p.head_dim, [&](int64_t i, int count) VLMKERNELS_INLINED {
             const Vec z = load_first(x + i, count);
             squares += z * z;
         });
         const float rstd = 1.0f / std::sqrt(sum(squares) / p.head_dim + p.eps);
-        for_each_vector(0, n, [&](int i, int count) {
+        for_each_vector(0, n, [&](int64_t i, int count) VLMKERNELS_INLINED {
             const Vec a = load_first(x + i, count) * rstd * load_first(w + i, count);
             const Vec b = load_first(x + n + i, count) * rstd * load_first(w + n + i, count);
             const Vec c = load_first(at.cosines + i, count), s = load_first(at.sines + i, count);
             store_first(y + i, a * c - b * s, count);
             store_first(y + n + i, b * c + a * s, count);
         });
-        for_each_vector(2 * n, p.head_dim, [&](int i, int count) {
+        for_each_vector(2 * n, p.head_dim, [&](int64_t i, int count) VLMKERNELS_INLINED {
             store_first(y + i, load_first(x + i, count) * rstd * load_first(w + i, count), count);
         });
     }
@@ -74,24 +66,24 @@ void backward_heads(const QkNormRopeParams& p, const NormedHeads& h, const Token
         const T* x = at.head<T>(h.x, h.x_strides, head);
         const T* dy = at.head<T>(h.dy, h.dy_strides, head);
         T* dx = at.head<T>(h.out, h.out_strides, head);
-        for_each_vector(0, n, [&](int i, int count) {
+        for_each_vector(0, n, [&](int64_t i, int count) VLMKERNELS_INLINED {
             const Vec a = load_first(dy + i, count), b = load_first(dy + n + i, count);
             const Vec c = load_first(at.cosines + i, count), s = load_first(at.sines + i, count);
             store_first(dn + i, a * c + b * s, count);
             store_first(dn + n + i, b * c - a * s, count);
         });
-        for_each_vector(2 * n, p.head_dim, [&](int i, int count) {
+        for_each_vector(2 * n, p.head_dim, [&](int64_t i, int count) VLMKERNELS_INLINED {
             store_first(dn + i, load_first(dy + i, count), count);
         });
         Vec squares{}, products{};
-        for_each_vector(0, p.head_dim, [&](int i, int count) {
+        for_each_vector(0, p.head_dim, [&](int64_t i, int count) VLMKERNELS_INLINED {
             const Vec z = load_first(x + i, count);
             squares += z * z;
             products += z * load_first(dn + i, count) * load_first(w + i, count);
         });
         const float rstd = 1.0f / std::sqrt(sum(squares) / p.head_dim + p.eps);
         const float along = sum(products) / p.head_dim * rstd * rstd;
-        for_each_vector(0, p.head_dim, [&](int i, int count) {
+        for_each_vector(0, p.head_dim, [&](int64_t i, int count) VLMKERNELS_INLINED {
             const Vec z = load_first(x + i, count), d = load_first(dn + i, count);
             store_first(dweight + i, load_first(dweight + i, count) + d * z * rstd, count);
             store_first(dx + i, rstd * (d * load_first(w + i, count) - z * along), count);

@@ -32,8 +32,9 @@ __device__ void norm_and_rotate(const QkNormRopeParams& p, const NormedHeads& h,
         if (valid)
             Spread::for_each_slot(p.head_dim, pairs, [&](int a, int b, int, int i) {
                 float u[V], v[V];
-                load(x + a, u);
-                load(x + b, v);
+                const auto x_a = load_vector<V>(x + a), x_b = load_vector<V>(x + b);
+                unpack(x_a, u);
+                unpack(x_b, v);
 #pragma unroll
                 for (int j = 0; j < V; ++j) {
                     square[0] += u[j] * u[j] + v[j] * v[j];

@@ -14,8 +14,9 @@ constexpr int kTileAngles = 512;  // tokens of a CTA * num_pairs
 template <class T, int V>
 __device__ void rotate(const T* x, T* y, int half, const float (&c)[V], const float (&s)[V]) {
     float a[V], b[V], rotated_a[V], rotated_b[V];
-    load(x, a);
-    load(x + half, b);
+    const auto first = load_vector<V>(x), second = load_vector<V>(x + half);
+    unpack(first, a);
+    unpack(second, b);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
         rotated_a[i] = a[i] * c[i] - b[i] * s[i];
