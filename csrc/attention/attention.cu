@@ -30,6 +30,7 @@ static Error dispatch(const AttentionParams& p, F&& f) {
 }
 
 Error launch_attention(const AttentionParams& p, Stream stream) {
+    if (takes_sm90_fwd(p)) return launch_attention_sm90(p, stream);
     return dispatch(p, [&]<class Element, int kTileDim>() {
         return attention_fwd<Element, kTileDim>(p, stream);
     });
