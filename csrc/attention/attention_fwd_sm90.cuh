@@ -1,8 +1,9 @@
 // Forward on Hopper: a persistent CTA of one producer and some consumer warpgroups. The producer
-// brings blocks of queries, keys and values by TMA; a consumer owns 64 queries, with their output in
-// registers, and walks over the keys they see, last block first. While the product p v of a block
-// runs on the tensor cores its softmax of the next one runs on the other units (two wgmma groups in
-// flight), and with ping_pong consumers take turns, so that one's softmax meets another's products.
+// brings blocks of queries, keys and values by TMA; a consumer owns 64 queries, with their output
+// in registers, and walks over the keys they see, last block first. While the product p v of a
+// block runs on the tensor cores its softmax of the next one runs on the other units (two wgmma
+// groups in flight), and with ping_pong consumers take turns, so that one's softmax meets another's
+// products.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -30,6 +31,7 @@ struct AttentionFwdTile90 {
     static constexpr int kBlockM = 64 * kConsumers, kBlockN = kChoice.keys;
     static constexpr int kStages = kChoice.stages, kQueryStages = kChoice.q_stages;
     static constexpr bool kPingPong = kChoice.ping_pong, kLongestFirst = kCase == FwdCase::kCausal;
+    static constexpr bool kShort = kCase == FwdCase::kShort;  // few blocks: one loop for all
     // One consumer needs no setmaxnreg, and its producer is a single warp.
     static constexpr int kProducerThreads = kConsumers == 1 ? 32 : 128;
     static constexpr int kConsumerThreads = 128 * kConsumers;
@@ -192,9 +194,8 @@ struct FwdConsumer {
         constexpr int kChunks = Tile::kHeadDim / 8;
         for (int i = threadIdx.x; i < (Tile::kBlockN - num_rows) * kChunks;
              i += Tile::kConsumerThreads)
-            store_shared(shared.v(v_at.stage) +
-                             Tile::K::offset(num_rows + i / kChunks, i % kChunks),
-                         zeros);
+            store_shared(
+                shared.v(v_at.stage) + Tile::K::offset(num_rows + i / kChunks, i % kChunks), zeros);
         fence_proxy_async();
         named_barrier_sync(kAllConsumers, Tile::kConsumerThreads);
     }
@@ -214,7 +215,8 @@ template <bool kMasked, class Tile>
 __device__ void softmax_block(RowSoftmax& softmax, float (&scores)[Tile::kBlockN / 8][4],
                               const FwdWork<Tile>& work, int row, int block, float scale_log2,
                               float (&correction)[2]) {
-    if constexpr (kMasked) mask_rows(scores, work.sequence, row, block * Tile::kBlockN);
+    if (kMasked && block >= work.num_unmasked)
+        mask_rows(scores, work.sequence, row, block * Tile::kBlockN);
     softmax.update<kMasked>(scores, scale_log2, correction);
 }
 
@@ -225,6 +227,7 @@ __device__ void attend_fwd(FwdConsumer<Tile>& consumer, const AttentionParams& p
                            RowSoftmax& softmax) {
     constexpr int kBlockN = Tile::kBlockN;
     using Element = typename Tile::Element;
+    if (work.num_blocks <= 0) return;
     float scores[kBlockN / 8][4], correction[2];
     uint32_t probs[kBlockN / 16][4];
     const float scale_log2 = p.softmax_scale * kLog2e;
@@ -254,8 +257,10 @@ __device__ void attend_fwd(FwdConsumer<Tile>& consumer, const AttentionParams& p
         pack_probabilities<Element>(probs, scores);
         accumulate = true;
     };
-    for (; block > work.num_unmasked; --block) step.template operator()<true>();
-    for (; block > 0; --block) step.template operator()<false>();
+    const int end = Tile::kShort ? 0 : work.num_unmasked;
+    for (; block > end; --block) step.template operator()<true>();
+    if constexpr (!Tile::kShort)
+        for (; block > 0; --block) step.template operator()<false>();
     consumer.release_queries();
     consumer.multiply_values(out, probs, accumulate);
     wgmma_wait<0>();
@@ -300,12 +305,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kChoice.ctas)
         FwdConsumer<Tile> consumer(shared);
         if (consumer.index == Tile::kConsumers - 1) consumer.give_turn(0);
         for (FwdSchedule<Tile> schedule(p); schedule.valid(); schedule.advance()) {
-            const FwdWork<Tile> work(p, schedule.tile());
-            if (work.num_rows <= 0) continue;
+            const int3 tile = schedule.tile();
             float out[Tile::kHeadDim / 8][4] = {};
             RowSoftmax softmax;
-            if (work.num_blocks > 0) attend_fwd(consumer, p, work, out, softmax);
-            store_fwd(consumer, p, work, out, softmax);
+            attend_fwd(consumer, p, FwdWork<Tile>(p, tile), out, softmax);
+            store_fwd(consumer, p, FwdWork<Tile>(p, tile), out, softmax);
         }
     }
 }

@@ -1,5 +1,5 @@
-// The one table of tiles of the Hopper attention kernels: how many queries and keys a CTA takes at a
-// time, for each head_dim and mask. Apart from the launchers, so that tuning is a change of this
+// The one table of tiles of the Hopper attention kernels: how many queries and keys a CTA takes at
+// a time, for each head_dim and mask. Apart from the launchers, so that tuning is a change of this
 // file; `vlmkernels info --verbose` prints it.
 #pragma once
 
@@ -11,7 +11,7 @@ inline constexpr int kHopperTileDims[] = {64, 80, 96, 112, 128};
 enum class FwdCase { kFull, kCausal, kShort };  // kShort: no sequence has more than 64 queries
 
 struct AttentionFwdChoice {
-    int tile_dim;    // columns: a head_dim takes the next one, missing columns are zero-filled
+    int tile_dim;  // columns: a head_dim takes the next one, missing columns are zero-filled
     FwdCase which;
     int consumers;   // warpgroups of 64 queries each
     int keys;        // of a block
@@ -23,20 +23,13 @@ struct AttentionFwdChoice {
 
 // Chosen by ptxemu's timing model, see docs/measured/attention.md; not yet on a GPU.
 inline constexpr AttentionFwdChoice kAttentionFwdTable[] = {
-    {64, FwdCase::kFull, 3, 128, 2, 1, 1, true},
-    {64, FwdCase::kCausal, 3, 128, 2, 1, 1, true},
-    {64, FwdCase::kShort, 1, 64, 2, 2, 2, false},
-    {80, FwdCase::kFull, 2, 192, 2, 1, 1, true},
-    {80, FwdCase::kCausal, 2, 192, 2, 1, 1, true},
-    {80, FwdCase::kShort, 1, 64, 2, 2, 2, false},
-    {96, FwdCase::kFull, 2, 192, 2, 1, 1, true},
-    {96, FwdCase::kCausal, 2, 128, 2, 1, 1, true},
-    {96, FwdCase::kShort, 1, 64, 2, 2, 2, false},
-    {112, FwdCase::kFull, 2, 176, 2, 1, 1, true},
-    {112, FwdCase::kCausal, 2, 128, 2, 1, 1, true},
-    {112, FwdCase::kShort, 1, 64, 2, 2, 2, false},
-    {128, FwdCase::kFull, 2, 176, 2, 1, 1, true},
-    {128, FwdCase::kCausal, 2, 128, 2, 1, 1, true},
+    {64, FwdCase::kFull, 3, 128, 2, 2, 1, true},    {64, FwdCase::kCausal, 3, 128, 2, 2, 1, true},
+    {64, FwdCase::kShort, 1, 64, 2, 2, 3, false},   {80, FwdCase::kFull, 3, 112, 2, 2, 1, true},
+    {80, FwdCase::kCausal, 3, 112, 2, 2, 1, true},  {80, FwdCase::kShort, 1, 64, 2, 2, 2, false},
+    {96, FwdCase::kFull, 3, 96, 2, 2, 1, true},     {96, FwdCase::kCausal, 3, 96, 2, 2, 1, true},
+    {96, FwdCase::kShort, 1, 64, 2, 2, 2, false},   {112, FwdCase::kFull, 2, 128, 2, 2, 1, true},
+    {112, FwdCase::kCausal, 2, 128, 2, 2, 1, true}, {112, FwdCase::kShort, 1, 64, 2, 2, 2, false},
+    {128, FwdCase::kFull, 2, 176, 2, 1, 1, true},   {128, FwdCase::kCausal, 2, 128, 2, 2, 1, true},
     {128, FwdCase::kShort, 1, 64, 2, 2, 2, false},
 };
 

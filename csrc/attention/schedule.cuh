@@ -25,8 +25,8 @@ struct FwdWork {
 };
 
 // CTA i takes the tiles i, i + n, i + 2 n, ... of an order: blocks of a head next to each other, or
-// with kLongestFirst the blocks that see the most keys first (causal: the last ones), for all heads.
-// Every other round goes backwards, so that no CTA always has the longer ones.
+// with kLongestFirst the blocks that see the most keys first (causal: the last ones), for all
+// heads. Every other round goes backwards, so that no CTA always has the longer ones.
 template <class Tile>
 class FwdSchedule {
   public:

@@ -1,5 +1,5 @@
-// Softmax on wgmma accumulators: a thread holds two rows (halves), lane / 4 and 8 below, of which the
-// lanes of a quad share the columns.
+// Softmax on wgmma accumulators: a thread holds two rows (halves), lane / 4 and 8 below, of which
+// the lanes of a quad share the columns.
 #pragma once
 
 #include "attention/sequence.cuh"
@@ -112,9 +112,9 @@ __device__ void store_rows(const float (&c)[kN][4], T* out, int64_t row_stride, 
             uint32_t words[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                words[i] = n0 + i < kN ? pack<T>(c[(n0 + i) % kN][half * 2],
-                                                 c[(n0 + i) % kN][half * 2 + 1])
-                                       : 0;
+                words[i] = n0 + i < kN
+                               ? pack<T>(c[(n0 + i) % kN][half * 2], c[(n0 + i) % kN][half * 2 + 1])
+                               : 0;
             transpose_quad(words, lane);
             const int column = (n0 + lane % 4) * 8;
             if (row + half * 8 < num_rows && column < num_cols)
