@@ -11,14 +11,12 @@
 #include <algorithm>
 
 #include "attention/attention_tiles.h"
+#include "attention/heads_sm90.cuh"
 #include "attention/instances.h"
 #include "attention/schedule.cuh"
-#include "attention/sequence.cuh"
 #include "attention/softmax_sm90.cuh"
-#include "common/hopper.cuh"
 #include "common/launch.cuh"
 #include "common/pipeline.cuh"
-#include "common/shared_tile.cuh"
 #include "common/wgmma.cuh"
 
 namespace vlmkernels {
@@ -85,15 +83,6 @@ struct FwdShared {
         fence_mbarrier_init();
     }
 };
-
-template <class SharedTile>
-__device__ void load_heads(uint32_t tile, const CUtensorMap& map, uint32_t barrier, int token,
-                           int head, int batch) {
-#pragma unroll
-    for (int panel = 0; panel < SharedTile::kPanels; ++panel)
-        tma_load(tile + panel * SharedTile::kPanelBytes, &map, barrier,
-                 panel * SharedTile::kPanelColumns, token, head, batch);
-}
 
 // One thread.
 template <class Tile>
@@ -314,26 +303,12 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kChoice.ctas)
     }
 }
 
-template <class SharedTile>
-Error heads_map(CUtensorMap* map, const HeadsView& view, const AttentionParams& p, int64_t tokens,
-                int num_heads) {
-    return encode_tensor_map(map, view.data, p.dtype,
-                             {{p.head_dim, 1, SharedTile::kPanelColumns},
-                              {tokens, view.token_stride, SharedTile::kRows},
-                              {num_heads, view.head_stride, 1},
-                              {p.cu_seqlens_q ? 1 : p.batch, view.batch_stride, 1}},
-                             SharedTile::kSwizzle);
-}
-
 template <class Tile>
 Error launch_fwd_sm90(const AttentionParams& p, int num_sms, Stream stream) {
     AttentionFwdMaps maps;
-    const bool packed = p.cu_seqlens_q;
-    const int64_t tokens_q = packed ? p.num_tokens_q : p.seqlen_q;
-    const int64_t tokens_k = packed ? p.num_tokens_k : p.seqlen_k;
-    Error error = heads_map<typename Tile::Q>(&maps.q, p.q, p, tokens_q, p.num_heads);
-    if (!error) error = heads_map<typename Tile::K>(&maps.k, p.k, p, tokens_k, p.num_heads_k);
-    if (!error) error = heads_map<typename Tile::K>(&maps.v, p.v, p, tokens_k, p.num_heads_k);
+    Error error = queries_map<typename Tile::Q>(&maps.q, p.q, p);
+    if (!error) error = keys_map<typename Tile::K>(&maps.k, p.k, p);
+    if (!error) error = keys_map<typename Tile::K>(&maps.v, p.v, p);
     if (error) return error;
     const int ctas = std::min(FwdSchedule<Tile>::num_tiles(p), num_sms * Tile::kChoice.ctas);
     return launch(attention_fwd_sm90_kernel<Tile>, ctas, Tile::kThreads, Tile::kSharedBytes, stream,
@@ -342,11 +317,9 @@ Error launch_fwd_sm90(const AttentionParams& p, int num_sms, Stream stream) {
 
 template <class Element, int kTileDim>
 Error attention_fwd_sm90(const AttentionParams& p, Stream stream) {
-    int device = 0, num_sms = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess)
-        error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) return error;
+    int num_sms = 0;
+    Error error = count_sms(&num_sms);
+    if (error) return error;
     auto with = [&]<FwdCase kCase>() {
         return launch_fwd_sm90<AttentionFwdTile90<Element, kTileDim, kCase>>(p, num_sms, stream);
     };

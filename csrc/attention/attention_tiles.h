@@ -33,6 +33,32 @@ inline constexpr AttentionFwdChoice kAttentionFwdTable[] = {
     {128, FwdCase::kShort, 1, 64, 2, 2, 2, false},
 };
 
+// The backward has two kernels: one holds queries and gives dq, one holds keys and gives dk and dv.
+enum class BwdSide { kQueries, kKeys };
+
+struct AttentionBwdChoice {
+    int tile_dim;
+    BwdSide side;
+    int consumers;  // warpgroups, 64 resident rows each
+    int rows;       // of a streamed block
+    int stages;     // streamed blocks in flight
+    bool overlap;   // of a warpgroup's own products with its elementwise work
+};
+
+inline constexpr AttentionBwdChoice kAttentionBwdTable[] = {
+    {64, BwdSide::kQueries, 3, 64, 3, true},  {64, BwdSide::kKeys, 2, 64, 3, true},
+    {80, BwdSide::kQueries, 3, 64, 3, true},  {80, BwdSide::kKeys, 2, 64, 3, true},
+    {96, BwdSide::kQueries, 2, 96, 3, true},  {96, BwdSide::kKeys, 2, 64, 3, true},
+    {112, BwdSide::kQueries, 2, 96, 3, true}, {112, BwdSide::kKeys, 2, 64, 3, false},
+    {128, BwdSide::kQueries, 2, 96, 2, true}, {128, BwdSide::kKeys, 2, 64, 3, false},
+};
+
+constexpr AttentionBwdChoice bwd_choice(int tile_dim, BwdSide side) {
+    for (const AttentionBwdChoice& choice : kAttentionBwdTable)
+        if (choice.tile_dim == tile_dim && choice.side == side) return choice;
+    return {};
+}
+
 // The row of the table; tile_dim must have one.
 constexpr AttentionFwdChoice fwd_choice(int tile_dim, FwdCase which) {
     for (const AttentionFwdChoice& choice : kAttentionFwdTable)

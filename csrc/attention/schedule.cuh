@@ -1,4 +1,4 @@
-// Which blocks of queries a persistent CTA of the Hopper forward takes, in which order.
+// Which blocks of which heads a persistent CTA of the Hopper kernels takes, in which order.
 #pragma once
 
 #include "attention/sequence.cuh"
@@ -25,24 +25,39 @@ struct FwdWork {
 };
 
 // CTA i takes the tiles i, i + n, i + 2 n, ... of an order: blocks of a head next to each other, or
-// with kLongestFirst the blocks that see the most keys first (causal: the last ones), for all
-// heads. Every other round goes backwards, so that no CTA always has the longer ones.
-template <class Tile>
-class FwdSchedule {
+// with kLongestFirst the blocks with the most work first, for all heads. Every other round goes
+// backwards, so that no CTA always has the longer ones.
+enum class LongestFirst { kNo, kLastBlock, kFirstBlock };
+
+class TileSchedule {
   public:
-    __device__ explicit FwdSchedule(const AttentionParams& p)
-        : blocks_(num_blocks(p)), heads_(p.num_heads), total_(num_tiles(p)), round_(0) {}
+    __device__ TileSchedule(int blocks, int heads, int batch)
+        : blocks_(blocks), heads_(heads), total_(blocks * heads * batch), round_(0) {}
     __device__ bool valid() const { return round_ * int(gridDim.x) < total_; }
     __device__ void advance() { ++round_; }
     // (block, head, batch)
-    __device__ int3 tile() const {
-        const int i = index();
+    __device__ int3 tile(LongestFirst order) const {
+        const int n = gridDim.x, cta = blockIdx.x;
+        const int i = round_ * n + (round_ % 2 ? n - 1 - cta : cta);
         if (i >= total_) return {blocks_, 0, 0};  // beyond the last row: nothing to do
-        if constexpr (Tile::kLongestFirst) {
-            const int all_heads = total_ / blocks_, head = i % all_heads;
-            return {blocks_ - 1 - i / all_heads, head % heads_, head / heads_};
-        }
-        return {i % blocks_, i / blocks_ % heads_, i / blocks_ / heads_};
+        if (order == LongestFirst::kNo)
+            return {i % blocks_, i / blocks_ % heads_, i / blocks_ / heads_};
+        const int all_heads = total_ / blocks_, block = i / all_heads, head = i % all_heads;
+        return {order == LongestFirst::kLastBlock ? blocks_ - 1 - block : block, head % heads_,
+                head / heads_};
+    }
+
+  private:
+    int blocks_, heads_, total_, round_;
+};
+
+template <class Tile>
+struct FwdSchedule : TileSchedule {
+    __device__ explicit FwdSchedule(const AttentionParams& p)
+        : TileSchedule(num_blocks(p), p.num_heads, p.batch) {}
+    __device__ int3 tile() const {  // causal: the last queries see the most keys
+        return TileSchedule::tile(Tile::kLongestFirst ? LongestFirst::kLastBlock
+                                                      : LongestFirst::kNo);
     }
     static constexpr int num_blocks(const AttentionParams& p) {
         return (p.seqlen_q + Tile::kBlockM - 1) / Tile::kBlockM;
@@ -50,13 +65,28 @@ class FwdSchedule {
     static constexpr int num_tiles(const AttentionParams& p) {
         return num_blocks(p) * p.num_heads * p.batch;
     }
+};
 
-  private:
-    __device__ int index() const {
-        const int n = gridDim.x, i = blockIdx.x;
-        return round_ * n + (round_ % 2 ? n - 1 - i : i);
+template <class Tile>
+struct BwdSchedule : TileSchedule {
+    const bool causal;
+
+    __device__ explicit BwdSchedule(const AttentionParams& p)
+        : TileSchedule(num_blocks(p), num_heads(p), p.batch), causal(p.causal) {}
+    __device__ int3 tile() const {  // causal: the first keys are seen by the most queries
+        return TileSchedule::tile(!causal        ? LongestFirst::kNo
+                                  : Tile::kKeys ? LongestFirst::kFirstBlock
+                                                : LongestFirst::kLastBlock);
     }
-    int blocks_, heads_, total_, round_;
+    static constexpr int num_heads(const AttentionParams& p) {
+        return Tile::kKeys ? p.num_heads_k : p.num_heads;
+    }
+    static constexpr int num_blocks(const AttentionParams& p) {
+        return ((Tile::kKeys ? p.seqlen_k : p.seqlen_q) + Tile::kRows - 1) / Tile::kRows;
+    }
+    static constexpr int num_tiles(const AttentionParams& p) {
+        return num_blocks(p) * num_heads(p) * p.batch;
+    }
 };
 
 }  // namespace vlmkernels

@@ -70,6 +70,21 @@ __device__ void mask_rows(float (&scores)[kN][4], const Sequence& sequence, int 
     }
 }
 
+// The same where rows are keys and columns queries.
+template <int kN>
+__device__ void mask_columns(float (&scores)[kN][4], const Sequence& sequence, int row, int col0) {
+    const int column = col0 + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int first = sequence.first_query(row + half * 8) - column;
+#pragma unroll
+        for (int n = 0; n < kN; ++n)
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+                if (n * 8 + e < first) scores[n][half * 2 + e] = negative_infinity();
+    }
+}
+
 template <class T, int kN>
 __device__ void pack_probabilities(uint32_t (&probs)[kN / 2][4], const float (&scores)[kN][4]) {
 #pragma unroll
