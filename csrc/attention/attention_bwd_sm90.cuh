@@ -32,8 +32,8 @@ struct AttentionBwdTile90 {
     static constexpr int kRows = 64 * kConsumers, kBlock = kChoice.rows, kStages = kChoice.stages;
     static constexpr int kConsumerThreads = 128 * kConsumers;
     static constexpr int kThreads = kConsumerThreads + 128;
-    static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 24;
-    static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
+    static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
+    static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
     using X = SharedTile<64, kHeadDim>;  // two for each consumer, side by side
     using Y = SharedTile<kBlock, kHeadDim>;
     static constexpr int kStatsBytes = kKeys ? kBlock * int(sizeof(float2)) : 0;

@@ -3,6 +3,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <iterator>
 #include <utility>
 
@@ -20,14 +21,24 @@ static bool has_tensor_map(const HeadsView& view, int64_t tokens, int num_heads,
            fits(batch, view.batch_stride);
 }
 
-bool takes_sm90_fwd(const AttentionParams& p) {
-    if (!hopper_tile_dim(p.head_dim) || !has_hopper()) return false;
-    if (p.num_tokens_q == 0 || p.num_tokens_k == 0 || p.seqlen_q == 0) return false;
+static bool has_tensor_maps(const AttentionParams& p) {
     const int batch = p.cu_seqlens_q ? 1 : p.batch;
-    const int64_t rows = (int64_t(p.seqlen_q) + 63) / 64 * p.num_heads * p.batch;
-    return rows < int64_t(1) << 31 && has_tensor_map(p.q, p.num_tokens_q, p.num_heads, batch) &&
+    return has_tensor_map(p.q, p.num_tokens_q, p.num_heads, batch) &&
            has_tensor_map(p.k, p.num_tokens_k, p.num_heads_k, batch) &&
            has_tensor_map(p.v, p.num_tokens_k, p.num_heads_k, batch);
+}
+
+bool takes_sm90(const AttentionParams& p) {
+    if (!hopper_tile_dim(p.head_dim) || !has_hopper()) return false;
+    if (p.seqlen_q == 0 || p.seqlen_k == 0 || p.num_tokens_q == 0 || p.num_tokens_k == 0)
+        return false;
+    const int64_t blocks = (int64_t(std::max(p.seqlen_q, p.seqlen_k)) + 63) / 64;
+    return blocks * p.num_heads * p.batch < int64_t(1) << 31 && has_tensor_maps(p);
+}
+
+bool takes_sm90(const AttentionBackwardParams& p) {
+    return takes_sm90(static_cast<const AttentionParams&>(p)) &&
+           has_tensor_map(p.dout, p.num_tokens_q, p.num_heads, p.cu_seqlens_q ? 1 : p.batch);
 }
 
 // Calls f.template operator()<Element, kTileDim>() with the tile of head_dim.
@@ -48,6 +59,12 @@ static Error dispatch(const AttentionParams& p, F&& f) {
 Error launch_attention_sm90(const AttentionParams& p, Stream stream) {
     return dispatch(p, [&]<class Element, int kTileDim>() {
         return attention_fwd_sm90<Element, kTileDim>(p, stream);
+    });
+}
+
+Error launch_attention_backward_sm90(const AttentionBackwardParams& p, Stream stream) {
+    return dispatch(p, [&]<class Element, int kTileDim>() {
+        return attention_bwd_sm90<Element, kTileDim>(p, stream);
     });
 }
 

@@ -14,6 +14,8 @@ Error attention_fwd_sm90(const AttentionParams& p, Stream stream);
 template <class Element, int kTileDim>
 Error attention_bwd(const AttentionBackwardParams& p, Stream stream);
 template <class Element, int kTileDim>
+Error attention_bwd_sm90(const AttentionBackwardParams& p, Stream stream);
+template <class Element, int kTileDim>
 Error attention_decode(const AttentionDecodeParams& p, Stream stream);
 
 }  // namespace vlmkernels
