@@ -29,6 +29,7 @@ static Error dispatch(const AttentionParams& p, F&& f) {
 }
 
 Error launch_attention(const AttentionParams& p, Stream stream) {
+    if (takes_sm90(p)) return launch_attention_sm90(p, stream);
     if (p.plain())
         return dispatch<kAttentionTileDims>(p, [&]<class Element, int kTileDim>() {
             return attention_fwd<Element, kTileDim, PlainScores>(p, stream);
@@ -53,6 +54,7 @@ Error launch_attention_backward(const AttentionBackwardParams& p, Stream stream)
     Error error = p.dtype == DType::kFloat16 ? attention_row_stats<__half>(p, stream)
                                              : attention_row_stats<__nv_bfloat16>(p, stream);
     if (error) return error;
+    if (takes_sm90(p)) return launch_attention_backward_sm90(p, stream);
     if (!p.plain()) return launch_masked_backward(p, stream);
     return dispatch<kAttentionTileDims>(p, [&]<class Element, int kTileDim>() {
         return attention_bwd<Element, kTileDim, PlainScores>(p, stream);

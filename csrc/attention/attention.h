@@ -116,6 +116,11 @@ struct AttentionDecodeParams : AttentionParams {
 };
 
 Error launch_attention(const AttentionParams& p, Stream stream);
+// Whether the Hopper kernels take this, on this GPU; else those of sm_80 do.
+bool takes_sm90(const AttentionParams& p);
+bool takes_sm90(const AttentionBackwardParams& p);
+Error launch_attention_sm90(const AttentionParams& p, Stream stream);
+Error launch_attention_backward_sm90(const AttentionBackwardParams& p, Stream stream);
 Error launch_attention_backward(const AttentionBackwardParams& p, Stream stream);
 Error launch_attention_decode(const AttentionDecodeParams& p, Stream stream);
 // How many parts of the keys launch_attention_decode wants on the current device: a function of

@@ -72,6 +72,8 @@ AttentionParams check_qkv(const Tensor& q, const Tensor& k, const Tensor& v, int
     p.batch = as_int(q, q.size(0));
     p.seqlen_q = as_int(q, q.size(-3));
     p.seqlen_k = as_int(k, k.size(-3));
+    p.num_tokens_q = q.numel() / (num_heads * head_dim);
+    p.num_tokens_k = k.numel() / (num_heads_k * head_dim);
     p.num_heads = as_int(q, num_heads);
     p.num_heads_k = as_int(k, num_heads_k);
     p.head_dim = int(head_dim);
@@ -200,8 +202,6 @@ AttentionParams check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, 
                              const ScoreOptions& options) {
     const Tensor &cu_q = masks.cu_seqlens_q, &cu_k = masks.cu_seqlens_k;
     AttentionParams p = check_qkv(q, k, v, cu_q.given ? 3 : 4);
-    p.num_tokens_q = cu_q.given ? q.size(0) : q.size(0) * q.size(1);
-    p.num_tokens_k = cu_q.given ? k.size(0) : k.size(0) * k.size(1);
     if (cu_q.given) {
         check_cu_seqlens(cu_q, q, q, options.max_seqlen_q);
         check_cu_seqlens(cu_k, q, k, options.max_seqlen_k);

@@ -16,6 +16,10 @@ template <class Element, int kTileDim, class Scores>
 Error attention_bwd(const AttentionBackwardParams& p, Stream stream);
 template <class Element, int kTileDim>  // for kMaskedTileDims
 Error attention_dbias(const AttentionBackwardParams& p, Stream stream);
+template <class Element, int kTileDim>  // for kHopperTileDims
+Error attention_fwd_sm90(const AttentionParams& p, Stream stream);
+template <class Element, int kTileDim>
+Error attention_bwd_sm90(const AttentionBackwardParams& p, Stream stream);
 template <class Element, int kTileDim>  // for kAttentionTileDims
 Error attention_decode(const AttentionDecodeParams& p, Stream stream);
 

@@ -61,6 +61,9 @@ struct Sequence {
         return {window_right < 0 ? 0 : max(0, diagonal - window_right),
                 window_left < 0 ? seqlen_q : max(0, min(diagonal + window_left + 1, seqlen_q))};
     }
+    // Of full and causal attention: query i sees the keys before visible_keys(i).
+    __device__ int visible_keys(int i) const { return keys_of(i).end; }
+    __device__ int first_query(int j) const { return queries_of(j).begin; }
 
     template <class T>
     __device__ T* queries(const HeadsView& view, int row, int head) const {

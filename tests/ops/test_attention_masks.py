@@ -210,8 +210,8 @@ def test_packed(backend: Backend) -> None:
 
 
 def test_skipped_tiles_are_not_read(backend: Backend) -> None:
-    """Documents of 384 tokens, whole tiles of any kernel: NaN in the keys and values of one does not
-    reach the others, as nothing of a tile is read that nobody sees."""
+    """Documents of 384 tokens, whole tiles of any kernel: NaN in the keys and values of one does
+    not reach the others, as nothing of a tile is read that nobody sees."""
     p = dense(backend, (1152, 1152), (1, 1), batch=1, dtype=torch.float16)
     ids = torch.tensor([documents(1152, [384] * 3)], dtype=torch.int32, device=backend.device)
     poisoned = replace(p, k=p.k.clone(), v=p.v.clone())
