@@ -102,7 +102,7 @@ static bool attention_decode(py::handle q_, py::handle k_, py::handle v_, py::ha
     set_scores(p, op, {0, 0, window_left, window_right, softmax_scale, softcap});
     set_lse(p, q, lse);
     expect_same_shape(out, q);
-    expect_like(out, q);
+    expect_heads_like(out, q);
     p.out = heads_view(out);
     check_cache_seqlens(cache_seqlens, q, p.seqlen_k);
     p.cache_seqlens = cache_seqlens.ptr<int32_t>();
@@ -147,9 +147,9 @@ static void set_queries(CacheAppendParams& p, const Tensor& q, const Tensor& q_o
     if (q.ndim != 4 || q.size(0) != k.size(0) || q.size(3) != k.size(3))
         value_error(q, "must have shape (batch, seqlen_q, num_heads, head_dim) as k",
                     shape_text(q));
-    expect_like(q, k);
+    expect_heads_like(q, k);
     expect_same_shape(q_out, q);
-    expect_like(q_out, k);
+    expect_heads_like(q_out, k);
     p.q = heads_view(q);
     p.q_out = heads_view(q_out);
     p.seqlen_q = as_int(q, q.size(1));
@@ -170,7 +170,7 @@ static bool kv_cache_append(py::handle q_, py::handle q_out_, py::handle k_, py:
         value_error(k_cache, "must have the num_heads_k of k (" + std::to_string(k.size(2)) + ")",
                     std::to_string(k_cache.size(2)));
     expect_same_shape(v, k);
-    expect_like(v, k);
+    expect_heads_like(v, k);
     set_pages(shapes, block_table, k, k_cache);
     const int longest = shapes.seqlen_k - shapes.seqlen_q;
     if (longest < 0)
