@@ -109,6 +109,8 @@ def calls() -> dict[str, Callable[[], Callable[[], Any]]]:
     layer = {"x": rand(256, 1280), "weight": rand(1280), "bias": rand(1280)}
     add("layer_norm 256x1280", ops.layer_norm, **layer)
     add("patch_embed 128x1176 to 256", ops.patch_embed, x=rand(128, 1176), weight=rand(256, 1176))
+    codes = {"z": rand(256, 64, grad=False), "codebook": rand(1024, 64, grad=False)}
+    add("vq_lookup 256x1024x64", ops.vq_lookup, **codes)
     return found
 
 

@@ -24,6 +24,7 @@ TOLERANCE = {
     torch.float32: 5e-4,
     torch.float16: 1e-2,
     torch.bfloat16: 5e-2,
+    torch.int64: 0.0,
 }
 
 

@@ -26,6 +26,7 @@ PATH = os.pathsep.join([*map(str, TOOLS), os.environ["PATH"], "/usr/local/cuda/b
 MATRIX = (
     *("attention_fwd", "attention_dq", "attention_dkdv", "attention_decode"),
     *("patch_embed", "patch_embed_dx", "patch_embed_dweight"),
+    *("vq_lookup", "vq_lookup_hopper"),
 )
 
 
@@ -68,4 +69,4 @@ def test_matrix_kernels_use_tensor_cores(kernels: dict[str, str]) -> None:
     for name, code in kernels.items():
         if any(f"{kind}_kernel" in name for kind in MATRIX):
             assert re.search(r"\b(HMMA|HGMMA)\b", code), name
-            assert re.search(r"\b(LDGSTS|UTMALDG)\b", code), name  # asynchronous copies feed them
+            assert re.search(r"\b(LDGSTS|UTMALDG|UBLKCP)\b", code), name  # asynchronous copies feed them
