@@ -126,6 +126,8 @@ def calls() -> dict[str, Callable[[], Callable[[], Any]]]:
         "qformer_attention 1x32x257x512", ops.qformer_attention, q=rand(1, 32, 2, 64),
         x=rand(1, 257, 512), **qformer,
     )  # fmt: skip
+    codes = {"z": rand(256, 64, grad=False), "codebook": rand(1024, 64, grad=False)}
+    add("vq_lookup 256x1024x64", ops.vq_lookup, **codes)
     return found
 
 

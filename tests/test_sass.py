@@ -28,6 +28,7 @@ MATRIX = (
     *("patch_embed", "patch_embed_dx", "patch_embed_dweight"),
     *("contrastive_forward", "contrastive_ds", "contrastive_products"),
     *(f"qformer_attention_{kind}" for kind in ("fwd", "probabilities", "rows", "dx")),
+    *("vq_lookup", "vq_lookup_hopper"),
 )
 
 
@@ -70,4 +71,4 @@ def test_matrix_kernels_use_tensor_cores(kernels: dict[str, str]) -> None:
     for name, code in kernels.items():
         if any(f"{kind}_kernel" in name for kind in MATRIX):
             assert re.search(r"\b(HMMA|HGMMA)\b", code), name
-            assert re.search(r"\b(LDGSTS|UTMALDG)\b", code), name  # asynchronous copies feed them
+            assert re.search(r"\b(LDGSTS|UTMALDG|UBLKCP)\b", code), name  # asynchronous copies feed them
