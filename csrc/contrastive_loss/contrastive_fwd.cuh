@@ -64,6 +64,10 @@ struct WarpLogits {
           inside(row + kI * 16 <= num_rows && column + kJ * 8 <= num_columns) {}
     __device__ int row(int m) const { return row0 + m * 8; }
     __device__ int column(int n) const { return column0 + n / 2 * 8 + n % 2; }
+    __device__ bool has_diagonal(int first_positive) const {  // false: surely not
+        const int first = row0 - column0 + first_positive;
+        return first >= -kI * 16 && first <= kJ * 8;
+    }
     __device__ float product(int m, int n) const {
         return products[m / 2][n / 2][m % 2 * 2 + n % 2];
     }
@@ -200,7 +204,7 @@ __device__ void part_softplus(const WarpLogits<kI, kJ>& s, int first_positive, i
             float x = s.at(m, n);
             if (s.column(n) == s.row(m) + first_positive) x = -x;
             const float loss = fmaxf(x, 0) + log1p_unit(exp2_approx(-fabsf(x) * kLog2e));
-            sum += s.column(n) < s.num_columns ? loss : 0;
+            sum += s.inside || s.column(n) < s.num_columns ? loss : 0;
         }
         sum = quad_sum(sum);
         if (lane % 4 == 0 && s.row(m) < s.num_rows) row(s.row(m), sum);
@@ -224,8 +228,7 @@ struct ContrastiveParts {
     }
     template <int kI, int kJ>
     __device__ void store_positives(const WarpLogits<kI, kJ>& s) const {
-        const int first = s.row0 - s.column0 + first_positive;  // of this lane, about
-        if (first < -kI * 16 || first > kJ * 8) return;
+        if (!s.has_diagonal(first_positive)) return;
 #pragma unroll
         for (int m = 0; m < kI * 2; ++m)
 #pragma unroll
