@@ -1,15 +1,7 @@
 // Blocks of columns of a row, a vector at a time, in fp32.
 #include "common/simd.h"
-
-namespace vlmkernels {
-namespace {
-
-VLMKERNELS_INLINE Vec reciprocal(Vec x) { return 1.0f / x; }
-
-}  // namespace
-}  // namespace vlmkernels
-
-#include "activation/gate.h"  // needs exp and reciprocal of Vec
+// After simd.h, whose exp and reciprocal of vectors it needs:
+#include "activation/gate.h"
 
 namespace vlmkernels {
 namespace {

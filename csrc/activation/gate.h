@@ -29,7 +29,8 @@ VLMKERNELS_GATE void sigmoid(F z, F& s, F& slope) {
 // fitted to it by iteratively reweighted least squares.
 template <class F>
 VLMKERNELS_GATE void normal_distribution(F x, F& s, F& slope) {
-    const F a = x < 0.0f ? -x : x, e = exp(a * a * -0.5f), t = reciprocal(a * 0.3f + 1.0f);
+    const F a = x < 0.0f ? -x : x, e = exp(a * a * -0.5f);
+    const F finite = a < 100.0f ? a : e + 100.0f, t = reciprocal(finite * 0.3f + 1.0f);
     F tail = t * 0.0356769413f - 0.157211199f;
     tail = tail * t + 0.206366852f;
     tail = tail * t - 0.0536954142f;

@@ -55,13 +55,13 @@ static bool has_kernel(const Tensor& x) {
     return x.dtype != DType::kFloat64 && !(takes_cuda(x) && x.size(-1) > kMaxHiddenDimCuda);
 }
 
-// y, h and stats (rstd, and mean when centered: LayerNorm) come from ops/norm.py.
+// y, h and stats (rstd, and mean when centered: LayerNorm; None: not wanted) come from ops/norm.py.
 static bool norm(py::handle x_, py::handle residual_, py::handle weight_, py::handle bias_,
                  py::handle y_, py::handle h_, py::handle stats_, double eps, bool centered) {
     const char* op = centered ? "layer_norm" : "rms_norm";
     Tensor x(op, "x", x_), residual(op, "residual", residual_, true), weight(op, "weight", weight_),
         bias(op, "bias", bias_, true), y(op, "y", y_), h(op, "h", h_, true),
-        stats(op, "stats", stats_);
+        stats(op, "stats", stats_, true);
     check_x(x);
     check_like(residual, x);
     check_weight(weight, x);
@@ -71,17 +71,20 @@ static bool norm(py::handle x_, py::handle residual_, py::handle weight_, py::ha
     check_output(y, x);
     check_output(h, x);
     if (h.given != residual.given) value_error(op, "h and residual go together");
-    check_stats(stats, x);
-    if ((stats.size(0) == 2) != centered)
-        value_error(stats, "must fit the norm", shape_text(stats));
+    if (stats.given) {
+        check_stats(stats, x);
+        if ((stats.size(0) == 2) != centered)
+            value_error(stats, "must fit the norm", shape_text(stats));
+    }
     NormParams p{.x = x.data,
                  .residual = residual.data,
                  .weight = weight.data,
                  .bias = bias.data,
                  .y = y.data,
                  .h = h.data,
-                 .mean = centered ? stats.ptr<float>() + rows_of(x) : nullptr,
+                 .mean = stats.given && centered ? stats.ptr<float>() + rows_of(x) : nullptr,
                  .rstd = stats.ptr<float>(),
+                 .centered = centered,
                  .num_rows = rows_of(x),
                  .hidden_dim = int(x.size(-1)),
                  .x_stride = row_stride(x),

@@ -118,6 +118,22 @@ def _kernel(
     return y, h, stats
 
 
+def _kernel_inference(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    centered: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    x, residual = _library.rows(x), None if residual is None else _library.rows(residual)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    h = None if residual is None else torch.empty_like(y)
+    if not _core.C.norm(x, residual, weight, bias, y, h, None, eps, centered):
+        return reference(x, residual, weight, bias, eps, centered)
+    return y, h, None
+
+
 def _kernel_backward(
     dy: Tensor,
     dh: Tensor | None,
@@ -204,6 +220,7 @@ _norm = _library.define(
     "norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool centered)"
     " -> (Tensor y, Tensor h, Tensor stats)",
     kernel=_kernel,
+    inference=_kernel_inference,
     fake=_fake,
     reference=reference,
     setup_context=_setup_context,
