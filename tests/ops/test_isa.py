@@ -1,4 +1,4 @@
-"""rope, norm, activation and null on every instruction set; attention has its own such test."""
+"""Every instruction set: all CPU kernels but attention's, which have their own such test."""
 
 import os
 import subprocess
@@ -12,7 +12,9 @@ ROOT = Path(__file__).resolve().parents[2]
 CHECKS = """
 import sys, torch
 from tests.conftest import Backend
-from tests.ops import test_activation, test_norm, test_qk_norm_rope, test_rope
+from tests.ops import (
+    test_activation, test_contrastive_loss, test_norm, test_qk_norm_rope, test_rope,
+)
 from vlmkernels import _core, ops
 
 print(_core.C.build_info()["cpu"])
@@ -37,6 +39,10 @@ for dtype in dtypes:
     for size in (0, 1, 15, 16, 33, 1000):
         x = torch.randn(size + 1).to(dtype)[1:]
         assert torch.equal(ops.null(x), x)
+for kind in test_contrastive_loss.PAIRS:
+    for size in test_contrastive_loss.SIZES:
+        test_contrastive_loss.test_accurate(cpu, kind, size)
+    test_contrastive_loss.test_safe(cpu, kind, 3000.0)
 """
 
 

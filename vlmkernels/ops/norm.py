@@ -146,13 +146,12 @@ def _kernel_backward(
     h = _library.rows(h)
     args = (dy, dh, h, weight, stats)
     dx, dweight, dbias = _fake_backward(*args, weight_grad, bias_grad)
-    outputs: list[Tensor | None] = [None] * 4
-    for i, (wanted, gradient) in enumerate(((weight_grad, dweight), (bias_grad, dbias))):
-        if wanted:
-            shape = (_core.C.norm_num_partials(h), h.shape[-1])
-            outputs[i] = gradient
-            outputs[i + 2] = torch.empty(shape, dtype=torch.float32, device=h.device)
-    if not _core.C.norm_backward(*args, dx, *outputs):
+    partials = None
+    if weight_grad or bias_grad:
+        shape = (weight_grad + bias_grad, _core.C.norm_num_partials(h), h.shape[-1])
+        partials = torch.empty(shape, dtype=torch.float32, device=h.device)
+    wanted = (dweight if weight_grad else None, dbias if bias_grad else None, partials)
+    if not _core.C.norm_backward(*args, dx, *wanted):
         return reference_backward(*args, weight_grad, bias_grad)
     return dx, dweight, dbias
 
@@ -181,8 +180,9 @@ def _fake_backward(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = torch.empty_like(h, memory_format=torch.contiguous_format)
-    dweight = weight.new_empty(weight.shape if weight_grad else 0)
-    return dx, dweight, weight.new_empty(weight.shape if bias_grad else 0)
+    dweight = torch.empty_like(weight) if weight_grad else weight.new_empty(0)
+    dbias = torch.empty_like(weight) if bias_grad else weight.new_empty(0)
+    return dx, dweight, dbias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
