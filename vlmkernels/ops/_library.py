@@ -200,6 +200,11 @@ def _kind_of_call(args: Sequence[Any]) -> int:
     return kind
 
 
+def _is_plain(args: Sequence[Any]) -> bool:
+    """True when nothing but the kernel needs to see this call."""
+    return _kind_of_call(args) != _DISPATCHED
+
+
 def reference_gradients(
     reference: Callable[..., Any], inputs: Sequence[Any], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
