@@ -55,7 +55,12 @@ def sections(listing: str) -> Iterator[tuple[str, str]]:
 
 def test_every_kernel_is_there(kernels: dict[str, str]) -> None:
     assert kernels
-    for name in ("null_kernel", "attention_fwd_kernel", "attention_dkdv_kernel"):
+    for name in (
+        *("null_kernel", "attention_fwd_kernel", "attention_dkdv_kernel"),
+        *("rope_kernel", "qk_norm_rope_kernel", "qk_norm_rope_backward_kernel"),
+        *("norm_kernel", "norm_backward_kernel", "column_sums_kernel"),
+        *("activation_kernel", "activation_backward_kernel"),
+    ):
         assert any(name in kernel for kernel in kernels), name
 
 
