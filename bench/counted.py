@@ -108,6 +108,11 @@ def calls() -> dict[str, Callable[[], Callable[[], Any]]]:
     add("rms_norm 256x3584", ops.rms_norm, x=rand(256, 3584), weight=rand(3584))
     layer = {"x": rand(256, 1280), "weight": rand(1280), "bias": rand(1280)}
     add("layer_norm 256x1280", ops.layer_norm, **layer)
+    features = {"image_features": rand(256, 512), "text_features": rand(256, 512)}
+    scalars = {"logit_scale": torch.tensor(0.1, requires_grad=True)}
+    add("clip_loss 256x512", ops.clip_loss, **features, **scalars)
+    scalars["logit_bias"] = torch.tensor(-5.0, requires_grad=True)
+    add("siglip_loss 256x512", ops.siglip_loss, **features, **scalars)
     add("patch_embed 128x1176 to 256", ops.patch_embed, x=rand(128, 1176), weight=rand(256, 1176))
     return found
 

@@ -4,6 +4,7 @@ All axes of time and rate are logarithmic, ratios have a line at 1, and every pi
 machine it was measured.
 """
 
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -103,7 +104,7 @@ def roofline(run: Run, op: str, rows: list[Row]) -> Figure:
 
 def ratios(run: Run, op: str, rows: list[Row]) -> Figure:
     """Time of the best rival over ours, a bar from 1 for each row; the spread as a thin line."""
-    figure, axes = plt.subplots(figsize=(8.5, 1.6 + 0.34 * len(rows)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.5, 1.6 + 0.4 * len(rows)), layout="constrained")
     values = [row["x_best"] for row in rows]
     ends = [_spread(row) for row in rows]
     shades = [
@@ -118,13 +119,15 @@ def ratios(run: Run, op: str, rows: list[Row]) -> Figure:
         )  # fmt: skip
     axes.axvline(1, color="black", linewidth=1)
     labels = [f"{row['shape']}  {row['dtype']} {row['direction']}" for row in rows]
+    labels = [textwrap.fill(label, 48) for label in labels]
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.invert_yaxis()
     left, right = min(1, *(low for low, _ in ends)), max(1, *(high for _, high in ends))
     axes.set_xscale("log")
     axes.set_xlim(left / 1.1, 1.1 * right * (right / left) ** 0.35)  # room for the texts
     wide = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
-    steps = wide if right > 3 * left else (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.2, 1.5, 2, 2.5)
+    narrow = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.5, 2, 2.5)
+    steps = wide if right > 3 * left else narrow
     ticks = [tick for tick in steps if left / 1.1 < tick < 1.3 * right]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
@@ -146,17 +149,21 @@ def lengths(run: Run, op: str, rows: list[Row]) -> dict[str, Figure]:
     for row in rows:
         if row["seqlen"]:
             kinds[(row["shape"].split()[0], row["dtype"], row["direction"])].append(row)
+    palette = colors(rows)
     for (shape, dtype, direction), line in kinds.items():
         if len({row["seqlen"] for row in line}) > 1:
             name = f"length_{op}_{shape}_{dtype}_{direction}"
-            found[name] = _length(run, f"{op} {shape} {dtype} {direction}", line)
+            found[name] = _length(run, f"{op} {shape} {dtype} {direction}", line, palette)
     return found
 
 
-def _length(run: Run, name: str, rows: list[Row]) -> Figure:
+def _length(run: Run, name: str, rows: list[Row], palette: dict[str, str]) -> Figure:
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
     rows = sorted(rows, key=lambda row: row["seqlen"])
-    for variant, color in colors(rows).items():
+    timed = {variant for row in rows for variant in variants(row)}
+    for variant, color in palette.items():
+        if variant not in timed:
+            continue
         points = [
             (row["seqlen"], variants(row)[variant]) for row in rows if variant in variants(row)
         ]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vlmkernels.distributed.cli import ring
 from vlmkernels.recipes.digits.cli import demo, train_app
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(demo)
+app.command()(ring)
 app.add_typer(train_app, name="train")
 
 

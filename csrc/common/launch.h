@@ -8,7 +8,10 @@ namespace vlmkernels {
 using Stream = CUstream_st*;  // cudaStream_t
 using Error = int;            // cudaError_t; 0 is success
 
-// Success when this build holds code for the current GPU (probe.cu).
+// Success when this build holds code for the current GPU.
 Error probe_kernels();
+// True when the current GPU runs this build's kernels for sm_90a (hopper.cuh). The environment
+// variable VLMKERNELS_ARCH=80 says no: so both paths are tested on one machine.
+bool has_hopper();
 
 }  // namespace vlmkernels

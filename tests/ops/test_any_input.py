@@ -58,6 +58,8 @@ def valid_arguments(dtype: torch.dtype, device: str) -> dict[str, tuple[Callable
     rows = [ones(4, 4, 16), ones(4, 2, 16)]
     return {
         "null": (ops.null, [ones(3, 4)]),
+        "clip_loss": (ops.clip_loss, [ones(3, 4), ones(3, 4), ones(1).float()]),
+        "siglip_loss": (ops.siglip_loss, [ones(3, 4), ones(3, 4), ones(1), ones(1)]),
         "attention": (ops.attention, qkv),
         "attention packed": (packed, [*rows, ones(4, 2, 16), ints(0, 1, 4), ints(0, 1, 4)]),
         "attention_decode": (ops.attention_decode, [*qkv, ints(3, 4)]),

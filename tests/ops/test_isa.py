@@ -1,4 +1,4 @@
-"""rope, norm and null on every instruction set; attention's kernels have their own such test."""
+"""Every instruction set: all CPU kernels but attention's, which have their own such test."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CHECKS = """
 import sys, torch
 from tests.conftest import Backend
-from tests.ops import test_norm, test_rope
+from tests.ops import test_contrastive_loss, test_norm, test_rope
 from vlmkernels import _core, ops
 
 print(_core.C.build_info()["cpu"])
@@ -27,6 +27,11 @@ for dtype in dtypes:
         q, k = test_rope.heads(5, 3, head_dim, backend=cpu, dtype=dtype)
         for name, rotate in test_rope.all_rotations((5,), head_dim, cpu).items():
             test_rope.check(rotate, q, k, f"{name} {head_dim} {dtype}")
+for kind in test_contrastive_loss.PAIRS:
+    for size in test_contrastive_loss.SIZES:
+        test_contrastive_loss.test_accurate(cpu, kind, size)
+    test_contrastive_loss.test_safe(cpu, kind, 3000.0)
+for dtype in dtypes:
     for size in (0, 1, 15, 16, 33, 1000):
         x = torch.randn(size + 1).to(dtype)[1:]
         assert torch.equal(ops.null(x), x)

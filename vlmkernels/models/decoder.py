@@ -11,6 +11,7 @@ from typing import ClassVar, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from vlmkernels.distributed import ContextPlan, ring_attention
 from vlmkernels.models.cache import KVCache, LayerCache
 from vlmkernels.models.layers import activation, add_norm, run_layer
 from vlmkernels.nn import RMSNorm
@@ -59,6 +60,7 @@ class Attention(nn.Module):
         cu_seqlens: Tensor,
         max_seqlen: int,
         cache: LayerCache | None,
+        plan: ContextPlan | None,
     ) -> Tensor:
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim))
@@ -69,6 +71,8 @@ class Attention(nn.Module):
             cache.write(k, v)
         if cache is not None and cache.decoding:
             out = attention_decode(q.unsqueeze(1), cache.keys, cache.values, cache.seqlens)
+        elif plan is not None:
+            out = ring_attention(q, k, v, plan)
         else:
             out = attention(q, k, v, causal=True, cu_seqlens_q=cu_seqlens, max_seqlen_q=max_seqlen)
         y: Tensor = self.o_proj(cast(Tensor, out).reshape(len(x), -1))
@@ -108,9 +112,10 @@ class DecoderLayer(nn.Module):
         cu_seqlens: Tensor,
         max_seqlen: int,
         cache: LayerCache | None,
+        plan: ContextPlan | None,
     ) -> tuple[Tensor, Tensor]:
         y, residual = add_norm(self.input_layernorm, x, residual)
-        y = self.self_attn(y, position_ids, cu_seqlens, max_seqlen, cache)
+        y = self.self_attn(y, position_ids, cu_seqlens, max_seqlen, cache, plan)
         y, residual = add_norm(self.post_attention_layernorm, y, residual)
         return self.mlp(y), residual
 
@@ -120,7 +125,8 @@ class Decoder(nn.Module):
 
     position_ids: (num_axes, num_tokens); `rotary` gets them, one axis as (num_tokens,).
     cu_seqlens: (num_sequences + 1,) int32. With a `cache` the new keys and values go where it
-    reserved, and a decoding step (one token per row) attends to the whole cache.
+    reserved, and a decoding step (one token per row) attends to the whole cache. With a `plan` the
+    tokens are this rank's, and attention goes over all ranks.
     """
 
     num_axes: ClassVar[int] = 1
@@ -142,6 +148,7 @@ class Decoder(nn.Module):
         cu_seqlens: Tensor,
         max_seqlen: int,
         cache: KVCache | None = None,
+        plan: ContextPlan | None = None,
     ) -> Tensor:
         residual = None
         position_ids = position_ids[0] if self.num_axes == 1 else position_ids
@@ -150,6 +157,7 @@ class Decoder(nn.Module):
                 layer,
                 *(x, residual, position_ids, cu_seqlens, max_seqlen),
                 cache.layers[i] if cache is not None else None,
+                plan,
                 recompute=self.gradient_checkpointing,
             )
         y, _ = add_norm(self.norm, x, residual)

@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from vlmkernels.distributed import ContextPlan
+from vlmkernels.distributed.context import active_plan, mean_over_ranks
 from vlmkernels.models.cache import KVCache
 from vlmkernels.models.checkpoint import GENERATION_CONFIG, Json, read_json
 from vlmkernels.models.decoder import Decoder, next_token_loss
@@ -86,6 +88,9 @@ class VLM(Generates, Pretrained):
         packing = make_packing(
             batch, seqlen, prompt.x.device, prompt.attention_mask, prompt.text_positions
         )
+        plan = active_plan(packing.cu_seqlens)
+        if plan is not None:
+            return self._run_parallel(prompt, packing, plan, labels, num_items_in_batch)
         h = self._hidden_states(prompt, packing)
         if logits_to_keep:
             return VLMOutput(self._head(packing.unpack(h)[:, -logits_to_keep:]))
@@ -94,6 +99,31 @@ class VLM(Generates, Pretrained):
         if labels is not None:
             loss = next_token_loss(logits, packing.pack(_shift(labels)), num_items_in_batch)
         return VLMOutput(packing.unpack(logits), loss)
+
+    def _run_parallel(
+        self,
+        prompt: Embedded,
+        packing: Packing,
+        plan: ContextPlan,
+        labels: Tensor | None,
+        num_items_in_batch: Tensor | int | None,
+    ) -> VLMOutput:
+        """This rank's tokens; see `vlmkernels.distributed.context_parallel`."""
+        positions = packing.pack(prompt.position_ids.permute(1, 2, 0)).T
+        h = self.decoder(
+            plan.shard(packing.pack(prompt.x), 0), plan.shard(positions, 1).contiguous(),
+            packing.cu_seqlens, packing.max_seqlen, plan=plan,
+        )  # fmt: skip
+        logits = self._head(h)
+        if labels is None:
+            return VLMOutput(logits)
+        targets = plan.shard(packing.pack(_shift(labels)), 0)
+        part = next_token_loss(logits, targets, 1)
+        count = (targets != -100).sum()
+        if num_items_in_batch is not None:
+            share = torch.as_tensor(num_items_in_batch, device=part.device) / plan.layout.size
+            count = share.to(part.dtype)
+        return VLMOutput(logits, mean_over_ranks(part, count, plan))
 
     @torch.inference_mode()
     def prefill(self, max_new_tokens: int, **inputs: Any) -> tuple[Tensor, DecodeState]:
