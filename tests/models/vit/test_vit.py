@@ -13,6 +13,7 @@ import transformers
 from PIL import Image
 
 from tests.models.common import (
+    assert_compiles_and_recomputes,
     assert_grads_match,
     num_parameters,
     picture,
@@ -152,16 +153,7 @@ def test_halves_stay_close_to_float32(dtype: torch.dtype, checkpoint: tuple[Path
 
 def test_compiled_and_recomputed_gradients_are_the_same(checkpoint: tuple[Path, Any]) -> None:
     model, labels = load(checkpoint[0]), torch.tensor([0, 4, 2])
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    grads = []
-    for run in (model, compiled, model):
-        model.zero_grad()
-        run(pixels(), labels=labels).loss.backward()
-        grads.append({name: p.grad for name, p in model.named_parameters()})
-        model.gradient_checkpointing_enable(run is compiled)
-    for other in grads[1:]:
-        for name, grad in grads[0].items():
-            torch.testing.assert_close(other[name], grad, msg=name)
+    assert_compiles_and_recomputes(model, lambda run: run(pixels(), labels=labels).loss)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (37, 91), (200, 33)], ids=str)
