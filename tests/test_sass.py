@@ -27,6 +27,7 @@ MATRIX = (
     *("attention_fwd", "attention_dq", "attention_dkdv", "attention_decode"),
     *("patch_embed", "patch_embed_dx", "patch_embed_dweight"),
     *("contrastive_forward", "contrastive_ds", "contrastive_products"),
+    *(f"qformer_attention_{kind}" for kind in ("fwd", "probabilities", "rows", "dx")),
 )
 
 

@@ -73,6 +73,8 @@ static AttentionParams check_qkv(const Tensor& q, const Tensor& k, const Tensor&
     p.batch = as_int(q, q.size(0));
     p.seqlen_q = as_int(q, q.size(-3));
     p.seqlen_k = as_int(k, k.size(-3));
+    p.num_tokens_q = q.numel() / (q.size(-2) * q.size(-1));
+    p.num_tokens_k = k.numel() / (k.size(-2) * k.size(-1));
     p.num_heads = as_int(q, num_heads);
     p.num_heads_k = as_int(k, num_heads_k);
     p.head_dim = int(head_dim);

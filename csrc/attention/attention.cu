@@ -30,6 +30,7 @@ static Error dispatch(const AttentionParams& p, F&& f) {
 }
 
 Error launch_attention(const AttentionParams& p, Stream stream) {
+    if (takes_sm90(p)) return launch_attention_sm90(p, stream);
     return dispatch(p, [&]<class Element, int kTileDim>() {
         return attention_fwd<Element, kTileDim>(p, stream);
     });
@@ -38,7 +39,9 @@ Error launch_attention(const AttentionParams& p, Stream stream) {
 Error launch_attention_backward(const AttentionBackwardParams& p, Stream stream) {
     return dispatch(p, [&]<class Element, int kTileDim>() {
         Error error = attention_row_stats<Element>(p, stream);
-        return error ? error : attention_bwd<Element, kTileDim>(p, stream);
+        if (error) return error;
+        return takes_sm90(p) ? launch_attention_backward_sm90(p, stream)
+                             : attention_bwd<Element, kTileDim>(p, stream);
     });
 }
 

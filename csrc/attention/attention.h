@@ -41,8 +41,10 @@ struct AttentionParams {
     const int32_t* cu_seqlens_k;   // [batch + 1] when packed, else null
     const int32_t* cache_seqlens;  // [batch] valid keys of each row of a KV cache, else null
     int batch;
-    int seqlen_q;  // longest, when packed
-    int seqlen_k;  // longest, when packed; the capacity of a cache
+    int seqlen_q;          // longest, when packed
+    int seqlen_k;          // longest, when packed; the capacity of a cache
+    int64_t num_tokens_q;  // of the whole batch
+    int64_t num_tokens_k;
     int num_heads;
     int num_heads_k;  // divides num_heads; query head h sees key head h / (num_heads / num_heads_k)
     int head_dim;
@@ -67,6 +69,11 @@ struct AttentionDecodeParams : AttentionParams {
 };
 
 Error launch_attention(const AttentionParams& p, Stream stream);
+// Whether the Hopper kernels take this, on this GPU; else those of sm_80 do.
+bool takes_sm90(const AttentionParams& p);
+bool takes_sm90(const AttentionBackwardParams& p);
+Error launch_attention_sm90(const AttentionParams& p, Stream stream);
+Error launch_attention_backward_sm90(const AttentionBackwardParams& p, Stream stream);
 Error launch_attention_backward(const AttentionBackwardParams& p, Stream stream);
 Error launch_attention_decode(const AttentionDecodeParams& p, Stream stream);
 // How many parts of the keys launch_attention_decode wants on the current device: a function of

@@ -10,7 +10,11 @@ inline constexpr int kDecodeRows = 16;  // of query heads times queries that one
 template <class Element, int kTileDim>
 Error attention_fwd(const AttentionParams& p, Stream stream);
 template <class Element, int kTileDim>
+Error attention_fwd_sm90(const AttentionParams& p, Stream stream);
+template <class Element, int kTileDim>
 Error attention_bwd(const AttentionBackwardParams& p, Stream stream);
+template <class Element, int kTileDim>
+Error attention_bwd_sm90(const AttentionBackwardParams& p, Stream stream);
 template <class Element, int kTileDim>
 Error attention_decode(const AttentionDecodeParams& p, Stream stream);
 

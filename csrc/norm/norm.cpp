@@ -9,23 +9,6 @@
 
 namespace vlmkernels {
 
-// Elements from one row of t to the next, when all leading dimensions share one such stride.
-static int64_t row_stride(const Tensor& t) {
-    expect_last_dim_contiguous(t);
-    int64_t stride = 0, expected = 0;
-    bool found = false;  // an expanded dimension has stride 0
-    for (int i = t.ndim - 2; i >= 0; --i) {
-        if (t.size(i) == 0) return 0;
-        if (t.size(i) == 1) continue;
-        if (!found) stride = expected = t.stride(i);
-        found = true;
-        if (t.stride(i) != expected)
-            value_error(t, "must have rows at one stride", "other strides (call .contiguous())");
-        expected *= t.size(i);
-    }
-    return stride;
-}
-
 static int64_t rows_of(const Tensor& t) { return t.size(-1) ? t.numel() / t.size(-1) : 0; }
 
 static void check_x(const Tensor& x) {

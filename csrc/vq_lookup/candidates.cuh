@@ -23,7 +23,6 @@ class VqCandidates {
     struct Shared {  // of one warp
         VqCandidate list[kTokens][kSlots];
         int count[kTokens];    // above kSlots: some did not fit
-        float lower[kTokens];  // the best score is at least this
         float scale[kTokens];  // what the token is multiplied by
         float norm[kTokens];   // its length, scaled
     };
@@ -41,7 +40,7 @@ class VqCandidates {
     __device__ void add(float (&scores)[kM][kN][4], const VqTile& tile, const float* half_norms,
                         int first_code) {
         float best[2 * kM];
-        finish(scores, best, tile, half_norms);
+        to_scores(scores, best, tile, half_norms);
 #pragma unroll
         for (int i = 0; i < 2 * kM; ++i) {
             const float unit = scale_[i] * tile.scale;
@@ -51,26 +50,29 @@ class VqCandidates {
             const float inverse_unit = inverse_power_of_two(unit);
             const float of_quad = quad_max(best[i]);
             lower_[i] = fmaxf(lower_[i], (of_quad - bound) * inverse_unit);
-            drop(i);
+            drop(i, kSlots / 2);
             const float limit = fmaf(lower_[i], unit, -bound);
 #pragma unroll
-            for (int n = 0; n < kN; ++n)
+            for (int n = 0; n < kN; n += 2) {
+                float (&pair)[2][4] = reinterpret_cast<float (&)[2][4]>(scores[i / 2][n]);
+                const int e = i % 2 * 2;
+                if (!(fmaxf(fmaxf(pair[0][e], pair[0][e + 1]), fmaxf(pair[1][e], pair[1][e + 1])) >
+                      limit))
+                    continue;
 #pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    const float score = scores[i / 2][n][i % 2 * 2 + j];
-                    if (score > limit)
-                        push(i, {(score + bound) * inverse_unit,
-                                 first_code + n * 8 + lane_ % 4 * 2 + j});
-                }
+                for (int j = 0; j < 4; ++j)
+                    if (pair[j / 2][e + j % 2] > limit)
+                        push(i, {(pair[j / 2][e + j % 2] + bound) * inverse_unit,
+                                 first_code + (n + j / 2) * 8 + lane_ % 4 * 2 + j % 2});
+            }
             __syncwarp();
         }
     }
 
-    // After the last tile.
-    __device__ void publish() {
+    // After the last tile: leaves those that nothing rules out.
+    __device__ void finish() {
 #pragma unroll
-        for (int i = 0; i < 2 * kM; ++i)
-            if (lane_ % 4 == 0) shared_.lower[token(i)] = lower_[i];
+        for (int i = 0; i < 2 * kM; ++i) drop(i, 0);
         __syncwarp();
     }
 
@@ -78,8 +80,8 @@ class VqCandidates {
     __device__ int token(int i) const { return i / 2 * 16 + i % 2 * 8 + lane_ / 4; }
 
     // Products to scores, and the largest of this thread's for each token.
-    __device__ void finish(float (&scores)[kM][kN][4], float (&best)[2 * kM], const VqTile& tile,
-                           const float* half_norms) const {
+    __device__ void to_scores(float (&scores)[kM][kN][4], float (&best)[2 * kM], const VqTile& tile,
+                              const float* half_norms) const {
         float factor[2 * kM];
 #pragma unroll
         for (int i = 0; i < 2 * kM; ++i) {
@@ -115,11 +117,11 @@ class VqCandidates {
         if (slot < kSlots) shared_.list[token(i)][slot] = candidate;
     }
 
-    // Makes room where a list is more than half full: drops those that are out by now.
-    __device__ void drop(int i) {
+    // Drops those that are out by now, from lists longer than `most`.
+    __device__ void drop(int i, int most) {
         constexpr int kEach = kSlots / 4;
         const int count = shared_.count[token(i)], lane = lane_ % 4;
-        const bool wanted = count > kSlots / 2 && count <= kSlots;
+        const bool wanted = count > most && count <= kSlots;
         if (!__any_sync(0xffffffffu, wanted)) return;
         VqCandidate kept[kEach];
         int num_kept = 0;

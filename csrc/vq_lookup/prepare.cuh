@@ -21,10 +21,10 @@ struct VqTile {
 
 // What the workspace holds.
 struct VqPrepared {
-    static constexpr int kTileCodes = 128, kChunk = 32;  // columns that are loaded together
+    static constexpr int kTileCodes = 128, kChunk = 64;  // columns that are loaded together
     static constexpr int kChunkBytes = kTileCodes * kChunk * 2;
     static constexpr int kSplitDim = 32;
-    using Layout = TileLayout<kChunk>;
+    using Layout = TileLayout<kChunk>;  // and, what is the same, wgmma's 128-byte swizzle
 
     __half* codes;      // [num_tiles, num_chunks, kTileCodes, kChunk], chunks of 8 permuted
     float* half_norms;  // [num_tiles, kTileCodes]: |e|^2 / 2 in units of the scale squared; inf:

@@ -51,7 +51,7 @@ __device__ void vq_rerank(const VqLookupParams& p, const VqCodebook<T>& codebook
     const int own_count = count >= Candidates::kInvalid ? 0 : every ? p.num_codes : count;
     const int rounds = __reduce_max_sync(0xffffffffu, own_count);
     for (int i = 0; i < rounds; ++i) {
-        const bool own = i < own_count && (every || shared.list[row][i].upper >= shared.lower[row]);
+        const bool own = i < own_count;
         const int code = !own ? 0 : every ? i : shared.list[row][i].code;
         const double distance = vq_distance(codebook, z, codebook.row(code), own ? p.dim : 0, lane);
         if (own && (distance < best || (distance == best && code < nearest))) {

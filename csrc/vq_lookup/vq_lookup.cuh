@@ -1,16 +1,16 @@
-// A CTA holds a block of tokens in shared memory and streams the codebook past it, in chunks of
-// kChunk columns of a tile of codes, kStages in flight. A warp owns 16 kM tokens.
+// For sm_80 and later: a CTA holds a block of tokens in shared memory and streams the codebook past
+// it, in chunks of kChunk columns of a tile of codes, kStages in flight. A warp owns 16 kM tokens.
 #pragma once
 
 #include "common/launch.cuh"
-#include "vq_lookup/rerank.cuh"
+#include "vq_lookup/tokens.cuh"
 
 namespace vlmkernels {
 
-template <int kM_, int kMostDim_, int kStages_>
+template <int kM_, int kWarps_, int kMostDim_>
 struct VqBlock {
-    static constexpr int kM = kM_, kMostDim = kMostDim_, kStages = kStages_, kSlots = 12;
-    static constexpr int kWarps = 4, kThreads = 32 * kWarps, kTokens = 16 * kM * kWarps;
+    static constexpr int kM = kM_, kMostDim = kMostDim_, kStages = 3, kSlots = 12;
+    static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps, kTokens = 16 * kM * kWarps;
     static constexpr int kChunk = VqPrepared::kChunk, kTileCodes = VqPrepared::kTileCodes;
     static constexpr int kTokenChunkBytes = kTokens * kChunk * 2;
     static constexpr int kStageBytes = VqPrepared::kChunkBytes + kTileCodes * 4;  // and half norms
@@ -20,59 +20,6 @@ struct VqBlock {
                kWarps * int(sizeof(typename Candidates::Shared));
     }
 };
-
-// One token by eight lanes: scaled and in fp16 to row `row` of the block. Called by whole warps.
-template <class Block, class T>
-__device__ void vq_load_token(const VqLookupParams& p, const VqPrepared& prepared, bool vectors,
-                              int64_t token, int row, unsigned char* tokens,
-                              typename Block::Candidates::Shared& shared, int lane) {
-    using Layout = VqPrepared::Layout;
-    const bool there = token < p.num_tokens;
-    const T* z = static_cast<const T*>(p.z) + (there ? token * p.dim : 0);
-    const int columns = prepared.num_chunks * Block::kChunk;
-    float x[Block::kMostDim / 64][8], largest = 0, square = 0;
-    bool valid = there;
-#pragma unroll
-    for (int j = 0; j < Block::kMostDim / 64; ++j) {
-        const int column = j * 64 + lane * 8;
-        if (column >= p.dim) continue;
-        load_eight(z, column, p.dim, vectors, x[j]);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            valid = valid && vq_valid(x[j][i]);
-            if (column + i < p.dim) x[j][i] -= prepared.shift[column + i];
-            largest = fmaxf(largest, fabsf(x[j][i]));
-            square = fmaf(x[j][i], x[j][i], square);
-        }
-    }
-    valid = VqGroup::all(valid);
-    largest = VqGroup::max(largest);
-    const float scale = valid ? vq_scale(largest) : 1.0f;
-    square = VqGroup::sum(square);
-    auto element = [&](int i) {
-        return valid ? (to_float(z[i]) - prepared.shift[i]) * scale : 0.0f;
-    };
-#pragma unroll
-    for (int j = 0; j < Block::kMostDim / 64; ++j) {
-        const int column = j * 64 + lane * 8;
-        if (column >= columns) continue;
-        Vector<__half, 8> eight;
-#pragma unroll
-        for (int i = 0; i < 8; ++i)
-            eight.x[i] = prepared.split
-                             ? split_column<true>(column + i, p.dim, element)
-                             : __float2half_rn(valid && column < p.dim ? x[j][i] * scale : 0.0f);
-        *reinterpret_cast<Vector<__half, 8>*>(
-            tokens + column / Block::kChunk * Block::kTokenChunkBytes +
-            Layout::offset(row, column % Block::kChunk / 8)) = eight;
-    }
-    if (lane == 0) {
-        const int in_warp = row % Block::Candidates::kTokens;
-        shared.count[in_warp] = valid ? 0 : Block::Candidates::kInvalid;
-        shared.scale[in_warp] = scale;
-        shared.norm[in_warp] = sqrtf(square) * scale * 1.0001f;
-    }
-}
 
 // Copies chunk `step` (of all chunks of all tiles) and, with a tile's last, its half norms.
 template <class Block>
@@ -122,12 +69,12 @@ __global__ void __launch_bounds__(Block::kThreads)
                      const VqPrepared prepared) {
     using Candidates = typename Block::Candidates;
     constexpr int kStages = Block::kStages;
-    extern __shared__ __align__(128) unsigned char shared[];
+    extern __shared__ __align__(1024) unsigned char shared[];
     unsigned char* stages = shared + prepared.num_chunks * Block::kTokenChunkBytes;
     auto* lists =
         reinterpret_cast<typename Candidates::Shared*>(stages + kStages * Block::kStageBytes);
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-    const int64_t token0 = int64_t(blockIdx.x) * Block::kTokens + warp * Candidates::kTokens;
+    const auto row = [&](int i) { return warp * Candidates::kTokens + i; };
     const int steps = prepared.num_tiles * prepared.num_chunks;
     const uint32_t stage0 = shared_address(stages);
     auto load_stage = [&](int step) {
@@ -137,10 +84,7 @@ __global__ void __launch_bounds__(Block::kThreads)
         cp_async_commit();
     };
     for (int step = 0; step < kStages - 1; ++step) load_stage(step);
-    const int group = lane / VqGroup::kLanes, group_lane = lane % VqGroup::kLanes;
-    for (int row = group; row < Candidates::kTokens; row += 4)
-        vq_load_token<Block, T>(p, prepared, codebook.vectors, token0 + row,
-                                warp * Candidates::kTokens + row, shared, lists[warp], group_lane);
+    vq_load_tokens<Block, T>(p, prepared, codebook.vectors, shared, lists[warp], lane, row);
     __syncwarp();
     Candidates candidates(lists[warp], lane);
     float scores[Block::kM][Block::kTileCodes / 8][4] = {};
@@ -165,9 +109,8 @@ __global__ void __launch_bounds__(Block::kThreads)
             for (int n = 0; n < Block::kTileCodes / 8; ++n)
                 scores[m][n][0] = scores[m][n][1] = scores[m][n][2] = scores[m][n][3] = 0;
     }
-    candidates.publish();
-    for (int row = group; row < Candidates::kTokens; row += 4)
-        vq_rerank<T, Candidates>(p, codebook, lists[warp], row, token0 + row, group_lane);
+    candidates.finish();
+    vq_rerank_tokens<Block>(p, codebook, lists[warp], lane, row);
 }
 
 }  // namespace vlmkernels

@@ -3,8 +3,10 @@
 //   prepare.cuh        the codebook as tiles of fp16, scaled, with what bounds their error
 //   candidates.cuh     the codes of a token that rounding cannot rule out
 //   rerank.cuh         of those, the nearest in float64
-//   vq_lookup.cuh      the kernel: scores on tensor cores, candidates, rerank
-//   vq_lookup.cu       launchers
+//   tokens.cuh         a block of tokens: to shared memory, and its results
+//   vq_lookup_hopper.cuh  the kernel of sm_90a: scores by wgmma, candidates, rerank
+//   vq_lookup.cuh      the kernel of sm_80
+//   launch.cuh, instances/*.cu  launchers, one element type each
 //   vq_lookup_cpu.cpp  the same method in fp32, on the CPU
 //   vq_lookup.cpp      argument checks and binding
 //

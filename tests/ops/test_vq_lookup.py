@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import Backend
+from tests.conftest import Backend, need_emulated_core
 from tests.ops.vq_cases import CODEBOOKS, assert_exact, distances, scales, spread, taming
 from vlmkernels import ops
 from vlmkernels.ops.vq_lookup import LARGEST, nearest, reference
-from vlmkernels.testing import assert_as_accurate
+from vlmkernels.testing import assert_as_accurate, emulate
 
 METRICS = ("euclidean", "cosine")
 # num_tokens, num_codes, dim: tails of tiles; a split of the operands up to 32; rows of no alignment
@@ -41,6 +41,20 @@ def test_exact_wide(backend: Backend, make: Callable[..., tuple[Tensor, Tensor]]
     for shape in WIDE:
         tensors = [t.to(backend.device) for t in make(*shape)]
         assert_exact(ops.vq_lookup(*tensors), *tensors, "euclidean")
+
+
+def test_exact_on_sm_80(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other CUDA kernel, emulated."""
+    need_emulated_core()
+    monkeypatch.setenv("VLMKERNELS_ARCH", "80")
+    with emulate():
+        for make in CODEBOOKS:
+            z, codebook = make(70, 300, 40)
+            for metric in METRICS:
+                assert_exact(ops.vq_lookup(z, codebook, metric=metric), z, codebook, metric)
+        for shape in (*SHAPES, *WIDE):
+            z, codebook = (t.bfloat16() for t in spread(*shape))
+            assert_exact(ops.vq_lookup(z, codebook), z, codebook, "euclidean")
 
 
 @pytest.mark.parametrize("num_codes", [16, 8192])

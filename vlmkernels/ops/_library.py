@@ -40,6 +40,7 @@ def define(
     reference: Callable[..., Any],
     setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
     backward: Callable[..., Any] | None = None,
+    eager: Callable[..., Any] | None = None,
     cpu: str = "C++",
 ) -> Callable[..., Any]:
     """Registers `vlmkernels::<schema>`; returns the function that runs it on positional arguments.
@@ -47,6 +48,8 @@ def define(
     kernel: runs it on CPU and CUDA tensors. fake: gives empty outputs of the right shape.
     reference: the same in plain differentiable PyTorch. setup_context, backward: as in
     torch.library.register_autograd; without them the op has no gradient.
+    eager: the kernel of calls that the dispatcher need not see, where it differs: its outputs may
+    be views of the inputs.
     cpu: what `vlmkernels info` says runs it on the CPU.
     """
     name = schema.split("(")[0]
@@ -61,8 +64,9 @@ def define(
         torch.library.register_autograd(
             qualified, backward, setup_context=setup_context, lib=library
         )
-        function = _autograd_function(name, kernel, setup_context, backward)
+        function = _autograd_function(name, eager or kernel, setup_context, backward)
     overload = getattr(torch.ops.vlmkernels, name).default
+    direct = eager or kernel
 
     def call(*args: Any) -> Any:
         # Kernels know no tangents and no torch.func transforms; plain PyTorch does.
@@ -72,7 +76,7 @@ def define(
             return overload(*args)
         if function is not None and torch.is_grad_enabled() and _requires_grad(args):
             return function.apply(*args)
-        return kernel(*args)
+        return direct(*args)
 
     ops[name] = Op(name, schema, kernel, reference, cpu)
     return call
@@ -150,6 +154,17 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
         else x
         for x in tensors
     )
+
+
+def rows(x: Tensor) -> Tensor:
+    """x, or a copy where no one stride leads from row to row."""
+    if x.is_contiguous() or x.stride(-1) != 1:
+        return x
+    try:
+        x.view(-1, x.shape[-1])
+    except RuntimeError:
+        return x.contiguous()
+    return x
 
 
 _is_compiling = torch.compiler.is_compiling

@@ -102,17 +102,6 @@ def reference_backward(
     return dx.to(h.dtype), dweight, dbias
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x, or a copy where no one stride leads from row to row."""
-    if x.is_contiguous() or x.stride(-1) != 1:
-        return x
-    try:
-        x.view(-1, x.shape[-1])
-    except RuntimeError:
-        return x.contiguous()
-    return x
-
-
 def _kernel(
     x: Tensor,
     residual: Tensor | None,
@@ -121,7 +110,7 @@ def _kernel(
     eps: float,
     centered: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, residual = _rows(x), None if residual is None else _rows(residual)
+    x, residual = _library.rows(x), None if residual is None else _library.rows(residual)
     y, h, stats = _fake(x, residual, weight, bias, eps, centered)
     h_out = None if residual is None else h
     if not _core.C.norm(x, residual, weight, bias, y, h_out, stats, eps, centered):
@@ -138,7 +127,7 @@ def _kernel_backward(
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    h = _rows(h)
+    h = _library.rows(h)
     args = (dy, dh, h, weight, stats)
     dx, dweight, dbias = _fake_backward(*args, weight_grad, bias_grad)
     outputs: list[Tensor | None] = [None] * 4

@@ -136,8 +136,10 @@ def _fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     z, codebook, ctx.metric, ctx.straight_through = inputs
-    ctx.save_for_backward(z, codebook, output[3])
-    ctx.mark_non_differentiable(output[3])
+    quantized, _, _, indices = output
+    ctx.num_codes = codebook.shape[0]
+    ctx.save_for_backward(z, quantized, indices)  # not the codebook, which EMA moves meanwhile
+    ctx.mark_non_differentiable(indices)
     ctx.set_materialize_grads(False)
 
 
@@ -148,21 +150,23 @@ def _backward(
     dcodebook_distance: Tensor | None,
     _: Any,
 ) -> tuple[Tensor | None, ...]:
-    z, codebook, indices = ctx.saved_tensors
+    z, codes, indices = ctx.saved_tensors
     to_z = dquantized if ctx.straight_through else None
     to_code = None if ctx.straight_through else dquantized
     dz = dcodebook = None
     if ctx.needs_input_grad[0]:
-        dz = _to_z(z, codebook[indices], ddistance, ctx.metric)
-        dz = to_z if dz is None else dz if to_z is None else dz + to_z
+        dz = _total(_to_z(z, codes, ddistance, ctx.metric), to_z)
         dz = None if dz is None else dz.to(z.dtype)
     if ctx.needs_input_grad[1]:
-        rows = _to_z(codebook[indices], z, dcodebook_distance, ctx.metric)
-        rows = to_code if rows is None else rows if to_code is None else rows + to_code
+        rows = _total(_to_z(codes, z, dcodebook_distance, ctx.metric), to_code)
         if rows is not None:
-            sums = torch.zeros(codebook.shape, dtype=_sum_dtype(z), device=z.device)
-            dcodebook = sums.index_add_(0, indices, rows.to(sums.dtype)).to(codebook.dtype)
+            sums = rows.new_zeros((ctx.num_codes, rows.shape[1]), dtype=_sum_dtype(z))
+            dcodebook = sums.index_add_(0, indices, rows.to(sums.dtype)).to(z.dtype)
     return dz, dcodebook, None, None
+
+
+def _total(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:
