@@ -3,9 +3,9 @@
 //             x          y          s        dp           sums
 //   kQueries  q, dout    k, v       q k^T    dout v^T     dq += ds k
 //   kKeys     k, v       q, dout    k q^T    v dout^T     dk += ds q, dv += p dout
-// with p = exp2(scale_log2 s - lse log2(e)) and ds = p (dp - delta), transposed on the side of
-// keys. p and ds stay in registers between the products. With key heads that several query heads
-// share, the queries of all of them stream past.
+// with p = exp2(scale_log2 s - lse log2(e)) and ds = p (dp - delta), transposed on the side of keys.
+// p and ds stay in registers between the products. With key heads that several query heads share,
+// the queries of all of them stream past.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -48,49 +48,36 @@ struct AttentionBwdTile90 {
     static_assert(kSharedBytes <= 227 * 1024);
 };
 
-// 64 kConsumers rows of one head, and the blocks of the other side that they meet.
+// 64 kConsumers rows of one head, and the blocks of the other side that they meet: for each of some
+// heads those that start at begin, begin + kBlock, ... before end.
 template <class Tile>
 struct BwdWork {
-    struct Step {
-        int row0, head, num_rows;  // of the block; num_rows: up to the end of the sequence
-        bool masked;
-    };
     int row0, head, batch;
     Sequence sequence;
-    int num_steps;
+    int first_head, last_head;  // of the other side
+    int begin, end;             // end: of the sequence, where all see all
 
     __device__ BwdWork(const AttentionParams& p, int3 tile)
         : row0(tile.x * Tile::kRows), head(tile.y), batch(tile.z), sequence(p, tile.z) {
         const int group = p.num_heads / p.num_heads_k;
-        if constexpr (Tile::kKeys) {
-            first_ = sequence.first_query(row0) / Tile::kBlock;
-            blocks_ = max(0, (sequence.seqlen_q + Tile::kBlock - 1) / Tile::kBlock - first_);
-            head_y_ = head * group;
-            num_steps = num_rows() > 0 ? blocks_ * group : 0;
-        } else {
-            const int last = min(row0 + Tile::kRows, sequence.seqlen_q) - 1;
-            const int most = num_rows() > 0 ? sequence.visible_keys(last) : 0;
-            first_ = 0;
-            blocks_ = num_steps = (most + Tile::kBlock - 1) / Tile::kBlock;
-            head_y_ = head / group;
-        }
+        first_head = Tile::kKeys ? head * group : head / group;
+        last_head = first_head + (Tile::kKeys ? group : 1);
+        const int seqlen = Tile::kKeys ? sequence.seqlen_k : sequence.seqlen_q;
+        const int last = min(row0 + Tile::kRows, seqlen) - 1;
+        begin = Tile::kKeys ? sequence.first_query(row0) / Tile::kBlock * Tile::kBlock : 0;
+        end = Tile::kKeys ? sequence.seqlen_q : sequence.visible_keys(last);
+        if (row0 >= seqlen || begin >= end) begin = end = last_head = 0;
     }
-    __device__ int num_rows() const {
-        return (Tile::kKeys ? sequence.seqlen_k : sequence.seqlen_q) - row0;
+    __device__ bool empty() const { return begin >= end; }
+    // The rows of the other side's block at y0 that exist.
+    __device__ int num_rows(int y0) const {
+        return (Tile::kKeys ? sequence.seqlen_q : sequence.seqlen_k) - y0;
     }
-    __device__ Step step(int i) const {
-        const int block = first_ + (Tile::kKeys ? i % blocks_ : i), at = block * Tile::kBlock;
-        const int head = head_y_ + (Tile::kKeys ? i / blocks_ : 0);
-        if constexpr (Tile::kKeys)
-            return {at, head, sequence.seqlen_q - at,
-                    sequence.first_query(row0 + Tile::kRows - 1) > at};
-        else
-            return {at, head, sequence.seqlen_k - at,
-                    at + Tile::kBlock > sequence.visible_keys(row0)};
+    // Whether some row must not see some of the block at y0.
+    __device__ bool masked(int y0) const {
+        return Tile::kKeys ? sequence.first_query(row0 + Tile::kRows - 1) > y0
+                           : sequence.visible_keys(row0) < y0 + Tile::kBlock;
     }
-
-  private:
-    int first_, blocks_, head_y_;
 };
 
 struct AttentionBwdMaps {
@@ -133,7 +120,7 @@ __device__ void produce_bwd(const AttentionBackwardParams& p, const AttentionBwd
     const auto y_barriers = shared.y_barriers();
     for (BwdSchedule<Tile> schedule(p); schedule.valid(); schedule.advance()) {
         const BwdWork<Tile> work(p, schedule.tile());
-        if (work.num_steps <= 0) continue;
+        if (work.empty()) continue;
         const Sequence& sequence = work.sequence;
         const int batch = p.cu_seqlens_q ? 0 : work.batch;
         const int start_x = (Tile::kKeys ? sequence.start_k : sequence.start_q) + work.row0;
@@ -147,15 +134,15 @@ __device__ void produce_bwd(const AttentionBackwardParams& p, const AttentionBwd
                                          start_x + i * 64, work.head, batch);
         }
         x_at.advance();
-        for (int i = 0; i < work.num_steps; ++i, y_at.advance()) {
-            const auto step = work.step(i);
-            y_barriers.wait_empty(y_at);
-            y_barriers.expect(y_at, 2 * Tile::Y::kBytes);
-            load_heads<typename Tile::Y>(shared.y(y_at.stage, 0), maps.y0, y_barriers.full(y_at),
-                                         start_y + step.row0, step.head, batch);
-            load_heads<typename Tile::Y>(shared.y(y_at.stage, 1), maps.y1, y_barriers.full(y_at),
-                                         start_y + step.row0, step.head, batch);
-        }
+        for (int head = work.first_head; head < work.last_head; ++head)
+            for (int y0 = work.begin; y0 < work.end; y0 += Tile::kBlock, y_at.advance()) {
+                y_barriers.wait_empty(y_at);
+                y_barriers.expect(y_at, 2 * Tile::Y::kBytes);
+                load_heads<typename Tile::Y>(shared.y(y_at.stage, 0), maps.y0,
+                                             y_barriers.full(y_at), start_y + y0, head, batch);
+                load_heads<typename Tile::Y>(shared.y(y_at.stage, 1), maps.y1,
+                                             y_barriers.full(y_at), start_y + y0, head, batch);
+            }
     }
 }
 
@@ -166,15 +153,17 @@ __device__ void produce_stats(const AttentionBackwardParams& p, const BwdShared<
     const auto barriers = shared.y_barriers();
     for (BwdSchedule<Tile> schedule(p); schedule.valid(); schedule.advance()) {
         const BwdWork<Tile> work(p, schedule.tile());
-        for (int i = 0; i < work.num_steps; ++i, at.advance()) {
-            const auto step = work.step(i);
-            barriers.wait_empty(at);
-            const float2* stats = row_stats(p) + work.sequence.lse_index(p, step.row0, step.head);
-            for (int row = threadIdx.x % 32; row < Tile::kBlock; row += 32)
-                cp_async_8(shared.stats(at.stage) + row * sizeof(float2),
-                           row < step.num_rows ? stats + row : stats, row < step.num_rows);
-            mbarrier_arrive_cp_async(barriers.full(at));
-        }
+        for (int head = work.first_head; head < work.last_head; ++head)
+            for (int y0 = work.begin; y0 < work.end; y0 += Tile::kBlock, at.advance()) {
+                barriers.wait_empty(at);
+                const float2* stats = row_stats(p) + work.sequence.lse_index(p, y0, head);
+                for (int row = threadIdx.x % 32; row < Tile::kBlock; row += 32) {
+                    const bool valid = row < work.num_rows(y0);
+                    cp_async_8(shared.stats(at.stage) + row * sizeof(float2),
+                               valid ? stats + row : stats, valid);
+                }
+                mbarrier_arrive_cp_async(barriers.full(at));
+            }
     }
 }
 
@@ -187,16 +176,34 @@ struct BwdConsumer {
     using Sums = float[Tile::kHeadDim / 8][4];
     static constexpr int kAllConsumers = 1;
     const BwdShared<Tile> shared;
-    const int index, lane, warp;
+    const int index, lane;
     typename Tile::ResidentBarriers::State x_at;
-    typename Tile::StreamBarriers::State y_at, y_before;
+    typename Tile::StreamBarriers::State y_at;
 
     __device__ explicit BwdConsumer(const BwdShared<Tile>& shared)
         : shared(shared),
           index(warp_uniform(threadIdx.x / 128)),
-          lane(threadIdx.x % 32),
-          warp(warp_uniform(threadIdx.x / 32 % 4)) {}
+          lane(threadIdx.x % 32) {}
 
+    // The first of this thread's two rows among those of the CTA; the other is 8 below.
+    __device__ static int row() {
+        const int thread = thread_in_block();
+        return thread / 32 * 16 + thread % 32 / 4;
+    }
+    // Of the block whose products are added next: with kOverlap the one before.
+    __device__ int sums_stage() const {
+        if constexpr (!Tile::kOverlap) return y_at.stage;
+        return (y_at.stage > 0 ? y_at.stage : Tile::kStages) - 1;
+    }
+    __device__ void load_stats(float2 (&stats)[2], const AttentionBackwardParams& p,
+                               const BwdWork<Tile>& work) const {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = work.row0 + this->row() + half * 8;
+            if (row < work.sequence.seqlen_q)
+                stats[half] = row_stats(p)[work.sequence.lse_index(p, row, work.head)];
+        }
+    }
     // s and dp of the block to come; asynchronous.
     __device__ void multiply_rows(Scores& s, Scores& dp) const {
         wgmma_fence();
@@ -213,9 +220,9 @@ struct BwdConsumer {
     }
     // What a block adds to the sums; asynchronous.
     __device__ void add_products(Sums& ds_sum, Sums& p_sum, const Fragments& ds,
-                                 const Fragments& probs, int stage) const {
-        const uint64_t y0 = Tile::Y::mn_major(shared.y(stage, 0));
-        const uint64_t y1 = Tile::Y::mn_major(shared.y(stage, 1));
+                                 const Fragments& probs) const {
+        const uint64_t y0 = Tile::Y::mn_major(shared.y(sums_stage(), 0));
+        const uint64_t y1 = Tile::Y::mn_major(shared.y(sums_stage(), 1));
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < Tile::kBlock / 16; ++i) {
@@ -246,7 +253,8 @@ struct BwdConsumer {
     __device__ void clear_rows(int num_rows) const {
         const uint32_t zeros[4] = {};
         constexpr int kChunks = Tile::kHeadDim / 8;
-        for (int i = threadIdx.x; i < (Tile::kBlock - num_rows) * kChunks;
+#pragma unroll 1  // seldom needed: no registers for it elsewhere
+        for (int i = thread_in_block(); i < (Tile::kBlock - num_rows) * kChunks;
              i += Tile::kConsumerThreads) {
             const uint32_t at = Tile::Y::offset(num_rows + i / kChunks, i % kChunks);
             store_shared(shared.y(y_at.stage, 0) + at, zeros);
@@ -256,8 +264,7 @@ struct BwdConsumer {
         named_barrier_sync(kAllConsumers, Tile::kConsumerThreads);
     }
     __device__ void release_block() {
-        if (lane == 0) shared.y_barriers().release(y_before);
-        y_before.advance();
+        if (lane == 0) shared.y_barriers().release({sums_stage(), 0});
     }
     __device__ void release_rows() {
         if (lane == 0) shared.x_barriers().release(x_at);
@@ -265,43 +272,41 @@ struct BwdConsumer {
     }
 };
 
-// The sums over all steps of one block of resident rows.
+template <class Tile>
+__device__ void mask_scores(typename BwdConsumer<Tile>::Scores& s, const BwdWork<Tile>& work,
+                            int y0) {
+    const int row = work.row0 + BwdConsumer<Tile>::row();
+    if constexpr (Tile::kKeys)
+        mask_columns(s, work.sequence, row, y0);
+    else
+        mask_rows(s, work.sequence, row, y0);
+}
+
+// The sums of one block of resident rows.
 template <class Tile>
 __device__ void sum_bwd(BwdConsumer<Tile>& consumer, const AttentionBackwardParams& p,
                         const BwdWork<Tile>& work, typename BwdConsumer<Tile>::Sums& ds_sum,
                         typename BwdConsumer<Tile>::Sums& p_sum) {
     using Element = typename Tile::Element;
-    if (work.num_steps <= 0) return;
+    if (work.empty()) return;
     typename BwdConsumer<Tile>::Scores s, dp;
     typename BwdConsumer<Tile>::Fragments probs, ds;
     const float scale_log2 = p.softmax_scale * kLog2e;
-    const int row = work.row0 + consumer.index * 64 + consumer.warp * 16 + consumer.lane / 4;
     float2 stats[2] = {};
-    if constexpr (!Tile::kKeys)
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-            if (row + half * 8 < work.sequence.seqlen_q)
-                stats[half] = row_stats(p)[work.sequence.lse_index(p, row + half * 8, work.head)];
-    consumer.shared.x_barriers().wait_full(consumer.x_at);
-    int stage = 0;
-    for (int i = 0; i < work.num_steps; ++i, consumer.y_at.advance()) {
-        const auto step = work.step(i);
+    if constexpr (!Tile::kKeys) consumer.load_stats(stats, p, work);
+    bool pending = false;  // probs and ds are still to be multiplied
+    auto step = [&](int y0) {
         consumer.shared.y_barriers().wait_full(consumer.y_at);
-        if (p.cu_seqlens_k && step.num_rows < Tile::kBlock) consumer.clear_rows(step.num_rows);
+        if (p.cu_seqlens_k && work.num_rows(y0) < Tile::kBlock)
+            consumer.clear_rows(work.num_rows(y0));
         consumer.multiply_rows(s, dp);
-        const bool pending = Tile::kOverlap && i > 0;
         if (pending) {
-            consumer.add_products(ds_sum, p_sum, ds, probs, stage);
+            consumer.add_products(ds_sum, p_sum, ds, probs);
             wgmma_wait<1>();
         } else {
             wgmma_wait<0>();
         }
-        if (step.masked) {
-            if constexpr (Tile::kKeys)
-                mask_columns(s, work.sequence, row, step.row0);
-            else
-                mask_rows(s, work.sequence, row, step.row0);
-        }
+        if (work.masked(y0)) mask_scores(s, work, y0);
         consumer.differentiate(s, dp, stats, scale_log2);
         if (pending) {
             wgmma_wait<0>();
@@ -309,16 +314,20 @@ __device__ void sum_bwd(BwdConsumer<Tile>& consumer, const AttentionBackwardPara
         }
         if constexpr (Tile::kKeys) pack_probabilities<Element>(probs, s);
         pack_probabilities<Element>(ds, dp);
-        stage = consumer.y_at.stage;
+        pending = Tile::kOverlap;
         if constexpr (!Tile::kOverlap) {
-            consumer.add_products(ds_sum, p_sum, ds, probs, stage);
+            consumer.add_products(ds_sum, p_sum, ds, probs);
             wgmma_wait<0>();
             consumer.release_block();
         }
-    }
+    };
+    consumer.shared.x_barriers().wait_full(consumer.x_at);
+    for (int head = work.first_head; head < work.last_head; ++head)
+        for (int y0 = work.begin; y0 < work.end; y0 += Tile::kBlock, consumer.y_at.advance())
+            step(y0);
     consumer.release_rows();
     if constexpr (Tile::kOverlap) {
-        consumer.add_products(ds_sum, p_sum, ds, probs, stage);
+        consumer.add_products(ds_sum, p_sum, ds, probs);
         wgmma_wait<0>();
         consumer.release_block();
     }
@@ -329,7 +338,7 @@ __device__ void store_bwd(const BwdConsumer<Tile>& consumer, const AttentionBack
                           const BwdWork<Tile>& work, typename BwdConsumer<Tile>::Sums& ds_sum,
                           const typename BwdConsumer<Tile>::Sums& p_sum) {
     using Element = typename Tile::Element;
-    const int row = work.row0 + consumer.index * 64 + consumer.warp * 16 + consumer.lane / 4;
+    const int row = work.row0 + consumer.row();
     const Sequence& sequence = work.sequence;
     const float scale[2] = {p.softmax_scale, p.softmax_scale};
     scale_rows(ds_sum, scale);
@@ -376,8 +385,7 @@ Error launch_bwd_sm90(const AttentionBackwardParams& p, int num_sms, Stream stre
     AttentionBwdMaps maps;
     CUtensorMap *q = &maps.x0, *dout = &maps.x1, *k = &maps.y0, *v = &maps.y1;
     if (Tile::kKeys) std::swap(q, k), std::swap(dout, v);
-    constexpr int kRowsQ = Tile::kKeys ? Tile::kBlock : 64,
-                  kRowsK = Tile::kKeys ? 64 : Tile::kBlock;
+    constexpr int kRowsQ = Tile::kKeys ? Tile::kBlock : 64, kRowsK = Tile::kKeys ? 64 : Tile::kBlock;
     using Q = SharedTile<kRowsQ, Tile::kHeadDim>;
     using K = SharedTile<kRowsK, Tile::kHeadDim>;
     Error error = queries_map<Q>(q, p.q, p);

@@ -181,7 +181,8 @@ struct FwdConsumer {
         shared.v_barriers().wait_full(v_at);
         const uint32_t zeros[4] = {};
         constexpr int kChunks = Tile::kHeadDim / 8;
-        for (int i = threadIdx.x; i < (Tile::kBlockN - num_rows) * kChunks;
+#pragma unroll 1  // seldom needed: no registers for it elsewhere
+        for (int i = thread_in_block(); i < (Tile::kBlockN - num_rows) * kChunks;
              i += Tile::kConsumerThreads)
             store_shared(
                 shared.v(v_at.stage) + Tile::K::offset(num_rows + i / kChunks, i % kChunks), zeros);

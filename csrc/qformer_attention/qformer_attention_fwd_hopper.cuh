@@ -1,8 +1,8 @@
 // Forward on sm_90a: the walk of qformer_attention_fwd.cuh, the products with x by wgmma. A
 // producer warpgroup copies slabs of x (cp.async, zeros for tokens that do not exist) and of the
 // weights (TMA); two consumer warpgroups of 64 rows each multiply. q' and p are wgmma's operand a
-// in registers. The products with the weights stay with mma.sync: a warpgroup holds rows of several
-// heads, which have different weights, and fragments of both instructions are the same.
+// in registers. A warpgroup may hold rows of several heads, which have different weights: it
+// multiplies with those of each, its rows of other heads being zero.
 #pragma once
 
 #include "common/gemm_hopper.cuh"
@@ -30,6 +30,76 @@ struct QFormerHopperTile {
     static_assert(A::kPanels == 1 && kPart % 8 == 0 && kStageBytes % 1024 == 0);
     static_assert(kSharedBytes <= 227 * 1024);
 };
+
+// The heads whose rows a warpgroup holds, and the weights of the first within a stage.
+struct QFormerHeads {
+    int mine, count, weights;  // mine: the warp's own, from the warpgroup's first on
+
+    template <class Tile>
+    __device__ static QFormerHeads of(const QFormerAttentionParams& p, int warp) {
+        const QFormerRows first(p, Tile::kWarps, Tile::kHeads, warp & ~3);
+        const QFormerRows rows(p, Tile::kWarps, Tile::kHeads, warp);
+        const QFormerRows last(p, Tile::kWarps, Tile::kHeads, warp | 3);
+        return {rows.head - first.head, last.head - first.head + 1,
+                Tile::A::kBytes + (first.head - first.first_head) * Tile::kWeightBytes};
+    }
+    // c (+)= a b_h for the rows of each head h; b(weights of h, k): their descriptor.
+    template <class Tile, Major kMajorB, int kSteps, int kN, class B>
+    __device__ void multiply(float (&c)[kN][4], const uint32_t (&a)[kSteps][4], uint32_t stage,
+                             bool accumulate, B&& b) const {
+        for (int head = 0; head < count; ++head) {
+            uint32_t rows[kSteps][4];
+#pragma unroll
+            for (int k = 0; k < kSteps; ++k)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) rows[k][i] = head == mine ? a[k][i] : 0;
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < kSteps; ++k)
+                wgmma<typename Tile::Element, Major::kK, kMajorB>(
+                    c, rows[k], b(stage + weights + head * Tile::kWeightBytes, k),
+                    accumulate || head > 0 || k > 0);
+            wgmma_commit();
+            wgmma_wait<0>();
+        }
+    }
+};
+
+// a = q weight_k[:, slab], rounded
+template <class Tile>
+__device__ void project(uint32_t (&a)[Tile::kSlab / 16][4], const QFormerHeads& heads, uint32_t q,
+                        uint32_t stage, int lane) {
+    using W = typename Tile::Weight;
+    const FragmentLoader<Tile::kDim, Operand::kA> load_q(lane);
+    uint32_t q_fragments[Tile::kDim / 16][4];
+#pragma unroll
+    for (int k = 0; k < Tile::kDim / 16; ++k) load_q(q_fragments[k], q, 0, k * 2);
+    float projected[Tile::kSlab / 8][4];
+    heads.multiply<Tile, Major::kMN>(
+        projected, q_fragments, stage, false,
+        [](uint32_t weight, int k) { return W::mn_major(weight) + W::mn_step(k); });
+#pragma unroll
+    for (int k = 0; k < Tile::kSlab / 16; ++k)
+        pack_a<typename Tile::Element>(a[k], projected[k * 2], projected[k * 2 + 1]);
+}
+
+// out += (factor y) weight_v[:, slab]^T, factor of each row
+template <class Tile>
+__device__ void add_output(float (&out)[Tile::kDim / 8][4], float (&y)[Tile::kSlab / 8][4],
+                           const float (&factor)[2], const QFormerHeads& heads, uint32_t stage) {
+    using W = typename Tile::Weight;
+    uint32_t a[Tile::kSlab / 16][4];
+#pragma unroll
+    for (int n = 0; n < Tile::kSlab / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) y[n][e] *= factor[e / 2];
+#pragma unroll
+    for (int k = 0; k < Tile::kSlab / 16; ++k)
+        pack_a<typename Tile::Element>(a[k], y[k * 2], y[k * 2 + 1]);
+    heads.multiply<Tile, Major::kK>(out, a, stage, true, [](uint32_t weight, int k) {
+        return W::k_major(weight) + W::k_step(k);
+    });
+}
 
 // scores (+)= a x[:, slab]^T
 template <class Tile>
@@ -84,26 +154,22 @@ struct QFormerStages {
 
 template <class Tile>
 __device__ void consume(const QFormerAttentionParams& p, const QFormerRows& rows, uint32_t q,
-                        QFormerStages<Tile>& stages) {
-    constexpr int kHalf = Tile::kSlab / 2;
+                        int warp, QFormerStages<Tile>& stages) {
     const int lane = stages.lane, num_keys = rows.num_keys(p);
     rows.template load_queries<Tile>(q, p, lane);
     cp_async_commit();
     cp_async_wait<0>();
     __syncwarp();
-    const int weight = Tile::A::kBytes + (rows.head - rows.first_head) * Tile::kWeightBytes;
+    const auto heads = QFormerHeads::of<Tile>(p, warp);
     float out[1][Tile::kDim / 8][4] = {};
     QFormerSoftmax<Tile> softmax;
     for (int key0 = 0; key0 < num_keys; key0 += Tile::kKeys) {
         float scores[Tile::kParts][Tile::kPart / 8][4];
         for (int column = 0; column < p.width; column += Tile::kSlab) {
             const uint32_t stage = stages.wait();
-            uint32_t a[2][kHalf / 16][4];
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-                project<Tile, kHalf>(a[half], q, stage + weight, half * kHalf / 8, lane);
-            multiply_scores<Tile>(scores, reinterpret_cast<uint32_t (&)[Tile::kSlab / 16][4]>(a),
-                                  stage, column > 0);
+            uint32_t a[Tile::kSlab / 16][4];
+            project<Tile>(a, heads, q, stage, lane);
+            multiply_scores<Tile>(scores, a, stage, column > 0);
             stages.release();
         }
         uint32_t probabilities[Tile::kKeys / 16][4];
@@ -113,7 +179,7 @@ __device__ void consume(const QFormerAttentionParams& p, const QFormerRows& rows
             const uint32_t stage = stages.wait();
             float y[Tile::kSlab / 8][4];
             multiply_values<Tile>(y, probabilities, stage);
-            add_output<Tile>(out, y, softmax.inverse, stage + weight, lane);
+            add_output<Tile>(out[0], y, softmax.inverse, heads, stage);
             stages.release();
         }
         if (Tile::kOneBlock) break;
@@ -160,7 +226,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             increase_registers<224>();
             const uint32_t q = start + Tile::kQueryStart + warp * 16 * Tile::kDim * 2;
             QFormerStages<Tile> stages{start, barriers, int(threadIdx.x % 32), {}};
-            consume<Tile>(p, rows, q, stages);
+            consume<Tile>(p, rows, q, warp, stages);
         }
     }
 }

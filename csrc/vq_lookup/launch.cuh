@@ -14,11 +14,11 @@ Error launch_block(void (*kernel)(VqLookupParams, VqCodebook<T>, VqPrepared),
                   Block::shared_bytes(prepared.num_chunks), stream, p, codebook, prepared);
 }
 
-// Whether all rows of the tensors start at 16 bytes.
+// Whether all rows of the tensors start at 16 bytes and have a multiple of 8 elements.
 inline bool has_vectors(const VqLookupParams& p) {
     const auto bits = reinterpret_cast<uintptr_t>(p.z) | reinterpret_cast<uintptr_t>(p.codebook) |
                       reinterpret_cast<uintptr_t>(p.quantized);
-    return (bits | uintptr_t(p.dim) * size_of(p.dtype)) % 16 == 0;
+    return bits % 16 == 0 && p.dim % 8 == 0;
 }
 
 template <class T>

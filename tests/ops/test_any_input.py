@@ -89,6 +89,7 @@ def valid_arguments(dtype: torch.dtype, device: str) -> dict[str, tuple[Callable
         "layer_norm": (ops.layer_norm, [ones(3, 16), ones(16), ones(16)]),
         "patch_embed rows": (ops.patch_embed, [ones(4, 16), ones(8, 16), ones(8), ones(4, 8)]),
         "patch_embed": (ops.patch_embed, [ones(2, 1, 8, 8), ones(8, 1, 4, 4), ones(8), ones(4, 8)]),
+        "vq_lookup": (ops.vq_lookup, [ones(4, 16), ones(8, 16)]),
     }
 
 

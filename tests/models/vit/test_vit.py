@@ -13,6 +13,7 @@ import transformers
 from PIL import Image
 
 from tests.models.common import (
+    assert_compiles_and_recomputes,
     assert_grads_match,
     num_parameters,
     picture,
@@ -123,9 +124,13 @@ def test_a_new_model_is_readable_by_transformers(tmp_path: Path) -> None:
         ("B/16", 224, 86_567_656),
         ("B/16", 384, 86_859_496),
         ("B/32", 224, 88_224_232),
+        ("B/32", 384, 88_297_192),
         ("L/16", 224, 304_326_632),
         ("L/16", 384, 304_715_752),
+        ("L/32", 224, 306_535_400),
+        ("L/32", 384, 306_632_680),
         ("H/14", 224, 632_045_800),
+        ("H/14", 384, 632_651_240),
     ],
 )
 def test_published_sizes_have_the_published_parameters(
@@ -148,16 +153,7 @@ def test_halves_stay_close_to_float32(dtype: torch.dtype, checkpoint: tuple[Path
 
 def test_compiled_and_recomputed_gradients_are_the_same(checkpoint: tuple[Path, Any]) -> None:
     model, labels = load(checkpoint[0]), torch.tensor([0, 4, 2])
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    grads = []
-    for run in (model, compiled, model):
-        model.zero_grad()
-        run(pixels(), labels=labels).loss.backward()
-        grads.append({name: p.grad for name, p in model.named_parameters()})
-        model.gradient_checkpointing_enable(run is compiled)
-    for other in grads[1:]:
-        for name, grad in grads[0].items():
-            torch.testing.assert_close(other[name], grad, msg=name)
+    assert_compiles_and_recomputes(model, lambda run: run(pixels(), labels=labels).loss)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (37, 91), (200, 33)], ids=str)
