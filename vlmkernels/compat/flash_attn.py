@@ -158,11 +158,12 @@ def flash_attn_with_kvcache(
     if isinstance(cache_seqlens, int):
         cache_seqlens = torch.full((len(q),), cache_seqlens, dtype=torch.int32, device=q.device)
     if k is not None and v is not None:
-        q = ops.kv_cache_append(
+        rotated = ops.kv_cache_append(
             k, v, k_cache, v_cache, cache_seqlens, q=q, cos=rotary_cos, sin=rotary_sin,
             interleaved=rotary_interleaved, block_table=block_table,
             one_position=not causal and tuple(window_size) == (-1, -1),
         )  # fmt: skip
+        q = q if rotated is None else rotated
         cache_seqlens = cache_seqlens + k.shape[1]
     return ops.attention_decode(
         q, k_cache, v_cache, cache_seqlens, causal=causal, softmax_scale=softmax_scale,
