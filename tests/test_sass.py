@@ -26,6 +26,8 @@ PATH = os.pathsep.join([*map(str, TOOLS), os.environ["PATH"], "/usr/local/cuda/b
 MATRIX = (
     *("attention_fwd", "attention_dq", "attention_dkdv", "attention_decode"),
     *("patch_embed", "patch_embed_dx", "patch_embed_dweight"),
+    *("contrastive_forward", "contrastive_ds", "contrastive_products"),
+    *(f"qformer_attention_{kind}" for kind in ("fwd", "probabilities", "rows", "dx")),
     *("vq_lookup", "vq_lookup_hopper"),
 )
 
@@ -53,7 +55,12 @@ def sections(listing: str) -> Iterator[tuple[str, str]]:
 
 def test_every_kernel_is_there(kernels: dict[str, str]) -> None:
     assert kernels
-    for name in ("null_kernel", "attention_fwd_kernel", "attention_dkdv_kernel"):
+    for name in (
+        *("null_kernel", "attention_fwd_kernel", "attention_dkdv_kernel"),
+        *("rope_kernel", "qk_norm_rope_kernel", "qk_norm_rope_backward_kernel"),
+        *("norm_kernel", "norm_backward_kernel", "column_sums_kernel"),
+        *("activation_kernel", "activation_backward_kernel"),
+    ):
         assert any(name in kernel for kernel in kernels), name
 
 
