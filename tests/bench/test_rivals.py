@@ -59,6 +59,10 @@ def inputs_of(function: str) -> list[dict[str, Any]]:
             {"x": rand(5, 24), "weight": rand(8, 3, 2, 2, 2), "pos_embed": rand(5, 8)},
             {"x": rand(1, 3, 4, 6, 6), "weight": rand(8, 3, 2, 2, 2)},
         ],
+        "vq_lookup": [
+            {"z": x, "codebook": rand(9, 64)},
+            {"z": x, "codebook": rand(9, 64), "metric": "cosine"},
+        ],
         "clip_loss": [{**features, "logit_scale": torch.tensor(10.0)}],
         "siglip_loss": [
             {**features, "logit_scale": torch.tensor(5.0), "logit_bias": torch.tensor(-4.0)}
