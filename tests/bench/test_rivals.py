@@ -27,6 +27,8 @@ def inputs_of(function: str) -> list[dict[str, Any]]:
     packed |= {"cu_seqlens_q": torch.tensor([0, 9, 24], dtype=torch.int32), "max_seqlen_q": 15}
     positions = torch.arange(24).repeat(3, 1) * torch.tensor([[1], [2], [3]])
     rotary = {"q": q[0], "k": k[0]}
+    weights = {"q_weight": rand(32), "k_weight": rand(32)}
+    table = rand(24, 16).repeat(1, 2)
     x, w = rand(6, 64), rand(64)
     cache = {"k_cache": k, "v_cache": k.flip(1)}
     seqlens = torch.tensor([20, 7], dtype=torch.int32)
@@ -40,6 +42,16 @@ def inputs_of(function: str) -> list[dict[str, Any]]:
             {**rotary, "position_ids": positions, "sections": (6, 5, 5), "interleaved": True},
         ],
         "vision_rope": [{**rotary, "position_ids": positions[1:]}],
+        "vision_rope_qkv": [{"qkv": rand(24, 3, 4, 32), "position_ids": positions[1:]}],
+        "qk_norm_rope": [
+            {**rotary, **weights, "position_ids": positions[1]},
+            {**rotary, **weights, "position_ids": positions, "sections": (6, 5, 5)},
+        ],
+        "qk_norm_rope_from_tables": [{**rotary, **weights, "cos": table, "sin": table.flip(0)}],
+        "quick_gelu": [{"x": x}],
+        "gelu": [{"x": x}, {"x": x, "approximate": "tanh"}],
+        "swiglu": [{"gate": x, "up": x.flip(0)}, {"gate": x}],
+        "geglu": [{"gate": x, "up": x.flip(0)}, {"gate": x}],
         "rms_norm": [{"x": x, "weight": w}, {"x": x, "weight": w, "residual": rand(6, 64)}],
         "layer_norm": [{"x": x, "weight": w, "bias": rand(64), "residual": rand(6, 64)}],
         "patch_embed": [

@@ -8,21 +8,23 @@ batch, and every block is computed once.
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
 
 from vlmkernels import ops
-from vlmkernels.distributed.ring import Exchange, Ring
+from vlmkernels.distributed.transport import Pending, Transport, transport_of
 from vlmkernels.ops import _library
 from vlmkernels.ops.contrastive_loss import _scalar, gradients, losses, statistics
+
+WHAT = "contrastive_loss"
 
 
 def clip_loss(
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: Tensor | float,
-    group: dist.ProcessGroup | None = None,
+    group: ProcessGroup | None = None,
     *,
     local_loss: bool = True,
     gather_with_grad: bool = True,
@@ -44,7 +46,7 @@ def clip_loss(
     as its mean over the processes.
     """
     scale = _scalar("clip_loss: logit_scale", logit_scale, image_features)
-    if dist.get_world_size(group) == 1:
+    if transport_of(group).size == 1:
         return ops.clip_loss(image_features, text_features, scale)
     features = _library.autocast(image_features, text_features)
     apply: Any = _ClipLoss.apply
@@ -57,7 +59,7 @@ def siglip_loss(
     text_features: Tensor,
     logit_scale: Tensor | float,
     logit_bias: Tensor | float | None = None,
-    group: dist.ProcessGroup | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """`ops.siglip_loss` of this process's images and the texts of all: the mean of it over the
     processes is the loss of the whole batch.
@@ -69,7 +71,7 @@ def siglip_loss(
     bias = None
     if logit_bias is not None:
         bias = _scalar("siglip_loss: logit_bias", logit_bias, image_features)
-    if dist.get_world_size(group) == 1:
+    if transport_of(group).size == 1:
         return ops.siglip_loss(image_features, text_features, scale, bias)
     features = _library.autocast(image_features, text_features)
     apply: Any = _SiglipLoss.apply
@@ -78,24 +80,24 @@ def siglip_loss(
 
 
 def _ring_statistics(
-    ring: Ring, image: Tensor, text: Tensor, scale: Tensor
+    ring: Transport, image: Tensor, text: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exps of this process's images and of its texts, and its positives' logits."""
-    ahead, block = ring.start(text), text
+    ahead, block = ring.rotate(text, what=WHAT), text
     image_lse, block_lse, positive = statistics(image, text, scale)
-    behind = ring.start(block_lse)  # follows its texts one hop behind
+    behind = ring.rotate(block_lse, what=WHAT)  # follows its texts one hop behind
     for hop in range(1, ring.size):
         (block,) = ahead.wait()
         if hop + 1 < ring.size:
-            ahead = ring.start(block)
+            ahead = ring.rotate(block, what=WHAT)
         rows, columns, _ = statistics(image, block, scale, positives=False)
         image_lse = torch.logaddexp(image_lse, rows)
-        behind = ring.start(torch.logaddexp(behind.wait()[0], columns))
+        behind = ring.rotate(torch.logaddexp(behind.wait()[0], columns), what=WHAT)
     return image_lse, behind.wait()[0], positive
 
 
 def _ring_gradients(
-    ring: Ring,
+    ring: Transport,
     image: Tensor,
     text: Tensor,
     scale: Tensor,
@@ -116,9 +118,9 @@ def _ring_gradients(
     dtext, totals = scale.new_empty(0), scale.new_zeros(2)
     block = text
     block_lse: list[Tensor] = [] if lse is None else [lse[1]]
-    behind: Exchange | None = None
+    behind: Pending | None = None
     for hop in range(ring.size):
-        ahead = ring.start(block, *block_lse) if hop + 1 < ring.size else None
+        ahead = ring.rotate(block, *block_lse, what=WHAT) if hop + 1 < ring.size else None
         rows, columns = (None, None) if lse is None else (lse[0], block_lse[0])
         dblock: Tensor | None = None
         for weights, want in calls:
@@ -131,7 +133,7 @@ def _ring_gradients(
             if want[1]:
                 dblock = dtext_part
         if dblock is not None:
-            behind = ring.start(dblock if behind is None else dblock + behind.wait()[0])
+            behind = ring.rotate(dblock if behind is None else dblock + behind.wait()[0], what=WHAT)
         if ahead is not None:
             block, *block_lse = ahead.wait()
     return dimage, dtext if behind is None else behind.wait()[0], totals
@@ -144,23 +146,23 @@ class _ClipLoss(torch.autograd.Function):
         image: Tensor,
         text: Tensor,
         scale: Tensor,
-        group: dist.ProcessGroup | None,
+        group: ProcessGroup | None,
         local_loss: bool,
         gather_with_grad: bool,
     ) -> Tensor:
-        ring = Ring(group)
+        ring = transport_of(group)
         image_lse, text_lse, positive = _ring_statistics(ring, image, text, scale)
         ctx.save_for_backward(image, text, scale, image_lse, text_lse)
         ctx.ring, ctx.local_loss, ctx.gather_with_grad = ring, local_loss, gather_with_grad
         loss = ((image_lse + text_lse) / 2 - positive).mean()
-        return loss if local_loss else ring.sum(loss) / ring.size
+        return loss if local_loss else ring.total(loss, WHAT) / ring.size
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         image, text, scale, *lse = ctx.saved_tensors
         ring, wanted = ctx.ring, ctx.needs_input_grad[:2]
-        factor = ring.sum(dloss) / (ring.size * 2 * len(image))  # of the sum of the local losses
+        factor = ring.total(dloss, WHAT) / (ring.size * 2 * len(image))
         detached = not ctx.gather_with_grad and ctx.local_loss
         if not ctx.gather_with_grad and not ctx.local_loss:
             factor = factor / ring.size
@@ -170,7 +172,7 @@ class _ClipLoss(torch.autograd.Function):
         dscale = None
         if ctx.needs_input_grad[2]:
             mean = factor if not ctx.gather_with_grad and not ctx.local_loss else factor / ring.size
-            dscale = ring.sum(totals[0] * mean)
+            dscale = ring.total(totals[0] * mean, WHAT)
         return (
             dimage.to(image.dtype) if wanted[0] else None,
             dtext.to(text.dtype) if wanted[1] else None,
@@ -186,16 +188,16 @@ class _SiglipLoss(torch.autograd.Function):
         text: Tensor,
         scale: Tensor,
         bias: Tensor | None,
-        group: dist.ProcessGroup | None,
+        group: ProcessGroup | None,
     ) -> Tensor:
-        ctx.ring = ring = Ring(group)
+        ctx.ring = ring = transport_of(group)
         ctx.save_for_backward(image, text, scale, bias)
-        ahead, block = ring.start(text), text
+        ahead, block = ring.rotate(text, what=WHAT), text
         total = losses(image, block, scale, bias)
         for hop in range(1, ring.size):
             (block,) = ahead.wait()
             if hop + 1 < ring.size:
-                ahead = ring.start(block)
+                ahead = ring.rotate(block, what=WHAT)
             total = total + losses(image, block, scale, bias, positives=False)
         return total.mean()
 
