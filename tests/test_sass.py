@@ -26,7 +26,8 @@ PATH = os.pathsep.join([*map(str, TOOLS), os.environ["PATH"], "/usr/local/cuda/b
 MATRIX = (
     *("attention_fwd", "attention_dq", "attention_dkdv", "attention_decode"),
     *("patch_embed", "patch_embed_dx", "patch_embed_dweight"),
-    *(f"qformer_attention_{kind}" for kind in ("fwd", "probabilities", "rows", "dx")),
+    *("qformer_attention_fwd", "qformer_attention_bwd"),
+    *("qformer_attention_fwd_hopper", "qformer_attention_bwd_hopper"),
 )
 
 
