@@ -30,6 +30,7 @@ def inputs_of(function: str) -> list[dict[str, Any]]:
     x, w = rand(6, 64), rand(64)
     cache = {"k_cache": k, "v_cache": k.flip(1)}
     seqlens = torch.tensor([20, 7], dtype=torch.int32)
+    kv = {"weight_k": rand(16, 24), "weight_v": rand(16, 24)}
     return {
         "attention": [{"q": q, "k": k, "v": k.flip(1), "causal": True}, packed],
         "attention_decode": [{"q": q[:, :2], **cache, "cache_seqlens": seqlens}],
@@ -45,6 +46,10 @@ def inputs_of(function: str) -> list[dict[str, Any]]:
             {"x": rand(2, 3, 28, 42), "weight": rand(8, 3, 14, 14), "bias": rand(8)},
             {"x": rand(5, 24), "weight": rand(8, 3, 2, 2, 2), "pos_embed": rand(5, 8)},
             {"x": rand(1, 3, 4, 6, 6), "weight": rand(8, 3, 2, 2, 2)},
+        ],
+        "qformer_attention": [
+            {"q": rand(2, 3, 2, 8), "x": rand(2, 9, 24), **kv},
+            {"q": rand(1, 3, 2, 8), "x": rand(2, 9, 24), **kv, "bias_k": w[:16], "bias_v": w[:16]},
         ],
     }[function]
 

@@ -20,7 +20,7 @@ NAMES = ("q", "x", "weight_k", "weight_v", "bias_k", "bias_v")
 # batch, num_queries, num_heads, head_dim, num_tokens, width; lengths
 CASES = {
     "BLIP-2, narrow": ((2, 32, 3, 64, 257, 72), None),
-    "two tokens": ((2, 1, 1, 8, 2, 8), None),
+    "two tokens": ((8, 9, 3, 8, 2, 16), None),
     "blocks of tokens": ((1, 17, 2, 40, 300, 48), [290]),  # two, the second of 18
     "three blocks": ((1, 16, 2, 64, 600, 40), None),
     "head_dim 128": ((2, 33, 2, 128, 150, 48), [150, 145]),
