@@ -26,8 +26,10 @@ PATH = os.pathsep.join([*map(str, TOOLS), os.environ["PATH"], "/usr/local/cuda/b
 MATRIX = (
     *("attention_fwd", "attention_dq", "attention_dkdv", "attention_decode"),
     *("patch_embed", "patch_embed_dx", "patch_embed_dweight"),
+    *("contrastive_forward", "contrastive_ds", "contrastive_products"),
     *("qformer_attention_fwd", "qformer_attention_bwd"),
     *("qformer_attention_fwd_hopper", "qformer_attention_bwd_hopper"),
+    *("vq_lookup", "vq_lookup_hopper"),
 )
 
 
@@ -54,7 +56,12 @@ def sections(listing: str) -> Iterator[tuple[str, str]]:
 
 def test_every_kernel_is_there(kernels: dict[str, str]) -> None:
     assert kernels
-    for name in ("null_kernel", "attention_fwd_kernel", "attention_dkdv_kernel"):
+    for name in (
+        *("null_kernel", "attention_fwd_kernel", "attention_dkdv_kernel"),
+        *("rope_kernel", "qk_norm_rope_kernel", "qk_norm_rope_backward_kernel"),
+        *("norm_kernel", "norm_backward_kernel", "column_sums_kernel"),
+        *("activation_kernel", "activation_backward_kernel"),
+    ):
         assert any(name in kernel for kernel in kernels), name
 
 
@@ -70,4 +77,6 @@ def test_matrix_kernels_use_tensor_cores(kernels: dict[str, str]) -> None:
     for name, code in kernels.items():
         if any(f"{kind}_kernel" in name for kind in MATRIX):
             assert re.search(r"\b(HMMA|HGMMA)\b", code), name
-            assert re.search(r"\b(LDGSTS|UTMALDG)\b", code), name  # asynchronous copies feed them
+            assert re.search(r"\b(LDGSTS|UTMALDG|UBLKCP)\b", code), (
+                name
+            )  # asynchronous copies feed them

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <utility>
 
 #include "common/mma.cuh"
 
@@ -56,23 +57,37 @@ struct MatrixView {
     }
 };
 
+// Of a row and a column of a view; in two steps where both are offsets, so that the first stays.
+template <class T, class Row, class Column>
+__device__ T* element(T* data, const Row& row, const Column& column) {
+    if constexpr (std::is_integral_v<Row>)
+        return data + row + column;
+    else
+        return data + (row + column);
+}
+
 // Copies one row's chunk of 8 elements in runs of kRunBytes, zeros for those that aren't valid.
-// offsets: of the runs within the row.
-template <int kRunBytes, class T>
-__device__ void load_chunk(uint32_t shared, const T* row, const int (&offsets)[16 / kRunBytes],
+// row, columns: the view's, of the runs; their sum is the place of an element. A view may bring its
+// own load_chunk.
+template <int kRunBytes, class View, class Row, class Column>
+__device__ void load_chunk(const View& view, uint32_t shared, const Row& row,
+                           const Column (&columns)[16 / kRunBytes],
                            const bool (&valid)[16 / kRunBytes]) {
     constexpr int kRuns = 16 / kRunBytes;
     if constexpr (kRunBytes == 2) {  // too narrow for cp.async
         uint32_t pairs[4] = {};
-        const auto* source = reinterpret_cast<const uint16_t*>(row);
 #pragma unroll
         for (int i = 0; i < kRuns; ++i)
-            if (valid[i]) pairs[i / 2] |= uint32_t(source[offsets[i]]) << i % 2 * 16;
+            if (valid[i])
+                pairs[i / 2] |= uint32_t(*reinterpret_cast<const uint16_t*>(
+                                    element(view.data, row, columns[i])))
+                                << i % 2 * 16;
         store_shared(shared, pairs);
     } else {
 #pragma unroll
         for (int i = 0; i < kRuns; ++i)
-            cp_async<kRunBytes>(shared + i * kRunBytes, row + offsets[i], valid[i]);
+            cp_async<kRunBytes>(shared + i * kRunBytes, element(view.data, row, columns[i]),
+                                valid[i]);
     }
 }
 
@@ -118,31 +133,31 @@ class TileLoader {
     __device__ void load_runs(uint32_t tile, int step) const {
         constexpr int kRuns = 16 / kRunBytes;
         const int column0 = column_ + (kAlongRows ? 0 : step * kColumns);
-        int offsets[kRuns];
+        decltype(view_.column(0)) columns[kRuns];
         bool inside[kRuns];
 #pragma unroll
         for (int i = 0; i < kRuns; ++i) {
             const int column = column0 + i * (8 / kRuns);
             inside[i] = column < view_.num_columns;
-            offsets[i] = view_.column(column);
+            columns[i] = view_.column(column);
         }
         const int row0 = row_ + (kAlongRows ? step * kRows : 0);
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
             const int row = row0 + i * kStep;
-            const int64_t row_offset = kCached ? rows_[i] : view_.row(row);
+            const auto row_offset = kCached ? rows_[kCached ? i : 0] : view_.row(row);
             bool valid[kRuns];
 #pragma unroll
             for (int j = 0; j < kRuns; ++j) valid[j] = row < view_.num_rows && inside[j];
-            load_chunk<kRunBytes>(tile + shared_offset_ + i * kStep * Layout::kRowBytes,
-                                  view_.data + row_offset, offsets, valid);
+            load_chunk<kRunBytes>(view_, tile + shared_offset_ + i * kStep * Layout::kRowBytes,
+                                  row_offset, columns, valid);
         }
     }
 
     const View& view_;
     int first_step_, row_, column_;
     uint32_t shared_offset_;
-    int64_t rows_[kCached ? kCount : 1];
+    decltype(std::declval<View>().row(0)) rows_[kCached ? kCount : 1];
 };
 
 // The loader of an operand of gemm(): its tiles begin at `start` across k and step first_step of k.

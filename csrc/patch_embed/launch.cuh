@@ -3,6 +3,7 @@
 
 #include "common/launch.cuh"
 #include "patch_embed/patch_embed.cuh"
+#include "patch_embed/pixels.cuh"
 
 namespace vlmkernels {
 
@@ -31,19 +32,58 @@ Error launch_tiles(void (*kernel)(Args...), int64_t m, int64_t n, int splits, St
                   stream, args...);
 }
 
+// Calls f(view). kPixels: bytes, blocks, or images of different sizes. Patch rows are an ordinary
+// matrix.
+template <class T, bool kPixels, class Data, class F>
+Error with_view(Data* data, const Patches& p, F&& f) {
+    constexpr bool kRead = std::is_const_v<Data>;
+    using Element = std::conditional_t<kRead, const T, T>;
+    auto* elements = static_cast<Element*>(data);
+    if constexpr (!kPixels) {
+        if (p.rows) return f(MatrixView(elements, p.stride_image, int(p.num_patches), p.patch_dim));
+        return f(PatchView(elements, p));
+    } else {
+        if constexpr (kRead)
+            if (p.dtype == DType::kUInt8)
+                return f(PixelView<const uint8_t, T>(static_cast<const uint8_t*>(data), p));
+        return f(PixelView<Element, T>(elements, p));
+    }
+}
+
 template <class T>
-Error launch(const PatchEmbedParams& p, Stream stream) {
+PatchEmbedEpilogue<T> make_epilogue(const PatchEmbedParams& p) {
     const int rows = int(p.patches.num_patches), hidden_dim = int(p.hidden_dim);
     const auto* pos_embed = static_cast<const T*>(p.pos_embed);
-    const auto* bias = static_cast<const T*>(p.bias);
-    const PatchEmbedEpilogue<T> epilogue{
+    const auto* bias = p.float_bias ? nullptr : static_cast<const T*>(p.bias);
+    return {
         .y = {static_cast<T*>(p.y), hidden_dim, rows, hidden_dim},
         .bias = {bias, hidden_dim, bias ? 1 : 0, hidden_dim},
+        .float_bias = p.float_bias ? static_cast<const float*>(p.bias) : nullptr,
         .pos_embed = {pos_embed, hidden_dim, pos_embed ? int(p.num_positions) : 0, hidden_dim},
-        .positions = FastDivide(unsigned(p.num_positions))};
-    const MatrixView<const T> weight(static_cast<const T*>(p.weight), p.patches.patch_dim,
-                                     hidden_dim, p.patches.patch_dim);
-    return with_view(static_cast<const T*>(p.x), p.patches, [&]<class View>(const View& x) {
+        .positions = FastDivide(unsigned(p.num_positions)),
+        .scale = p.scale};
+}
+
+// instances/hopper_*.cu: from pixels, where has_hopper(). They fail with cudaErrorNotSupported, and
+// launch nothing, where TMA cannot take an operand.
+template <class T>
+Error launch_hopper(const PatchEmbedParams& p, Stream stream);
+template <class T>
+Error launch_hopper(const PatchEmbedDxParams& p, Stream stream);
+template <class T>
+Error launch_hopper(const PatchEmbedDweightParams& p, Stream stream);
+
+template <class T, bool kPixels>
+Error launch(const PatchEmbedParams& p, Stream stream) {
+    if constexpr (kPixels)
+        if (has_hopper())
+            if (Error error = launch_hopper<T>(p, stream); error != cudaErrorNotSupported)
+                return error;
+    const int rows = int(p.patches.num_patches), hidden_dim = int(p.hidden_dim);
+    const PatchEmbedEpilogue<T> epilogue = make_epilogue<T>(p);
+    const MatrixView<const T> weight(static_cast<const T*>(p.weight), p.weight_stride, hidden_dim,
+                                     p.patches.patch_dim);
+    return with_view<T, kPixels>(p.x, p.patches, [&]<class View>(const View& x) {
         return with_tile<T>(rows, hidden_dim, [&]<class Tile>() {
             return launch_tiles<Tile>(patch_embed_kernel<Tile, View, T>, rows, hidden_dim, 1,
                                       stream, x, weight, epilogue);
@@ -51,23 +91,31 @@ Error launch(const PatchEmbedParams& p, Stream stream) {
     });
 }
 
-template <class T>
+template <class T, bool kPixels>
 Error launch(const PatchEmbedDxParams& p, Stream stream) {
+    if constexpr (kPixels)
+        if (has_hopper())
+            if (Error error = launch_hopper<T>(p, stream); error != cudaErrorNotSupported)
+                return error;
     const int rows = int(p.patches.num_patches), hidden_dim = int(p.hidden_dim);
     const int patch_dim = p.patches.patch_dim;
     const MatrixView<const T> dy(static_cast<const T*>(p.dy), hidden_dim, rows, hidden_dim);
-    const MatrixView<const T> weight(static_cast<const T*>(p.weight), patch_dim, hidden_dim,
+    const MatrixView<const T> weight(static_cast<const T*>(p.weight), p.weight_stride, hidden_dim,
                                      patch_dim);
-    return with_view(static_cast<T*>(p.dx), p.patches, [&]<class View>(const View& dx) {
+    return with_view<T, kPixels>(p.dx, p.patches, [&]<class View>(const View& dx) {
         return with_tile<T>(rows, patch_dim, [&]<class Tile>() {
             return launch_tiles<Tile>(patch_embed_dx_kernel<Tile, View, T>, rows, patch_dim, 1,
-                                      stream, dy, weight, dx);
+                                      stream, dy, weight, dx, p.scale);
         });
     });
 }
 
-template <class T>
+template <class T, bool kPixels>
 Error launch(const PatchEmbedDweightParams& p, Stream stream) {
+    if constexpr (kPixels)
+        if (has_hopper())
+            if (Error error = launch_hopper<T>(p, stream); error != cudaErrorNotSupported)
+                return error;
     const int rows = int(p.patches.num_patches), hidden_dim = int(p.hidden_dim);
     const int patch_dim = p.patches.patch_dim;
     const MatrixView<const T> dy(static_cast<const T*>(p.dy), hidden_dim, rows, hidden_dim);
@@ -75,8 +123,9 @@ Error launch(const PatchEmbedDweightParams& p, Stream stream) {
     const PatchEmbedDweightEpilogue<T> epilogue{
         .dweight = {dweight, patch_dim, hidden_dim, patch_dim},
         .dbias = dbias,
+        .sums = p.sums,
         .workspace = p.workspace};
-    Error error = with_view(static_cast<const T*>(p.x), p.patches, [&]<class View>(const View& x) {
+    Error error = with_view<T, kPixels>(p.x, p.patches, [&]<class View>(const View& x) {
         return with_tile<T>(hidden_dim, int64_t(patch_dim) * p.num_splits, [&]<class Tile>() {
             const int steps = (rows + Tile::kK - 1) / Tile::kK;
             const int per_split = (steps + p.num_splits - 1) / p.num_splits;
@@ -84,7 +133,7 @@ Error launch(const PatchEmbedDweightParams& p, Stream stream) {
                                       patch_dim, p.num_splits, stream, dy, x, per_split, epilogue);
         });
     });
-    if (error || !p.workspace) return error;
+    if (error || !p.workspace || !p.dweight) return error;
     return launch(patch_embed_sum_splits_kernel<T>, grid_for(p.hidden_dim * (patch_dim + 1), 256),
                   256, 0, stream, p.workspace, dweight, dbias, p.num_splits, p.hidden_dim,
                   patch_dim);

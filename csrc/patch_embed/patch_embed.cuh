@@ -17,16 +17,36 @@ template <class T>
 struct PatchEmbedEpilogue {
     MatrixView<T> y;
     MatrixView<const T> bias;  // one row, or none
+    const float* float_bias;   // or null
     MatrixView<const T> pos_embed;
     FastDivide positions;
+    float scale;  // of the product
 
     __device__ void operator()(int row, int column, float (&values)[8]) const {
         if (row >= y.num_rows) return;
+#pragma unroll
+        for (float& value : values) value *= scale;
         uint32_t position = row;
         positions(position);
         add_values(bias, 0, column, values);
+        if (float_bias) add_float_bias(column, values);
         add_values(pos_embed, int(position), column, values);
         store_values(y, row, column, values);
+    }
+    // float_bias: 16-byte aligned.
+    __device__ void add_float_bias(int column, float (&values)[8]) const {
+        if (column + 8 <= y.num_columns) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float4 four = *reinterpret_cast<const float4*>(float_bias + column + half * 4);
+                values[half * 4] += four.x, values[half * 4 + 1] += four.y;
+                values[half * 4 + 2] += four.z, values[half * 4 + 3] += four.w;
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+                if (column + i < y.num_columns) values[i] += float_bias[column + i];
+        }
     }
 };
 
@@ -52,7 +72,7 @@ template <class Tile, class View, class T>
 __global__ void __launch_bounds__(Tile::kThreads)
     patch_embed_dx_kernel(const __grid_constant__ MatrixView<const T> dy,
                           const __grid_constant__ MatrixView<const T> weight,
-                          const __grid_constant__ View dx) {
+                          const __grid_constant__ View dx, float scale) {
     extern __shared__ __align__(128) char shared[];
     const int thread = threadIdx.x, tiles_n = (dx.num_columns + Tile::kN - 1) / Tile::kN;
     const int m0 = blockIdx.x / tiles_n * Tile::kM, n0 = blockIdx.x % tiles_n * Tile::kN;
@@ -63,6 +83,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
         operand_loader<Tile, Operand::kBTransposed>(weight, n0, thread));
     store<Tile>(c, reinterpret_cast<float*>(shared), thread,
                 [&](int row, int column, float (&values)[8]) {
+#pragma unroll
+                    for (float& value : values) value *= scale;
                     store_values(dx, m0 + row, n0 + column, values);
                 });
 }
@@ -72,7 +94,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
 template <class T>
 struct PatchEmbedDweightEpilogue {
     MatrixView<T> dweight;
-    T* dbias;          // null: not wanted
+    T* dbias;
+    bool sums;         // dbias is wanted
     float* workspace;  // null: one split
 
     __device__ void operator()(int split, int row, int column, const float (&values)[8]) const {
@@ -91,7 +114,7 @@ struct PatchEmbedDweightEpilogue {
             dbias[row] = T(value);
     }
     __device__ float* part(int64_t split, int row) const {
-        const int width = dweight.num_columns + (dbias != nullptr);
+        const int width = dweight.num_columns + sums;
         return workspace + (split * dweight.num_rows + row) * width;
     }
 };
@@ -108,7 +131,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
     const int m0 = blockIdx.x / tiles_n * Tile::kM, n0 = blockIdx.x % tiles_n * Tile::kN;
     const int split = blockIdx.y, first = split * steps_per_split;
     const int num_steps = min(steps_per_split, (dy.num_rows + Tile::kK - 1) / Tile::kK - first);
-    const bool sums = epilogue.dbias && n0 == 0 && warp % Tile::kWarpsN == 0;
+    const bool sums = epilogue.sums && n0 == 0 && warp % Tile::kWarpsN == 0;
     typename Tile::Accumulators c = {};
     float row_sums[Tile::kWarpM / 16][4] =
         {};  // dy^T times a matrix of ones: its columns are equal

@@ -55,13 +55,6 @@ struct PatchView {
     }
 };
 
-// Calls f(view): patch rows are an ordinary matrix.
-template <class T, class F>
-auto with_view(T* data, const Patches& p, F&& f) {
-    if (p.rows) return f(MatrixView<T>(data, p.stride_image, int(p.num_patches), p.patch_dim));
-    return f(PatchView<T>(data, p));
-}
-
 // Stores 8 values of a row that begin at `column`, in runs of kRunBytes.
 template <int kRunBytes, class View>
 __device__ void store_runs(const View& view, int row, int column, const uint4& values) {
@@ -71,11 +64,11 @@ __device__ void store_runs(const View& view, int row, int column, const uint4& v
         std::conditional_t<kRunBytes == 8, uint2,
                            std::conditional_t<kRunBytes == 4, uint32_t, uint16_t>>>;
     constexpr int kElements = kRunBytes / 2;
-    T* to = view.data + view.row(row);
+    const auto to = view.row(row);
 #pragma unroll
     for (int i = 0; i < 8 / kElements; ++i)
         if (column + i * kElements < view.num_columns)
-            *reinterpret_cast<Run*>(to + view.column(column + i * kElements)) =
+            *reinterpret_cast<Run*>(view.data + (to + view.column(column + i * kElements))) =
                 reinterpret_cast<const Run*>(&values)[i];
 }
 

@@ -124,7 +124,7 @@ def test_compile_and_opcheck(backend: Backend) -> None:
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(q, k, v, lengths), function(q, k, v, lengths))
     torch.library.opcheck(
-        torch.ops.vlmkernels.attention_decode.default, (q, k, v, lengths, True, 0.2)
+        torch.ops.vlmkernels.attention_decode.default, (q, k, v, lengths, None, -1, 0, 0.2, 0.0)
     )
 
 
@@ -177,8 +177,8 @@ def test_bad_workspace(backend: Backend) -> None:
     lse = torch.zeros(2, 4, 1, device=backend.device)
 
     def call(partial_out: Tensor, partial_lse: Tensor) -> None:
-        tensors = (q, k, v, lengths, torch.empty_like(q), lse, partial_out, partial_lse)
-        assert _core.C.attention_decode(*tensors, True, 0.125)
+        tensors = (q, k, v, lengths, None, torch.empty_like(q), lse, partial_out, partial_lse)
+        assert _core.C.attention_decode(*tensors, -1, 0, 0.125, 0.0)
 
     call(partial_out, partial_lse)
     for arguments, error, message in [

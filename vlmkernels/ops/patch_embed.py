@@ -1,6 +1,7 @@
 """patch_embed: images or patch rows to tokens, the patch embedding of every vision transformer."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -95,9 +96,21 @@ def _kernel(x: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | 
     y = _output(x, weight)
     if _core.C.patch_embed(_dense(x), weight.contiguous(), bias, pos_embed, y):
         return y
+    shape = y.shape
     del y  # linear makes its own, and is faster than addmm into y
-    y = linear(_rows(x, weight), weight.flatten(1), bias)
+    y = linear(_gather(x, weight), weight.flatten(1), bias).view(shape)
     return y if pos_embed is None else y.add_(pos_embed)
+
+
+def _gather(x: Tensor, weight: Tensor) -> Tensor:
+    """(num_patches, patch_dim), of all images."""
+    if x.ndim == 2:
+        return x
+    x, patches = _dense(x), x.shape[0] * math.prod(_grid(x, weight))
+    rows = x.new_empty(patches, math.prod(weight.shape[1:]))
+    if _core.C.patch_embed_rows(x, weight.contiguous(), None, 1, [], [], 1.0, rows):
+        return rows
+    return _rows(x, weight).flatten(0, 1)
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None) -> Tensor:
@@ -130,7 +143,7 @@ def _dweight_kernel(dy: Tensor, x: Tensor, weight: Tensor, bias: bool) -> tuple[
         workspace = dy.new_empty((splits, hidden_dim, patch_dim + bias), dtype=torch.float32)
     if _core.C.patch_embed_dweight(dy, _dense(x), dweight, dbias if bias else None, workspace):
         return dweight, dbias
-    dy, rows = dy.flatten(0, -2), _rows(x, weight).flatten(0, -2)
+    dy, rows = dy.flatten(0, -2), _gather(x, weight)
     torch.mm(dy.t(), rows, out=dweight.flatten(1))
     if bias:
         torch.sum(dy, 0, out=dbias)
@@ -183,5 +196,366 @@ _op = _library.define(
     reference=reference,
     setup_context=_setup_context,
     backward=_backward,
+    cpu="its own matrix product",
+)
+
+
+@_library.public
+def patch_embed_pixels(
+    images: Tensor | Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    pos_embed: Tensor | None = None,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    rescale: float = 1 / 255,
+    grid_thw: Tensor | None = None,
+    merge_size: int = 1,
+) -> Tensor:
+    """tokens[i] = weight · patch_i((images * rescale - mean) / std) + bias + pos_embed[i]
+
+    Patch embedding of pixels as a decoder gives them: what an image processor does after resizing,
+    and the convolution, as one matrix product. The normalisation is folded into the weight: with
+    folded_weight = weight / std, pixels u enter the product as u - 128, exact in 16 bits, and the
+    bias takes up the rest. A still image through a Conv3d's weight, where processors repeat
+    it for every frame, meets the sum of the weight over its frames: half the work for Qwen2-VL.
+
+    Args:
+        images: uint8, or of weight's dtype. One of: (num_images, channels, h, w); video
+            (num_images, channels, t, h, w); patch rows (num_patches, patch_dim), patch_dim without
+            the frames for still images; a sequence of images (channels, h, w) of any sizes; such
+            images packed, each flattened, one after another, into one dimension.
+        weight: Conv2d's (hidden_dim, channels, patch_h, patch_w) or Conv3d's (hidden_dim, channels,
+            patch_t, patch_h, patch_w); for patch rows also (hidden_dim, patch_dim), channels first.
+        bias: (hidden_dim,).
+        pos_embed: (num_patches, hidden_dim) in the order of the tokens: of one image, the same for
+            every image; of all images for a sequence, packed images and rows.
+        mean, std: a number for each channel, of the rescaled pixels.
+        rescale: what pixels are multiplied with first.
+        grid_thw: (num_images, 3) int32 or int64, (1, h, w) in patches, for packed images only. On
+            the CPU: elsewhere it costs a synchronisation.
+        merge_size: 1: patches in raster order (t, h, w). m > 1: in blocks of m x m patches, blocks
+            and what is in them in raster order, as Qwen2-VL's processors order rows. h and w are
+            then multiples of m patches.
+
+    Returns:
+        (num_images, num_patches, hidden_dim) for (num_images, ...); else (num_patches, hidden_dim)
+        of all patches. Pixels that fill no patch are dropped as by a convolution; images of a
+        sequence must be whole patches.
+
+    Raises:
+        ValueError: shapes that do not fit together, a grid that does not count the patches, mean or
+            std that aren't one number per channel, a std or rescale that isn't positive.
+        TypeError: a dtype or device other than those above.
+
+    Source: the image processors of transformers (rescale, normalize, patchify of Qwen2-VL).
+    """
+    packed: Any = images
+    if not isinstance(images, Tensor):
+        packed, grid_thw = _pack(images, weight, merge_size)
+    tensors = _library.autocast(packed, weight, bias, pos_embed)
+    numbers = ([float(x) for x in mean], [float(x) for x in std], float(rescale), merge_size)
+    return _pixels_op(*tensors, grid_thw, *numbers)  # type: ignore[no-any-return]
+
+
+def _pack(images: Sequence[Tensor], weight: Tensor, merge: int) -> tuple[Tensor, Tensor]:
+    """Images one after another, and their grid."""
+    if weight.ndim not in (4, 5):
+        raise ValueError(
+            "patch_embed_pixels: weight must be Conv2d's or Conv3d's for a sequence of images, "
+            f"got {tuple(weight.shape)}"
+        )
+    patch, grid = [max(1, merge * size) for size in weight.shape[-2:]], []
+    for i, image in enumerate(images):
+        where = f"patch_embed_pixels: images[{i}] must"
+        if not isinstance(image, Tensor):
+            raise TypeError(f"{where} be a torch.Tensor, got {type(image).__name__}")
+        if image.dtype != images[0].dtype or image.device != images[0].device:
+            raise TypeError(
+                f"{where} have the dtype and device of images[0] ({images[0].dtype}, "
+                f"{images[0].device}), got {image.dtype}, {image.device}"
+            )
+        sizes = [*image.shape]
+        if len(sizes) != 3 or sizes[0] != weight.shape[1]:
+            raise ValueError(f"{where} have shape ({weight.shape[1]}, h, w), got {tuple(sizes)}")
+        if sizes[1] % patch[0] or sizes[2] % patch[1] or 0 in sizes:
+            raise ValueError(
+                f"{where} have h and w multiples of patch * merge_size = {tuple(patch)}, "
+                f"got {tuple(sizes)}"
+            )
+        grid.append([1, *(n // p for n, p in zip(sizes[1:], weight.shape[-2:], strict=True))])
+    if not images:
+        return weight.new_empty(0), torch.empty(0, 3, dtype=torch.int64)
+    return torch.cat([image.reshape(-1) for image in images]), torch.tensor(grid)
+
+
+def _folded(images: Sequence[int], weight: Tensor) -> Tensor:
+    """Memory of the weight that patches of images (a shape) meet: no frames if they are still."""
+    still = len(images) in (1, 4)
+    if len(images) == 2 and weight.ndim == 5:
+        still = images[1] * weight.shape[2] == math.prod(weight.shape[1:])
+    sizes = (
+        [*weight.shape[1:2], *weight.shape[3:]] if still and weight.ndim == 5 else weight.shape[1:]
+    )
+    columns = math.prod(sizes)
+    rows = weight.new_empty(weight.shape[0], -(-columns // 8) * 8)  # 16-byte aligned, as TMA wants
+    return rows[:, :columns].view(weight.shape[0], *sizes)
+
+
+def _blocks(images: Tensor, folded: Tensor, grid: Tensor | None, merge: int) -> list[Tensor]:
+    """Views of images with axes (..., channels, *patch), patches in order, the last of each view.
+
+    One view of all images, or one of each packed image.
+    """
+    if images.ndim == 2:
+        return [images]
+    if grid is None:
+        return [_in_blocks(_patches(images, folded), merge)]
+    views, begin, (channels, *patch) = [], 0, folded.shape[1:]
+    for _, h, w in grid.tolist():
+        shape = (1, channels, h * patch[0], w * patch[1])
+        image = images[begin : (begin := begin + math.prod(shape))].view(shape)
+        views.append(_in_blocks(_patches(image, folded), merge))
+    return views
+
+
+def _in_blocks(patches: Tensor, merge: int) -> Tensor:
+    """(num_images, (t,) h, w, channels, *patch) with h and w split into blocks and their inside."""
+    h, w = (patches.ndim - 2) // 2 - 1, (patches.ndim - 2) // 2
+    for axis in (w, h):
+        patches = patches.unflatten(axis, (patches.shape[axis] // merge, merge))
+    return patches.transpose(h + 1, w + 1)
+
+
+def _pixel_rows(images: Tensor, folded: Tensor, grid: Tensor | None, merge: int) -> Tensor:
+    columns = math.prod(folded.shape[1:])
+    views = [view.reshape(-1, columns) for view in _blocks(images, folded, grid, merge)]
+    return torch.cat(views) if views else images.new_empty(0, columns)
+
+
+def _normalised(rows: Tensor, mean: list[float], std: list[float], rescale: float) -> Tensor:
+    """rows (num_patches, patch_dim), whose columns begin with the channel."""
+    centre, scale = (rows.new_tensor(values)[:, None] for values in (mean, std))
+    return ((rows.unflatten(1, (len(mean), -1)) * rescale - centre) / scale).flatten(1)
+
+
+def reference_pixels(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
+    grid: Tensor | None,
+    mean: list[float],
+    std: list[float],
+    rescale: float,
+    merge: int,
+) -> Tensor:
+    folded = _folded(images.shape, weight)
+    rows = _pixel_rows(images, folded, grid, merge).to(weight.dtype)
+    rows = _normalised(rows, mean, std, rescale)
+    y = linear(rows, _summed(weight, folded).flatten(1), bias)
+    y = y.view(_pixels_output(images, folded).shape)
+    return y if pos_embed is None else y + pos_embed
+
+
+def _summed(weight: Tensor, folded: Tensor) -> Tensor:
+    return weight if weight.ndim == folded.ndim else weight.sum(2)
+
+
+def _pixels_output(images: Tensor, folded: Tensor) -> Tensor:
+    if images.ndim == 1:
+        return folded.new_empty(images.numel() // max(1, folded[:1].numel()), folded.shape[0])
+    return folded.new_empty(_output(images, folded).shape)
+
+
+def _table(grid: Tensor | None) -> Tensor | None:
+    """Where the images of a grid begin, on the CPU: patch_embed_check_pixels fills it."""
+    return None if grid is None else torch.empty(grid.shape[0], 4, dtype=torch.int32)
+
+
+def _centre(images: Tensor) -> float:
+    """What the CUDA kernels subtract from pixels: it leaves bytes exact in 16 bits."""
+    return 128.0 if images.dtype == torch.uint8 else 0.0
+
+
+def _pixels_kernel(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
+    grid: Tensor | None,
+    mean: list[float],
+    std: list[float],
+    rescale: float,
+    merge: int,
+) -> Tensor:
+    images, weight, grid = _dense(images), weight.contiguous(), None if grid is None else grid.cpu()
+    folded, table = _folded(images.shape, weight), _table(grid)
+    numbers = (mean, std, rescale)
+    _core.C.patch_embed_check_pixels(
+        images, weight, folded, bias, pos_embed, grid, table, *numbers, merge
+    )
+    y, folded_bias = _pixels_output(images, folded), weight.new_empty(len(weight), dtype=_FP32)
+    if _core.C.patch_embed_fold(weight, bias, *numbers, _centre(images), folded, folded_bias):
+        table = None if table is None else table.to(images.device, non_blocking=True)
+        scale = rescale / std[0]  # what the fold leaves outside
+        _core.C.patch_embed_pixels(images, folded, folded_bias, pos_embed, table, merge, scale, y)
+        return y
+    rows = _normalised_rows(images, folded, grid, table, *numbers, merge)
+    y = linear(rows, _summed(weight, folded).flatten(1), bias).view(y.shape)
+    return y if pos_embed is None else y.add_(pos_embed)
+
+
+def _normalised_rows(
+    images: Tensor,
+    folded: Tensor,
+    grid: Tensor | None,
+    table: Tensor | None,
+    mean: list[float],
+    std: list[float],
+    rescale: float,
+    merge: int,
+) -> Tensor:
+    columns = folded[0].numel()
+    rows = folded.new_empty(_pixels_output(images, folded).numel() // len(folded), columns)
+    if _core.C.patch_embed_rows(images, folded, table, merge, mean, std, rescale, rows):
+        return rows
+    rows = _pixel_rows(images, folded, grid, merge).to(folded.dtype)
+    return _normalised(rows, mean, std, rescale)
+
+
+def _pixels_fake(
+    images: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None, *_: Any
+) -> Tensor:
+    return _pixels_output(images, _folded(images.shape, weight))
+
+
+def _pixels_dx_kernel(
+    dy: Tensor,
+    weight: Tensor,
+    grid: Tensor | None,
+    mean: list[float],
+    std: list[float],
+    rescale: float,
+    merge: int,
+    shape: list[int],
+) -> Tensor:
+    folded, weight = _folded(shape, weight), weight.contiguous()
+    dropped = len(shape) > 2 and any(
+        size % patch for size, patch in zip(shape[2:], folded.shape[2:], strict=True)
+    )
+    dx = dy.new_zeros(shape) if dropped else dy.new_empty(shape)
+    grid, table = None if grid is None else grid.cpu(), _table(grid)
+    numbers = (mean, std, rescale)
+    _core.C.patch_embed_check_pixels(dx, weight, folded, None, None, grid, table, *numbers, merge)
+    unused = weight.new_empty(len(weight), dtype=_FP32)
+    if _core.C.patch_embed_fold(weight, None, *numbers, 0.0, folded, unused):
+        table = None if table is None else table.to(dx.device, non_blocking=True)
+        _core.C.patch_embed_pixels_dx(dy, folded, table, merge, rescale / std[0], dx)
+        return dx
+    drows = dy.flatten(0, -2) @ _summed(weight, folded).flatten(1)
+    scale = drows.new_tensor([rescale / x for x in std])[:, None]
+    drows = (drows.unflatten(1, (len(std), -1)) * scale).flatten(1)
+    views = _blocks(dx, folded, grid, merge)
+    rows = [view.numel() // drows.shape[1] for view in views]
+    for view, part in zip(views, drows.split(rows), strict=True):
+        view.copy_(part.view(view.shape))
+    return dx
+
+
+def _pixels_dx_fake(dy: Tensor, *arguments: Any) -> Tensor:
+    return dy.new_empty(arguments[-1])
+
+
+def _pixels_dweight_kernel(
+    dy: Tensor,
+    images: Tensor,
+    weight: Tensor,
+    bias: bool,
+    grid: Tensor | None,
+    mean: list[float],
+    std: list[float],
+    rescale: float,
+    merge: int,
+) -> tuple[Tensor, Tensor]:
+    images, dy, folded = _dense(images), dy.flatten(0, -2), _folded(images.shape, weight)
+    dweight, dbias = _dweight_fake(dy, images, weight, bias)
+    grid, table = None if grid is None else grid.cpu(), _table(grid)
+    numbers = (mean, std, rescale)
+    _core.C.patch_embed_check_pixels(
+        images, dweight, folded, None, None, grid, table, *numbers, merge
+    )
+    hidden_dim, columns = folded.shape[0], folded[0].numel()
+    splits = _core.C.patch_embed_splits(dy.shape[0], hidden_dim, columns)
+    workspace = dy.new_empty((splits, hidden_dim, columns + 1), dtype=_FP32)
+    on_device = None if table is None else table.to(images.device, non_blocking=True)
+    if _core.C.patch_embed_pixels_dweight(
+        *(dy, images, folded, on_device, merge, *numbers, _centre(images)),
+        *(workspace, dweight, dbias if bias else None),
+    ):
+        return dweight, dbias
+    rows = _normalised_rows(images, folded, grid, table, *numbers, merge)
+    dfolded = torch.mm(dy.t(), rows).view(folded.shape)
+    # Every frame of a still image is the same.
+    dweight.copy_(dfolded if weight.ndim == folded.ndim else dfolded.unsqueeze(2))
+    if bias:
+        torch.sum(dy, 0, out=dbias)
+    return dweight, dbias
+
+
+def _pixels_dweight_fake(
+    dy: Tensor, images: Tensor, weight: Tensor, bias: bool, *_: Any
+) -> tuple[Tensor, Tensor]:
+    return _dweight_fake(dy, images, weight, bias)
+
+
+def _pixels_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    images, weight, _, _, grid, *numbers = inputs
+    ctx.save_for_backward(images if ctx.needs_input_grad[1] else None, weight, grid)
+    ctx.shape, ctx.numbers = images.shape, numbers
+
+
+def _pixels_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    images, weight, grid = ctx.saved_tensors
+    need_dx, need_dweight, need_dbias, need_dpos = ctx.needs_input_grad[:4]
+    dy = dy.contiguous()
+    dx = dweight = dbias = dpos = None
+    if need_dx:
+        dx = _pixels_dx_op(dy, weight, grid, *ctx.numbers, ctx.shape)
+    if need_dweight:
+        dweight, dbias = _pixels_dweight_op(dy, images, weight, need_dbias, grid, *ctx.numbers)
+    elif need_dbias:
+        dbias = dy.flatten(0, -2).sum(0)
+    if need_dpos:
+        dpos = dy if dy.ndim == 2 else dy.sum(0)
+    return dx, dweight, dbias if need_dbias else None, dpos, None, None, None, None, None
+
+
+_FP32 = torch.float32
+_NUMBERS = "Tensor? grid_thw, float[] mean, float[] std, float rescale, int merge_size"
+_pixels_dx_op = _library.define(
+    f"patch_embed_pixels_dx(Tensor dy, Tensor weight, {_NUMBERS}, SymInt[] shape) -> Tensor",
+    kernel=_pixels_dx_kernel,
+    fake=_pixels_dx_fake,
+    reference=_pixels_dx_kernel,
+    cpu="its own matrix product",
+)
+_pixels_dweight_op = _library.define(
+    "patch_embed_pixels_dweight(Tensor dy, Tensor images, Tensor weight, bool bias, "
+    f"{_NUMBERS}) -> (Tensor, Tensor)",
+    kernel=_pixels_dweight_kernel,
+    fake=_pixels_dweight_fake,
+    reference=_pixels_dweight_kernel,
+    cpu="its own matrix product",
+)
+_pixels_op = _library.define(
+    "patch_embed_pixels(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, "
+    f"{_NUMBERS}) -> Tensor",
+    kernel=_pixels_kernel,
+    fake=_pixels_fake,
+    reference=reference_pixels,
+    setup_context=_pixels_setup,
+    backward=_pixels_backward,
     cpu="its own matrix product",
 )

@@ -2,8 +2,8 @@
 
 namespace vlmkernels {
 
-template Error launch<__nv_bfloat16>(const PatchEmbedParams& p, Stream stream);
-template Error launch<__nv_bfloat16>(const PatchEmbedDxParams& p, Stream stream);
-template Error launch<__nv_bfloat16>(const PatchEmbedDweightParams& p, Stream stream);
+template Error launch<__nv_bfloat16, false>(const PatchEmbedParams& p, Stream stream);
+template Error launch<__nv_bfloat16, false>(const PatchEmbedDxParams& p, Stream stream);
+template Error launch<__nv_bfloat16, false>(const PatchEmbedDweightParams& p, Stream stream);
 
 }  // namespace vlmkernels

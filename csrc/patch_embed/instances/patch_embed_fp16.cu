@@ -2,8 +2,8 @@
 
 namespace vlmkernels {
 
-template Error launch<__half>(const PatchEmbedParams& p, Stream stream);
-template Error launch<__half>(const PatchEmbedDxParams& p, Stream stream);
-template Error launch<__half>(const PatchEmbedDweightParams& p, Stream stream);
+template Error launch<__half, false>(const PatchEmbedParams& p, Stream stream);
+template Error launch<__half, false>(const PatchEmbedDxParams& p, Stream stream);
+template Error launch<__half, false>(const PatchEmbedDweightParams& p, Stream stream);
 
 }  // namespace vlmkernels

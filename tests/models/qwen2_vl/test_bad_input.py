@@ -80,7 +80,7 @@ MODEL_INPUTS: list[tuple[str, Callable[[Inputs], Inputs], type[Exception], str]]
             k: v[:, :6] if "grid" not in k and k != "pixel_values" else v for k, v in x.items()
         },
         ValueError,
-        r"expected 8 image tokens \(the merged patches\), got",
+        r"expected 8 image tokens \(one a feature\), got",
     ),
     (
         "mask shape",
