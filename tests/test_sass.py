@@ -27,7 +27,8 @@ MATRIX = (
     *("attention_fwd", "attention_dq", "attention_dkdv", "attention_decode"),
     *("patch_embed", "patch_embed_dx", "patch_embed_dweight"),
     *("contrastive_forward", "contrastive_ds", "contrastive_products"),
-    *(f"qformer_attention_{kind}" for kind in ("fwd", "probabilities", "rows", "dx")),
+    *("qformer_attention_fwd", "qformer_attention_bwd"),
+    *("qformer_attention_fwd_hopper", "qformer_attention_bwd_hopper"),
     *("vq_lookup", "vq_lookup_hopper"),
 )
 
@@ -78,3 +79,6 @@ def test_matrix_kernels_use_tensor_cores(kernels: dict[str, str]) -> None:
             assert re.search(r"\b(HMMA|HGMMA)\b", code), name
             # Asynchronous copies feed them.
             assert re.search(r"\b(LDGSTS|UTMALDG|UBLKCP)\b", code), name
+            assert re.search(r"\b(LDGSTS|UTMALDG|UBLKCP)\b", code), (
+                name
+            )  # asynchronous copies feed them
