@@ -74,7 +74,7 @@ struct BwdSchedule : TileSchedule {
     __device__ explicit BwdSchedule(const AttentionParams& p)
         : TileSchedule(num_blocks(p), num_heads(p), p.batch), causal(p.causal) {}
     __device__ int3 tile() const {  // causal: the first keys are seen by the most queries
-        return TileSchedule::tile(!causal        ? LongestFirst::kNo
+        return TileSchedule::tile(!causal       ? LongestFirst::kNo
                                   : Tile::kKeys ? LongestFirst::kFirstBlock
                                                 : LongestFirst::kLastBlock);
     }
