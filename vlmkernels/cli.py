@@ -28,11 +28,13 @@ app.add_typer(train_app, name="train")
 
 
 @app.command()
-def info() -> None:
+def info(
+    verbose: Annotated[bool, typer.Option(help="Also the tiles of the attention kernels.")] = False,
+) -> None:
     """Show the version, how it was built, and which backend every op takes on this machine."""
     from vlmkernels.info import report
 
-    print(report())
+    print(report(verbose))
 
 
 @app.command()
