@@ -24,7 +24,7 @@ TOOLS = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin"))
 PATH = os.pathsep.join([*map(str, TOOLS), os.environ["PATH"], "/usr/local/cuda/bin"])
 # Kernels that multiply matrices.
 MATRIX = (
-    *("attention_fwd", "attention_dq", "attention_dkdv", "attention_decode"),
+    *("attention_fwd", "attention_dq", "attention_dkdv", "attention_dbias", "attention_decode"),
     *("patch_embed", "patch_embed_dx", "patch_embed_dweight"),
     *("contrastive_forward", "contrastive_ds", "contrastive_products"),
     *("qformer_attention_fwd", "qformer_attention_bwd"),
