@@ -76,4 +76,6 @@ def test_matrix_kernels_use_tensor_cores(kernels: dict[str, str]) -> None:
     for name, code in kernels.items():
         if any(f"{kind}_kernel" in name for kind in MATRIX):
             assert re.search(r"\b(HMMA|HGMMA)\b", code), name
-            assert re.search(r"\b(LDGSTS|UTMALDG|UBLKCP)\b", code), name  # asynchronous copies feed them
+            assert re.search(r"\b(LDGSTS|UTMALDG|UBLKCP)\b", code), (
+                name
+            )  # asynchronous copies feed them
