@@ -96,6 +96,16 @@ def calls() -> dict[str, Callable[[], Callable[[], Any]]]:
         qkv = {name: rand(1, 512, 2, dim) for name in "qkv"}
         kind = "causal" if causal else "full"
         add(f"attention 1x512x2x{dim} {kind}", ops.attention, **qkv, causal=causal)
+    qkv = {name: rand(1, 512, 2, 128) for name in "qkv"}
+    ids = (torch.arange(512, dtype=torch.int32) // 128)[None]
+    add(
+        "attention 1x512x2x128 causal, 4 documents",
+        ops.attention,
+        **qkv,
+        causal=True,
+        segment_ids=ids,
+    )
+    add("attention 1x512x2x128 bias", ops.attention, **qkv, bias=rand(1, 2, 512, 512))
     cache = {name: rand(1, 1024, 1, 128, grad=False) for name in ("k_cache", "v_cache")}
     seqlens = torch.tensor([1000], dtype=torch.int32)
     q = rand(1, 1, 4, 128, grad=False)

@@ -24,11 +24,14 @@ TOOLS = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin"))
 PATH = os.pathsep.join([*map(str, TOOLS), os.environ["PATH"], "/usr/local/cuda/bin"])
 # Kernels that multiply matrices.
 MATRIX = (
-    *("attention_fwd", "attention_dq", "attention_dkdv", "attention_decode"),
+    *("attention_fwd", "attention_dq", "attention_dkdv", "attention_dbias", "attention_decode"),
     *("patch_embed", "patch_embed_dx", "patch_embed_dweight"),
     *("contrastive_forward", "contrastive_ds", "contrastive_products"),
-    *(f"qformer_attention_{kind}" for kind in ("fwd", "probabilities", "rows", "dx")),
+    *("qformer_attention_fwd", "qformer_attention_bwd"),
+    *("qformer_attention_fwd_hopper", "qformer_attention_bwd_hopper"),
     *("vq_lookup", "vq_lookup_hopper"),
+    *("attention_fwd_sm90", "attention_bwd_sm90"),
+    *(f"qformer_attention_{kind}" for kind in ("fwd", "probabilities", "rows", "dx")),
 )
 
 
@@ -74,8 +77,13 @@ def test_matrix_kernels_use_tensor_cores(kernels: dict[str, str]) -> None:
     for kind in MATRIX:
         assert any(f"{kind}_kernel" in name for name in kernels), kind
     for name, code in kernels.items():
-        if any(f"{kind}_kernel" in name for kind in MATRIX):
+        if "_sm90_kernel" in name:  # empty for other architectures
+            assert not name.startswith("sm_90a") or re.search(r"\bHGMMA\b", code), name
+            assert not name.startswith("sm_90a") or re.search(r"\bUTMALDG\b", code), name
+        elif any(f"{kind}_kernel" in name for kind in MATRIX):
             assert re.search(r"\b(HMMA|HGMMA)\b", code), name
+            # Asynchronous copies feed them.
+            assert re.search(r"\b(LDGSTS|UTMALDG|UBLKCP)\b", code), name
             assert re.search(r"\b(LDGSTS|UTMALDG|UBLKCP)\b", code), (
                 name
             )  # asynchronous copies feed them

@@ -56,7 +56,7 @@ static void set_delta(AttentionBackwardParams& p, const Tensor& q, const Tensor&
         return;
     }
     expect_same_shape(out, q);
-    expect_like(out, q);
+    expect_heads_like(out, q);
     p.out = heads_view(out);
     if (dlse.given) expect_lse(dlse, q);
     p.dlse = dlse.ptr<float>();
@@ -82,7 +82,7 @@ static bool attention_backward(py::handle dout_, py::handle dlse_, py::handle q_
     set_lse(p, q, lse);
     set_delta(p, q, out, dlse, given_delta);
     expect_same_shape(dout, q);
-    expect_like(dout, q);
+    expect_heads_like(dout, q);
     expect_result(dq, q);
     expect_result(dk, k);
     expect_result(dv, k);

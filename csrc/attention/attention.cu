@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "attention/attention_rows.cuh"
+#include "attention/cache_append.cuh"
 #include "attention/instances.h"
 
 namespace vlmkernels {
@@ -81,6 +82,11 @@ Error attention_decode_splits(const AttentionParams& p, int* num_splits) {
     const int64_t useful = (int64_t(p.seqlen_k) + 127) / 128;  // 128 keys for each split
     *num_splits = int(std::clamp<int64_t>(std::min(wanted, useful), 1, 128));
     return cudaSuccess;
+}
+
+Error launch_cache_append(const CacheAppendParams& p, Stream stream) {
+    return p.dtype == DType::kFloat16 ? cache_append<__half>(p, stream)
+                                      : cache_append<__nv_bfloat16>(p, stream);
 }
 
 Error launch_attention_decode(const AttentionDecodeParams& p, Stream stream) {

@@ -3,9 +3,9 @@
 //             x          y          s        dp           sums
 //   kQueries  q, dout    k, v       q k^T    dout v^T     dq += ds k
 //   kKeys     k, v       q, dout    k q^T    v dout^T     dk += ds q, dv += p dout
-// with p = exp2(scale_log2 s - lse log2(e)) and ds = p (dp - delta), transposed on the side of keys.
-// p and ds stay in registers between the products. With key heads that several query heads share,
-// the queries of all of them stream past.
+// with p = exp2(scale_log2 s - lse log2(e)) and ds = p (dp - delta), transposed on the side of
+// keys. p and ds stay in registers between the products. With key heads that several query heads
+// share, the queries of all of them stream past.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -181,9 +181,7 @@ struct BwdConsumer {
     typename Tile::StreamBarriers::State y_at;
 
     __device__ explicit BwdConsumer(const BwdShared<Tile>& shared)
-        : shared(shared),
-          index(warp_uniform(threadIdx.x / 128)),
-          lane(threadIdx.x % 32) {}
+        : shared(shared), index(warp_uniform(threadIdx.x / 128)), lane(threadIdx.x % 32) {}
 
     // The first of this thread's two rows among those of the CTA; the other is 8 below.
     __device__ static int row() {
@@ -385,7 +383,8 @@ Error launch_bwd_sm90(const AttentionBackwardParams& p, int num_sms, Stream stre
     AttentionBwdMaps maps;
     CUtensorMap *q = &maps.x0, *dout = &maps.x1, *k = &maps.y0, *v = &maps.y1;
     if (Tile::kKeys) std::swap(q, k), std::swap(dout, v);
-    constexpr int kRowsQ = Tile::kKeys ? Tile::kBlock : 64, kRowsK = Tile::kKeys ? 64 : Tile::kBlock;
+    constexpr int kRowsQ = Tile::kKeys ? Tile::kBlock : 64,
+                  kRowsK = Tile::kKeys ? 64 : Tile::kBlock;
     using Q = SharedTile<kRowsQ, Tile::kHeadDim>;
     using K = SharedTile<kRowsK, Tile::kHeadDim>;
     Error error = queries_map<Q>(q, p.q, p);

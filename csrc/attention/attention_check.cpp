@@ -31,7 +31,7 @@ int as_int(const Tensor& t, int64_t size) {
     return int(size);
 }
 
-void expect_like(const Tensor& t, const Tensor& q) {
+void expect_heads_like(const Tensor& t, const Tensor& q) {
     expect_same_dtype(t, q);
     expect_same_device(t, q);
     expect_rows(t);
@@ -52,8 +52,8 @@ AttentionParams check_qkv(const Tensor& q, const Tensor& k, const Tensor& v, int
         value_error(q, "must have a head_dim that is a multiple of 8 from 8 to 256",
                     std::to_string(head_dim));
     expect_rows(q);
-    expect_like(k, q);
-    expect_like(v, q);
+    expect_heads_like(k, q);
+    expect_heads_like(v, q);
     if (k.size(-1) != head_dim)
         value_error(k, "must have the head_dim of q (" + std::to_string(head_dim) + ")",
                     std::to_string(k.size(-1)));

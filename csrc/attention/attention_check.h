@@ -24,7 +24,7 @@ bool is_half(DType dtype);
 // True for the dtypes that a kernel takes: CUDA 16-bit floats; CPU also float32.
 bool has_kernel(const Tensor& q);
 HeadsView heads_view(const Tensor& t);
-void expect_like(const Tensor& t, const Tensor& q);
+void expect_heads_like(const Tensor& t, const Tensor& q);
 void expect_lse(const Tensor& lse, const Tensor& q);
 void expect_delta(const Tensor& delta, const Tensor& lse);
 void expect_result(const Tensor& t, const Tensor& like);

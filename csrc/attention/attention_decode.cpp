@@ -1,4 +1,5 @@
 #include "attention/attention_check.h"
+#include "attention/cache_append.h"
 #include "binding/check.h"
 #include "binding/device.h"
 #include "common/isa.h"
@@ -26,10 +27,11 @@ static void set_pages(AttentionParams& p, const Tensor& block_table, const Tenso
 }
 
 // The pages that hold a row's keys must exist. Checked on the CPU, where it costs nothing.
-static void check_pages(const AttentionParams& p, const Tensor& block_table, const Tensor& cache) {
+static void check_pages(const AttentionParams& p, const Tensor& block_table, const Tensor& cache,
+                        int64_t new_tokens = 0) {
     if (!block_table.given || cache.device.type != dlpack::kCPU) return;
     for (int64_t row = 0; row < p.batch; ++row)
-        for (int64_t i = 0; i * p.page_size < p.cache_seqlens[row]; ++i) {
+        for (int64_t i = 0; i * p.page_size < p.cache_seqlens[row] + new_tokens; ++i) {
             const int32_t page = p.block_table[row * p.block_table_stride + i];
             if (page < 0 || page >= cache.size(0))
                 value_error(block_table,
@@ -100,7 +102,7 @@ static bool attention_decode(py::handle q_, py::handle k_, py::handle v_, py::ha
     set_scores(p, op, {0, 0, window_left, window_right, softmax_scale, softcap});
     set_lse(p, q, lse);
     expect_same_shape(out, q);
-    expect_like(out, q);
+    expect_heads_like(out, q);
     p.out = heads_view(out);
     check_cache_seqlens(cache_seqlens, q, p.seqlen_k);
     p.cache_seqlens = cache_seqlens.ptr<int32_t>();
@@ -113,7 +115,97 @@ static bool attention_decode(py::handle q_, py::handle k_, py::handle v_, py::ha
         [&] { dispatch_isa([&]<class Isa>() { attention_decode_cpu<Isa>(p); }); });
 }
 
+static void set_rotation(CacheAppendParams& p, const Tensor& cos, const Tensor& sin,
+                         const Tensor& k) {
+    p.table_dtype = p.dtype;
+    if (!cos.given) return;
+    if (cos.ndim != 2 || cos.size(0) < p.capacity || cos.size(1) % 8 ||
+        cos.size(1) * 2 > p.head_dim)
+        value_error(cos,
+                    "must have shape (max_seqlen or more, rotary_dim / 2) with max_seqlen " +
+                        std::to_string(p.capacity) + " and rotary_dim a multiple of 16 up to " +
+                        std::to_string(p.head_dim),
+                    shape_text(cos));
+    expect_same_shape(sin, cos);
+    expect_same_dtype(sin, cos);
+    for (const Tensor* t : {&cos, &sin}) {
+        if (t->dtype != DType::kFloat32) expect_same_dtype(*t, k);
+        expect_same_device(*t, k);
+        expect_last_dim_contiguous(*t);
+    }
+    p.cos = cos.data;
+    p.sin = sin.data;
+    p.cos_stride = cos.stride(0);
+    p.sin_stride = sin.stride(0);
+    p.table_dtype = cos.dtype;
+    p.rotary_dim = int(cos.size(1) * 2);
+}
+
+static void set_queries(CacheAppendParams& p, const Tensor& q, const Tensor& q_out,
+                        const Tensor& k) {
+    if (!q.given) return;
+    if (q.ndim != 4 || q.size(0) != k.size(0) || q.size(3) != k.size(3))
+        value_error(q, "must have shape (batch, seqlen_q, num_heads, head_dim) as k",
+                    shape_text(q));
+    expect_heads_like(q, k);
+    expect_same_shape(q_out, q);
+    expect_heads_like(q_out, k);
+    p.q = heads_view(q);
+    p.q_out = heads_view(q_out);
+    p.seqlen_q = as_int(q, q.size(1));
+    p.num_heads = as_int(q, q.size(2));
+}
+
+static bool kv_cache_append(py::handle q_, py::handle q_out_, py::handle k_, py::handle v_,
+                            py::handle k_cache_, py::handle v_cache_, py::handle cache_seqlens_,
+                            py::handle block_table_, py::handle cos_, py::handle sin_,
+                            bool interleaved, bool one_position) {
+    const char* op = "kv_cache_append";
+    Tensor q(op, "q", q_, true), q_out(op, "q_out", q_out_, !q.given), k(op, "k", k_);
+    Tensor v(op, "v", v_), k_cache(op, "k_cache", k_cache_), v_cache(op, "v_cache", v_cache_);
+    Tensor cache_seqlens(op, "cache_seqlens", cache_seqlens_), cos(op, "cos", cos_, true);
+    Tensor block_table(op, "block_table", block_table_, true), sin(op, "sin", sin_, !cos.given);
+    AttentionParams shapes = check_qkv(k, k_cache, v_cache, 4, block_table.given);
+    if (k_cache.size(2) != k.size(2))
+        value_error(k_cache, "must have the num_heads_k of k (" + std::to_string(k.size(2)) + ")",
+                    std::to_string(k_cache.size(2)));
+    expect_same_shape(v, k);
+    expect_heads_like(v, k);
+    set_pages(shapes, block_table, k, k_cache);
+    const int longest = shapes.seqlen_k - shapes.seqlen_q;
+    if (longest < 0)
+        value_error(k, "must fit the cache of " + std::to_string(shapes.seqlen_k) + " tokens",
+                    shape_text(k));
+    check_cache_seqlens(cache_seqlens, k, longest);
+    CacheAppendParams p{};
+    p.k = heads_view(k);
+    p.v = heads_view(v);
+    p.k_cache = shapes.k;
+    p.v_cache = shapes.v;
+    p.cache_seqlens = cache_seqlens.ptr<int32_t>();
+    p.block_table = shapes.block_table;
+    p.block_table_stride = shapes.block_table_stride;
+    p.page_size = shapes.page_size;
+    p.interleaved = interleaved;
+    p.one_position = one_position;
+    p.batch = shapes.batch;
+    p.seqlen_new = shapes.seqlen_q;
+    p.capacity = shapes.seqlen_k;
+    p.num_heads_k = shapes.num_heads_k;
+    p.head_dim = shapes.head_dim;
+    p.dtype = shapes.dtype;
+    set_queries(p, q, q_out, k);
+    set_rotation(p, cos, sin, k);
+    if (!has_kernel(k)) return false;
+    shapes.cache_seqlens = p.cache_seqlens;
+    check_pages(shapes, block_table, k_cache, p.seqlen_new);
+    return run(
+        k, [&](Stream stream) { return launch_cache_append(p, stream); },
+        [&] { dispatch_isa([&]<class Isa>() { cache_append_cpu<Isa>(p); }); });
+}
+
 static const Binding binding([](py::module_& m) {
+    m.def("kv_cache_append", &kv_cache_append);
     m.def("attention_decode", &attention_decode);
     m.def("attention_decode_splits", &decode_splits);
 });

@@ -46,16 +46,11 @@ struct AttentionBwdChoice {
 };
 
 inline constexpr AttentionBwdChoice kAttentionBwdTable[] = {
-    {64, BwdSide::kQueries, 3, 64, 4, true},
-    {64, BwdSide::kKeys, 2, 64, 4, true},
-    {80, BwdSide::kQueries, 3, 64, 4, true},
-    {80, BwdSide::kKeys, 2, 64, 4, true},
-    {96, BwdSide::kQueries, 2, 96, 3, true},
-    {96, BwdSide::kKeys, 2, 64, 4, true},
-    {112, BwdSide::kQueries, 2, 96, 3, true},
-    {112, BwdSide::kKeys, 2, 48, 4, true},
-    {128, BwdSide::kQueries, 2, 96, 3, true},
-    {128, BwdSide::kKeys, 2, 48, 4, true},
+    {64, BwdSide::kQueries, 3, 64, 4, true},  {64, BwdSide::kKeys, 2, 64, 4, true},
+    {80, BwdSide::kQueries, 3, 64, 4, true},  {80, BwdSide::kKeys, 2, 64, 4, true},
+    {96, BwdSide::kQueries, 2, 96, 3, true},  {96, BwdSide::kKeys, 2, 64, 4, true},
+    {112, BwdSide::kQueries, 2, 96, 3, true}, {112, BwdSide::kKeys, 2, 48, 4, true},
+    {128, BwdSide::kQueries, 2, 96, 3, true}, {128, BwdSide::kKeys, 2, 48, 4, true},
 };
 
 constexpr AttentionBwdChoice bwd_choice(int tile_dim, BwdSide side) {

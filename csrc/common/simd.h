@@ -106,16 +106,6 @@ VLMKERNELS_INLINE Vec max(Vec a, Vec b) {
 #endif
 }
 
-// About 1 ulp: an approximation of 14 bits and one step of Newton's, where there is one.
-VLMKERNELS_INLINE Vec reciprocal(Vec x) {
-#if defined(__AVX512F__)
-    const Vec y = (Vec)_mm512_rcp14_ps((__m512)x);
-    return y * (2.0f - x * y);
-#else
-    return 1.0f / x;
-#endif
-}
-
 VLMKERNELS_INLINE float sum(Vec x) {
     float total = 0;
     for (int i = 0; i < kWidth; ++i) total += x[i];

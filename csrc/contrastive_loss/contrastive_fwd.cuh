@@ -204,7 +204,7 @@ __device__ void part_softplus(const WarpLogits<kI, kJ>& s, int first_positive, i
             float x = s.at(m, n);
             if (s.column(n) == s.row(m) + first_positive) x = -x;
             const float loss = fmaxf(x, 0) + log1p_unit(exp2_approx(-fabsf(x) * kLog2e));
-            sum += s.inside || s.column(n) < s.num_columns ? loss : 0;
+            sum += s.column(n) < s.num_columns ? loss : 0;
         }
         sum = quad_sum(sum);
         if (lane % 4 == 0 && s.row(m) < s.num_rows) row(s.row(m), sum);

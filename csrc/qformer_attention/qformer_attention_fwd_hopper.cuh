@@ -1,8 +1,8 @@
 // Forward on sm_90a: the walk of qformer_attention_fwd.cuh, the products with x by wgmma. A
 // producer warpgroup copies slabs of x (cp.async, zeros for tokens that do not exist) and of the
 // weights (TMA); two consumer warpgroups of 64 rows each multiply. q' and p are wgmma's operand a
-// in registers. A warpgroup may hold rows of several heads, which have different weights: it
-// multiplies with those of each, its rows of other heads being zero.
+// in registers. The products with the weights stay with mma.sync: a warpgroup holds rows of several
+// heads, which have different weights, and fragments of both instructions are the same.
 #pragma once
 
 #include "common/gemm_hopper.cuh"
@@ -24,7 +24,7 @@ struct QFormerHopperTile {
     static constexpr int kSharedBytes = kBarrierStart + PipelineBarriers<kStages>::kBytes;
     static constexpr Producer kProducer = Producer::kThreads;
     // Scores of more tokens leave no registers for an output of blocks before.
-    static constexpr bool kOneBlock = kKeys > 208;
+    static constexpr bool kOneBlock = kKeys > 176;
     // wgmma takes up to 256 columns.
     static constexpr int kParts = kKeys > 256 ? 2 : 1, kPart = kKeys / kParts;
     static_assert(A::kPanels == 1 && kPart % 8 == 0 && kStageBytes % 1024 == 0);
@@ -43,45 +43,25 @@ struct QFormerHeads {
         return {rows.head - first.head, last.head - first.head + 1,
                 Tile::A::kBytes + (first.head - first.first_head) * Tile::kWeightBytes};
     }
-    // c (+)= a b_h for the rows of each head h; b(weights of h, k): their descriptor.
-    template <class Tile, Major kMajorB, int kSteps, int kN, class B>
-    __device__ void multiply(float (&c)[kN][4], const uint32_t (&a)[kSteps][4], uint32_t stage,
-                             bool accumulate, B&& b) const {
+    // c (+)= a b_h for the rows of each head h. load(a, mine): the warp's fragments of a, which are
+    // zero where the head is not the warp's own; b(weights of h, k): the descriptor.
+    template <class Tile, Major kMajorB, int kSteps, int kN, class Load, class B>
+    __device__ void multiply(float (&c)[kN][4], uint32_t stage, bool accumulate, Load&& load,
+                             B&& b) const {
         for (int head = 0; head < count; ++head) {
-            uint32_t rows[kSteps][4];
-#pragma unroll
-            for (int k = 0; k < kSteps; ++k)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) rows[k][i] = head == mine ? a[k][i] : 0;
+            uint32_t a[kSteps][4];
+            load(a, head == mine);
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < kSteps; ++k)
                 wgmma<typename Tile::Element, Major::kK, kMajorB>(
-                    c, rows[k], b(stage + weights + head * Tile::kWeightBytes, k),
+                    c, a[k], b(stage + weights + head * Tile::kWeightBytes, k),
                     accumulate || head > 0 || k > 0);
             wgmma_commit();
             wgmma_wait<0>();
         }
     }
 };
-
-// a = q weight_k[:, slab], rounded
-template <class Tile>
-__device__ void project(uint32_t (&a)[Tile::kSlab / 16][4], const QFormerHeads& heads, uint32_t q,
-                        uint32_t stage, int lane) {
-    using W = typename Tile::Weight;
-    const FragmentLoader<Tile::kDim, Operand::kA> load_q(lane);
-    uint32_t q_fragments[Tile::kDim / 16][4];
-#pragma unroll
-    for (int k = 0; k < Tile::kDim / 16; ++k) load_q(q_fragments[k], q, 0, k * 2);
-    float projected[Tile::kSlab / 8][4];
-    heads.multiply<Tile, Major::kMN>(
-        projected, q_fragments, stage, false,
-        [](uint32_t weight, int k) { return W::mn_major(weight) + W::mn_step(k); });
-#pragma unroll
-    for (int k = 0; k < Tile::kSlab / 16; ++k)
-        pack_a<typename Tile::Element>(a[k], projected[k * 2], projected[k * 2 + 1]);
-}
 
 // out += (factor y) weight_v[:, slab]^T, factor of each row
 template <class Tile>
@@ -96,9 +76,15 @@ __device__ void add_output(float (&out)[Tile::kDim / 8][4], float (&y)[Tile::kSl
 #pragma unroll
     for (int k = 0; k < Tile::kSlab / 16; ++k)
         pack_a<typename Tile::Element>(a[k], y[k * 2], y[k * 2 + 1]);
-    heads.multiply<Tile, Major::kK>(out, a, stage, true, [](uint32_t weight, int k) {
-        return W::k_major(weight) + W::k_step(k);
-    });
+    heads.multiply<Tile, Major::kK, Tile::kSlab / 16>(
+        out, stage, true,
+        [&](uint32_t (&rows)[Tile::kSlab / 16][4], bool mine) {
+#pragma unroll
+            for (int k = 0; k < Tile::kSlab / 16; ++k)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) rows[k][i] = mine ? a[k][i] : 0;
+        },
+        [](uint32_t weight, int k) { return W::k_major(weight) + W::k_step(k); });
 }
 
 // scores (+)= a x[:, slab]^T
@@ -155,11 +141,13 @@ struct QFormerStages {
 template <class Tile>
 __device__ void consume(const QFormerAttentionParams& p, const QFormerRows& rows, uint32_t q,
                         int warp, QFormerStages<Tile>& stages) {
+    constexpr int kHalf = Tile::kSlab / 2;
     const int lane = stages.lane, num_keys = rows.num_keys(p);
     rows.template load_queries<Tile>(q, p, lane);
     cp_async_commit();
     cp_async_wait<0>();
     __syncwarp();
+    const int weight = Tile::A::kBytes + (rows.head - rows.first_head) * Tile::kWeightBytes;
     const auto heads = QFormerHeads::of<Tile>(p, warp);
     float out[1][Tile::kDim / 8][4] = {};
     QFormerSoftmax<Tile> softmax;
@@ -167,9 +155,12 @@ __device__ void consume(const QFormerAttentionParams& p, const QFormerRows& rows
         float scores[Tile::kParts][Tile::kPart / 8][4];
         for (int column = 0; column < p.width; column += Tile::kSlab) {
             const uint32_t stage = stages.wait();
-            uint32_t a[Tile::kSlab / 16][4];
-            project<Tile>(a, heads, q, stage, lane);
-            multiply_scores<Tile>(scores, a, stage, column > 0);
+            uint32_t a[2][kHalf / 16][4];
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                project<Tile, kHalf>(a[half], q, stage + weight, half * kHalf / 8, lane);
+            multiply_scores<Tile>(scores, reinterpret_cast<uint32_t (&)[Tile::kSlab / 16][4]>(a),
+                                  stage, column > 0);
             stages.release();
         }
         uint32_t probabilities[Tile::kKeys / 16][4];
@@ -248,9 +239,9 @@ Error launch(const QFormerAttentionParams& p, Stream stream) {
     if (!has_hopper() || p.width == 0) return launch_sm80<T>(p, stream);
     if (p.head_dim > 64) return launch_hopper<QFormerHopperTile<T, 128, 144, 32, 4>>(p, stream);
     if (p.num_tokens <= 144 || p.num_tokens > 272)
-        return work_of_blocks(p, 144) <= work_of_blocks(p, 208)
+        return work_of_blocks(p, 144) <= work_of_blocks(p, 176)
                    ? launch_hopper<QFormerHopperTile<T, 64, 144, 64, 4>>(p, stream)
-                   : launch_hopper<QFormerHopperTile<T, 64, 208, 32, 5>>(p, stream);
+                   : launch_hopper<QFormerHopperTile<T, 64, 176, 64, 3>>(p, stream);
     return launch_hopper<QFormerHopperTile<T, 64, 272, 64, 3>>(p, stream);
 }
 

@@ -39,6 +39,8 @@ Error launch(const VqLookupParams& p, Stream stream) {
         return launch_block<Block>(vq_lookup_kernel<Block, T>, p, codebook, prepared, stream);
     };
     if (has_hopper()) {
+        // Narrow rows: comparing takes as long as multiplying, and more warps hide its latency.
+        if (p.dim <= 128) return hopper.template operator()<VqHopperBlock<1, 4, 128>>();
         if (p.dim <= 256) return hopper.template operator()<VqHopperBlock<2, 2, 256>>();
         if (p.dim <= 512) return hopper.template operator()<VqHopperBlock<1, 2, 512>>();
         return hopper.template operator()<VqHopperBlock<1, 1, 1024>>();

@@ -1,5 +1,6 @@
 """The ops: functions of tensors, forward and backward. One file is one room."""
 
+from vlmkernels.ops._attention_append import kv_cache_append
 from vlmkernels.ops._attention_decode import attention_decode
 from vlmkernels.ops._attention_partial import attention_partial, attention_partial_backward
 from vlmkernels.ops.activation import geglu, gelu, quick_gelu, swiglu
@@ -21,6 +22,7 @@ __all__ = [
     "clip_loss",
     "geglu",
     "gelu",
+    "kv_cache_append",
     "layer_norm",
     "mrope",
     "null",

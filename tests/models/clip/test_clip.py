@@ -169,6 +169,18 @@ def test_halves_stay_close_to_float32(dtype: torch.dtype, checkpoint_dir: Path) 
         assert (a - b).norm() < 0.03 * b.norm(), name
 
 
+def test_autocast_trains_close_to_float32(checkpoint_dir: Path) -> None:
+    model, inputs, grads = load(checkpoint_dir), make_inputs(checkpoint_dir), []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            model(**inputs, return_loss=True).loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    for name, expected in grads[0].items():
+        if not name.endswith("k_proj.bias"):  # rounding noise
+            assert (grads[1][name] - expected).norm() < 0.1 * expected.norm(), name
+
+
 def test_compiled_and_recomputed_gradients_are_the_same(checkpoint_dir: Path) -> None:
     inputs = make_inputs(checkpoint_dir)
     del inputs["attention_mask"]
