@@ -84,6 +84,3 @@ def test_matrix_kernels_use_tensor_cores(kernels: dict[str, str]) -> None:
             assert re.search(r"\b(HMMA|HGMMA)\b", code), name
             # Asynchronous copies feed them.
             assert re.search(r"\b(LDGSTS|UTMALDG|UBLKCP)\b", code), name
-            assert re.search(r"\b(LDGSTS|UTMALDG|UBLKCP)\b", code), (
-                name
-            )  # asynchronous copies feed them
