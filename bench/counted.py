@@ -109,6 +109,10 @@ def calls() -> dict[str, Callable[[], Callable[[], Any]]]:
     layer = {"x": rand(256, 1280), "weight": rand(1280), "bias": rand(1280)}
     add("layer_norm 256x1280", ops.layer_norm, **layer)
     add("patch_embed 128x1176 to 256", ops.patch_embed, x=rand(128, 1176), weight=rand(256, 1176))
+    images = torch.randint(0, 256, (1, 3, 112, 112), dtype=torch.uint8)
+    how: dict[str, Any] = {"mean": [0.5] * 3, "std": [0.5] * 3, "merge_size": 2}
+    frames = rand(256, 3, 2, 14, 14)
+    add("patch_embed_pixels 64x588", ops.patch_embed_pixels, images=images, weight=frames, **how)
     return found
 
 

@@ -26,6 +26,8 @@ PATH = os.pathsep.join([*map(str, TOOLS), os.environ["PATH"], "/usr/local/cuda/b
 MATRIX = (
     *("attention_fwd", "attention_dq", "attention_dkdv", "attention_decode"),
     *("patch_embed", "patch_embed_dx", "patch_embed_dweight"),
+    *("patch_embed_hopper", "patch_embed_dx_hopper", "patch_embed_dweight_hopper"),
+    "patch_embed_resident",
 )
 
 

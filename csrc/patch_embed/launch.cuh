@@ -55,13 +55,12 @@ PatchEmbedEpilogue<T> make_epilogue(const PatchEmbedParams& p) {
     const int rows = int(p.patches.num_patches), hidden_dim = int(p.hidden_dim);
     const auto* pos_embed = static_cast<const T*>(p.pos_embed);
     const auto* bias = p.float_bias ? nullptr : static_cast<const T*>(p.bias);
-    return {
-        .y = {static_cast<T*>(p.y), hidden_dim, rows, hidden_dim},
-        .bias = {bias, hidden_dim, bias ? 1 : 0, hidden_dim},
-        .float_bias = p.float_bias ? static_cast<const float*>(p.bias) : nullptr,
-        .pos_embed = {pos_embed, hidden_dim, pos_embed ? int(p.num_positions) : 0, hidden_dim},
-        .positions = FastDivide(unsigned(p.num_positions)),
-        .scale = p.scale};
+    return {.y = {static_cast<T*>(p.y), hidden_dim, rows, hidden_dim},
+            .bias = {bias, hidden_dim, bias ? 1 : 0, hidden_dim},
+            .float_bias = p.float_bias ? static_cast<const float*>(p.bias) : nullptr,
+            .pos_embed = {pos_embed, hidden_dim, pos_embed ? int(p.num_positions) : 0, hidden_dim},
+            .positions = FastDivide(unsigned(p.num_positions)),
+            .scale = p.scale};
 }
 
 // instances/hopper_*.cu: from pixels, where has_hopper(). They fail with cudaErrorNotSupported, and

@@ -30,6 +30,8 @@ def inputs_of(function: str) -> list[dict[str, Any]]:
     x, w = rand(6, 64), rand(64)
     cache = {"k_cache": k, "v_cache": k.flip(1)}
     seqlens = torch.tensor([20, 7], dtype=torch.int32)
+    pixels = {"images": torch.randint(0, 256, (2, 3, 28, 56), dtype=torch.uint8), "bias": rand(8)}
+    pixels |= {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
     return {
         "attention": [{"q": q, "k": k, "v": k.flip(1), "causal": True}, packed],
         "attention_decode": [{"q": q[:, :2], **cache, "cache_seqlens": seqlens}],
@@ -45,6 +47,10 @@ def inputs_of(function: str) -> list[dict[str, Any]]:
             {"x": rand(2, 3, 28, 42), "weight": rand(8, 3, 14, 14), "bias": rand(8)},
             {"x": rand(5, 24), "weight": rand(8, 3, 2, 2, 2), "pos_embed": rand(5, 8)},
             {"x": rand(1, 3, 4, 6, 6), "weight": rand(8, 3, 2, 2, 2)},
+        ],
+        "patch_embed_pixels": [
+            {**pixels, "weight": rand(8, 3, 14, 14)},
+            {**pixels, "weight": rand(8, 3, 2, 14, 14), "merge_size": 2},
         ],
     }[function]
 
