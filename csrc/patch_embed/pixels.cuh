@@ -137,6 +137,17 @@ __device__ inline void centre_bytes(uint32_t bytes, uint32_t& low, uint32_t& hig
     high = centre(__byte_perm(bytes, 0, 0x4342));
 }
 
+// As load_chunk of common/gemm.cuh.
+template <int kRunBytes, class Target>
+__device__ void load_chunk(const PixelView<const Target, Target>& view, uint32_t shared,
+                           const PixelRow& row, const PixelColumn (&columns)[16 / kRunBytes],
+                           const bool (&valid)[16 / kRunBytes]) {
+    int offsets[16 / kRunBytes];
+#pragma unroll
+    for (int i = 0; i < 16 / kRunBytes; ++i) offsets[i] = int(row + columns[i] - row.offset);
+    load_chunk<kRunBytes>(shared, view.data + row.offset, offsets, valid);
+}
+
 // A chunk of 8 bytes, read in runs of kRunBytes / 2, as 8 elements of Target.
 template <int kRunBytes, class Target>
 __device__ void load_chunk(const PixelView<const uint8_t, Target>& view, uint32_t shared,
