@@ -112,9 +112,9 @@ def pages(root: Path = ROOT) -> dict[Path, str]:
 
 def draw(root: Path = ROOT) -> None:
     """Draws the pictures of all committed runs anew."""
-    shutil.rmtree(root / "docs" / "pictures", ignore_errors=True)
     for name, run in committed():
         folder = _pictures(root, name)
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         for file, figure in plot.figures(run).items():
             figure.savefig(folder / f"{file}.png", dpi=100, bbox_inches="tight")

@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+import bench.distributed
 import bench.models
 import bench.ops
 from bench import check, rivals
@@ -30,13 +31,13 @@ from bench.record import Run, load, new_run, save
 from bench.show import table
 from vlmkernels.testing.shapes import SHAPES
 
+PACKAGES = (bench.ops, bench.distributed, bench.models)
 DIRECTIONS = {"fwd": ("fwd",), "bwd": ("bwd",), "both": ()}
 
 
 def names() -> list[str]:
-    """What can be measured: the rooms, then the models."""
-    packages = (bench.ops, bench.models)
-    return [m.name for package in packages for m in pkgutil.iter_modules(package.__path__)]
+    """What can be measured: the rooms, what spans ranks, the models."""
+    return [m.name for package in PACKAGES for m in pkgutil.iter_modules(package.__path__)]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,7 +82,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _modules(chosen: Sequence[str]) -> list[Any]:
     found = []
-    for package in (bench.ops, bench.models):
+    for package in PACKAGES:
         for module in pkgutil.iter_modules(package.__path__):
             if not chosen or module.name in chosen:
                 found.append(importlib.import_module(f"{package.__name__}.{module.name}"))

@@ -25,6 +25,15 @@ def test_command() -> None:
     assert torch.__version__ in text and _core.C.build_info()["compilers"] in text
 
 
+def test_tiles() -> None:
+    """Verbose: each tile of the attention kernels."""
+    tiles = _core.C.attention_tiles()
+    assert {tile["kernel"] for tile in tiles} == {"forward", "dq", "dk, dv"}
+    text = [" ".join(line.split()) for line in info.report(verbose=True).splitlines()]
+    assert [t for t in tiles if " ".join(map(str, t.values())) not in text] == []
+    assert "tiles" not in info.report()
+
+
 def test_backend_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """null: the backend that info names is the one that computes."""
     x = torch.ones(3)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vlmkernels.distributed.cli import ring
 from vlmkernels.recipes.digits.cli import demo, train_app
 
 if TYPE_CHECKING:
@@ -22,15 +23,31 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(demo)
+app.command()(ring)
 app.add_typer(train_app, name="train")
 
 
 @app.command()
-def info() -> None:
+def info(
+    verbose: Annotated[bool, typer.Option(help="Also the tiles of the attention kernels.")] = False,
+) -> None:
     """Show the version, how it was built, and which backend every op takes on this machine."""
     from vlmkernels.info import report
 
-    print(report())
+    print(report(verbose))
+
+
+@app.command()
+def models() -> None:
+    """List the models: sizes, what they take and give, and how complete they are."""
+    from vlmkernels.models import MODELS
+
+    rows = [(m.title, m.does, ", ".join(m.sizes), m.status, m.paper) for m in MODELS.values()]
+    rows.insert(0, ("model", "does", "sizes", "status", "paper"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
 
 
 @app.command()
@@ -39,6 +56,9 @@ def ask(
     model: Annotated[Path, typer.Option(help="Checkpoint directory.")],
     image: Annotated[list[Path] | None, typer.Option(help="Image file; may repeat.")] = None,
     video: Annotated[list[Path] | None, typer.Option(help="Directory of frames.")] = None,
+    video_fps: Annotated[
+        float | None, typer.Option(help="Frames per second in them; two a second are taken.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the answer at most.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float | None, typer.Option(help="Sample from this share.")] = None,
@@ -48,6 +68,7 @@ def ask(
 ) -> None:
     """Ask a question about images and videos; the answer appears as it is made."""
     from vlmkernels.models import load, load_processor
+    from vlmkernels.models.chat import ChatProcessor
     from vlmkernels.models.generation import Sampling, stream_text
 
     where, computed_in = _device(device), _dtype(dtype)
@@ -56,7 +77,10 @@ def ask(
     pictures = [("image", p) for p in image or []] + [("video", p) for p in video or []]
     content = [{"type": kind, kind: path} for kind, path in pictures]
     message = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
-    inputs = processor.from_messages([message])
+    if not isinstance(processor, ChatProcessor):
+        raise ValueError(f"model: expected one that answers in text, got {model}")
+    options = {} if video_fps is None else {"video_fps": video_fps}
+    inputs = processor.from_messages([message], **options)
     loaded = load(model, dtype=computed_in, device=where)
     tensors: dict[str, Any] = {name: x.to(where) for name, x in inputs.items()}
     steps = loaded.generate_steps(
@@ -69,6 +93,34 @@ def ask(
     for piece in stream_text(processor.tokenizer, steps):
         print(piece, end="", flush=True)
     print()
+
+
+@app.command()
+def classify(
+    model: Annotated[Path, typer.Option(help="Checkpoint directory of a CLIP or a ViT.")],
+    image: Annotated[list[Path], typer.Option(help="Image file; may repeat.")],
+    labels: Annotated[str, typer.Option(help="CLIP: names with commas between them.")] = "",
+    template: Annotated[
+        list[str] | None, typer.Option(help="CLIP: prompt with {} for the name; may repeat.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="How many to show.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; a GPU if there is one.")] = "",
+    dtype: Annotated[str, typer.Option(help="bfloat16, ...; the checkpoint's if empty.")] = "",
+) -> None:
+    """Say what images show, the likeliest first: of the labels given (CLIP) or learnt (ViT)."""
+    from vlmkernels.models import load, load_processor
+    from vlmkernels.models.classify import classify as rank
+
+    where, computed_in = _device(device), _dtype(dtype)
+    processor, loaded = load_processor(model), load(model, dtype=computed_in, device=where)
+    names = [name.strip() for name in labels.split(",") if name.strip()]
+    for path, ranking in zip(
+        image, rank(loaded, processor, image, names, template or ()), strict=True
+    ):
+        if len(image) > 1:
+            print(path)
+        for name, probability in ranking[:top]:
+            print(f"{probability:7.2%}  {name}")
 
 
 @app.command(

@@ -47,8 +47,8 @@ def _backend(op: _library.Op, device: torch.device) -> Backend:
     return Backend("PyTorch", op.cpu)
 
 
-def report() -> str:
-    """Version, build, torch, GPUs, and the backend of every op, as text."""
+def report(verbose: bool = False) -> str:
+    """Version, build, torch, GPUs, and the backend of every op, as text; verbose: kernel tiles."""
     build = _core.C.build_info()
     version = f"{build['cuda'] // 100}.{build['cuda'] % 100 // 10}"
     cuda = f"{version}, for {build['cuda_archs']}" if build["cuda"] else "none (CPU only)"
@@ -64,7 +64,16 @@ def report() -> str:
     rows = [(name, *backend) for name, backend in backends().items()]
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     lines += [f"{op:{widths[0]}}  {name:{widths[1]}}  {why}" for op, name, why in rows]
-    return "\n".join(lines)
+    return "\n".join(lines + (_tiles() if verbose else []))
+
+
+def _tiles() -> list[str]:
+    """The tiles of the Hopper attention kernels; a head_dim takes the next number of columns."""
+    rows = _core.C.attention_tiles()
+    cells = [list(rows[0]), *([str(x) for x in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)) for row in cells)
+    return ["", "attention on sm_90a: tiles", *(line.rstrip() for line in lines)]
 
 
 def _gpus() -> list[str]:

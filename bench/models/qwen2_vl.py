@@ -4,19 +4,18 @@ Both models hold the same tensors, so that two fit where one does. On a CPU the 
 are kept; layers and vocabulary are cut, which the shape says.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.case import Case
+from bench.whole import DECODE_STEPS, decode, model_cases, prefill, train_step
+from vlmkernels.models.qwen2_5_vl import Qwen25VL, Qwen25VLConfig
 from vlmkernels.models.qwen2_vl import Qwen2VL, Qwen2VLConfig
 
-NOTE = "Whole models run with random weights of published sizes."
-DECODE_STEPS = 8
 Inputs = dict[str, Tensor]
 
 
@@ -38,31 +37,21 @@ def cases_of(
 ) -> Iterator[Case]:
     """sizes: batch, tokens of text in each row, rows and columns of patches of its one image."""
     batch, num_text, grid = sizes
+    newer = isinstance(config, Qwen25VLConfig)
     torch.manual_seed(0)
     with torch.device(device):
-        model = Qwen2VL(config).to(dtype).eval()
+        model = (Qwen25VL if newer else Qwen2VL)(config).to(dtype).eval()
     inputs = make_inputs(config, batch, num_text, grid, device, dtype)
     tokens = inputs["input_ids"].numel()
     theirs = {"eager": "eager", "transformers SDPA": "sdpa"}
     others = {variant: hf_model(model, kind) for variant, kind in theirs.items()}
-    steps: dict[str, tuple[int, Callable[[Any, Inputs], Callable[[], Any]]]] = {
+    steps = {
         "prefill": (tokens, prefill),
         "decode": (batch * DECODE_STEPS, decode),
-        "train step": (tokens, train_step),
+        "train step": (tokens, train_step(loss_of, "patch_embed.proj.weight")),
     }
-    for direction, (count, make) in steps.items():
-        runs = {"vlmkernels": model, **others}
-        yield Case(
-            op="qwen2_vl",
-            shape=f"{name} {batch} x ({num_text} text + {grid}x{grid} patches)",
-            dtype=str(dtype).removeprefix("torch."),
-            direction=direction,
-            bytes=0,
-            flops=0,
-            variants={variant: make(run, inputs) for variant, run in runs.items()},
-            tokens=count,
-            note=NOTE,
-        )
+    shape = f"{name} {batch} x ({num_text} text + {grid}x{grid} patches)"
+    yield from model_cases(config.model_type, shape, {"vlmkernels": model, **others}, inputs, steps)
 
 
 def make_inputs(
@@ -89,10 +78,10 @@ def hf_model(model: Qwen2VL, attention: str) -> Any:
     import transformers
 
     raw = model.config.to_dict()
-    config = transformers.Qwen2VLConfig.from_dict(raw)
+    make: Any = getattr(transformers, model.config.architecture)
+    config = make.config_class.from_dict(raw)
     with torch.device("meta"):
-        make: Any = transformers.Qwen2VLForConditionalGeneration._from_config
-        theirs = make(config, attn_implementation=attention)
+        theirs = make._from_config(config, attn_implementation=attention)
     shared = {}
     for key, x in model.state_dict().items():
         prefix = "model." if key.startswith("visual.") else "model.language_"
@@ -116,70 +105,7 @@ def _arguments(module: Any) -> tuple[Any, ...]:
     return (module.config,) if hasattr(module, "config") else (module.dim, module.theta)
 
 
-@torch.inference_mode()
-def _prefilled(model: Any, inputs: Inputs) -> tuple[Tensor, Any]:
-    if isinstance(model, Qwen2VL):
-        return model.prefill(DECODE_STEPS + 1, **inputs)
-    out = model(**inputs, use_cache=True, logits_to_keep=1)
-    return out.logits[:, -1], out.past_key_values
-
-
-def prefill(model: Any, inputs: Inputs) -> Callable[[], Tensor]:
-    """Logits of the token after the prompt; the KV cache is filled."""
-    return lambda: _prefilled(model, inputs)[0]
-
-
-def decode(model: Any, inputs: Inputs) -> Callable[[], Tensor]:
-    """The same few tokens after the prompt, one at a time; logits of the last."""
-    ids = inputs["input_ids"]
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(0, 1000, (DECODE_STEPS, len(ids)), generator=generator).to(ids.device)
-    run = _decode_ours if isinstance(model, Qwen2VL) else _decode_theirs
-    state: list[Any] = []
-
-    def start_then_run() -> Tensor:
-        if not state:  # not at once: the prompt's memory belongs to the variant that runs
-            state.append(_prefilled(model, inputs)[1])
-        return run(model, inputs, tokens, state[0])
-
-    return start_then_run
-
-
-@torch.inference_mode()
-def _decode_ours(model: Any, inputs: Inputs, tokens: Tensor, state: Any) -> Tensor:
-    seqlens, positions = state.cache.seqlens, state.next_positions
-    for token in tokens:
-        logits = model.decode(token, state)
-    state.cache.seqlens, state.next_positions = seqlens, positions
-    return logits  # type: ignore[no-any-return]
-
-
-@torch.inference_mode()
-def _decode_theirs(model: Any, inputs: Inputs, tokens: Tensor, cache: Any) -> Tensor:
-    length = inputs["input_ids"].shape[1]
-    for i, token in enumerate(tokens):
-        delta = model.model.rope_deltas
-        positions = (length + i + delta).expand(3, -1, -1)
-        out = model(
-            input_ids=token[:, None],
-            past_key_values=cache,
-            position_ids=positions,
-            use_cache=True,
-        )
-    cache.crop(-len(tokens))
-    return out.logits[:, -1]  # type: ignore[no-any-return]
-
-
-def train_step(model: Any, inputs: Inputs) -> Callable[[], Any]:
-    """Loss and gradients of all parameters, without the optimizer, which is PyTorch's in both."""
-    return partial(_loss_and_gradients, model, inputs)
-
-
-def _loss_and_gradients(model: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
+def loss_of(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     labels = inputs["input_ids"].masked_fill(inputs["mm_token_type_ids"] != 0, -100)
-    parameters = dict(model.named_parameters())
-    loss = model(**inputs, labels=labels).loss
-    gradients = torch.autograd.grad(loss, list(parameters.values()))
-    of = dict(zip(parameters, gradients, strict=True))
-    watched = next(name for name in of if name.endswith("patch_embed.proj.weight"))
-    return loss.detach(), of[watched]
+    loss: Tensor = model(**inputs, labels=labels).loss
+    return loss

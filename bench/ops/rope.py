@@ -70,8 +70,34 @@ def cases_of(s: Shape, tokens: int, device: str, dtype: torch.dtype) -> Iterator
     else:
         rotary["sections"] = SECTIONS
         yield from both_directions("mrope", rotary, eager_with_tables, op="mrope", **common)
+    if s.is_vision:
+        yield from fused_cases(s, tokens, positions, (cos, sin), dtype)
     given = {"q": q, "k": k, "cos": cos, "sin": sin}
     yield from both_directions("rope_from_tables", given, eager, op="rope_from_tables", **common)
+
+
+def fused_cases(
+    s: Shape, tokens: int, positions: Tensor, tables: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> Iterator[Case]:
+    """From the packed projection: the gradient of qkv is one tensor, and v is part of it."""
+    sizes = tokens, 3, s.num_heads, s.head_dim
+    qkv = torch.randn(sizes, device=positions.device).to(dtype).requires_grad_()
+
+    def eager(qkv: Tensor, **_: Any) -> tuple[Tensor, ...]:
+        q, k, v = qkv.unbind(1)
+        return *eager_vision(q, k, *tables), v
+
+    yield from both_directions(
+        "vision_rope_qkv",
+        {"qkv": qkv, "position_ids": positions},
+        eager,
+        op="vision_rope_qkv",
+        shape=f"{s.name} {tokens} 3x{s.num_heads}x{s.head_dim}",
+        dtype=dtype_name(qkv),
+        # Forward leaves v alone; backward moves it into the one gradient.
+        bytes=(4 * qkv.numel() // 3 * qkv.itemsize, 2 * qkv.numel() * qkv.itemsize),
+        flops=(2 * qkv.numel(), 2 * qkv.numel()),
+    )
 
 
 def tables(positions: Tensor, s: Shape) -> tuple[Tensor, Tensor]:

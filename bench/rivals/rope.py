@@ -1,4 +1,4 @@
-"""Rivals of rope, mrope and vision_rope: transformers' functions and Liger's kernels.
+"""Rivals of rope, mrope, vision_rope(_qkv): transformers' functions and Liger's kernels.
 
 They read tables of cos and sin, which a model makes once for all layers: so do we here, untimed.
 """
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from bench.rivals import NotSupportedError, rival
-from vlmkernels.ops.rope import _angles
+from vlmkernels import ops
+from vlmkernels.ops._rotation import angles as angles_of
 
 
 @functools.lru_cache(maxsize=4)
@@ -23,7 +24,7 @@ def _tables(
     layout: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    angles = _angles(position_ids, theta, head_dim, sections, layout)
+    angles = angles_of(position_ids, theta, head_dim, sections, layout)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -97,6 +98,22 @@ def transformers_vision_rope(
     sections = (q.shape[-1] // 4,) * 2
     tables = _tables(position_ids, theta, q.shape[-1], sections, "axial", torch.float32)
     return apply_rotary_pos_emb_vision(q, k, *tables)
+
+
+@rival("vision_rope_qkv", "transformers", "transformers.models.qwen2_vl")
+def transformers_vision_rope_qkv(
+    qkv: Tensor, position_ids: Tensor, *, theta: float = 10000.0, inplace: bool = False
+) -> Any:
+    q, k, v = qkv.unbind(-3)
+    return *transformers_vision_rope(q, k, position_ids, theta=theta, inplace=inplace), v
+
+
+@rival("vision_rope_qkv", "ops.vision_rope of slices", "vlmkernels")
+def slices_vision_rope_qkv(
+    qkv: Tensor, position_ids: Tensor, *, theta: float = 10000.0, inplace: bool = False
+) -> Any:
+    q, k, v = qkv.unbind(-3)
+    return *ops.vision_rope(q, k, position_ids, theta=theta, inplace=inplace), v
 
 
 @rival("mrope", "Liger", "liger_kernel", needs_cuda=True)

@@ -79,6 +79,22 @@ void expect_last_dim_contiguous(const Tensor& t) {
                     "stride " + std::to_string(t.stride(-1)));
 }
 
+int64_t row_stride(const Tensor& t) {
+    expect_last_dim_contiguous(t);
+    int64_t stride = 0, expected = 0;
+    bool found = false;  // an expanded dimension has stride 0
+    for (int i = t.ndim - 2; i >= 0; --i) {
+        if (t.size(i) == 0) return 0;
+        if (t.size(i) == 1) continue;
+        if (!found) stride = expected = t.stride(i);
+        found = true;
+        if (t.stride(i) != expected)
+            value_error(t, "must have rows at one stride", "other strides (call .contiguous())");
+        expected *= t.size(i);
+    }
+    return stride;
+}
+
 void expect_aligned(const Tensor& t, int bytes) {
     if (t.numel() && reinterpret_cast<uintptr_t>(t.data) % bytes)
         value_error(t, "must start at a multiple of " + std::to_string(bytes) + " bytes",

@@ -21,6 +21,9 @@ void expect_same_dtype(const Tensor& t, const Tensor& like);
 void expect_same_device(const Tensor& t, const Tensor& like);
 void expect_contiguous(const Tensor& t);
 void expect_last_dim_contiguous(const Tensor& t);
+// Elements from one row (the last dimension) of t to the next; all leading dimensions must share
+// one such stride.
+int64_t row_stride(const Tensor& t);
 // Kernels read 16 bytes at a time.
 void expect_aligned(const Tensor& t, int bytes = 16);
 

@@ -30,6 +30,11 @@ __device__ inline void mbarrier_init(uint32_t barrier, int arrivals) {
 __device__ inline void mbarrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
 }
+// An arrival, one of those the barrier was made for, when this thread's cp.async have landed.
+__device__ inline void mbarrier_arrive_cp_async(uint32_t barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(barrier)
+                 : "memory");
+}
 // Announces bytes that asynchronous copies will bring; no arrival.
 __device__ inline void mbarrier_expect(uint32_t barrier, int bytes) {
     asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;\n" ::"r"(barrier),

@@ -54,6 +54,15 @@ __device__ inline void store_shared(uint32_t shared, const uint32_t (&r)[4]) {
                  : "memory");
 }
 
+__device__ inline float4 load_shared_float4(uint32_t shared) {
+    float4 x;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(shared)
+                 : "memory");
+    return x;
+}
+
 // Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
 __device__ inline void ldmatrix(uint32_t (&r)[4], uint32_t shared) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"

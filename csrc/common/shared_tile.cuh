@@ -9,7 +9,7 @@ namespace vlmkernels {
 
 // kRows x kColumns 16-bit elements, in panels one after the other: a panel is all rows of as many
 // columns as the swizzle spans (64, 32 or 16; the most that divides kColumns) and what one TMA box
-// brings. Starts on a multiple of 1024 bytes. A K-major operand has k as its columns, an MN-major
+// brings. Starts on a multiple of kAlignment. A K-major operand has k as its columns, an MN-major
 // one as its rows.
 template <int rows, int columns>
 struct SharedTile {
@@ -20,6 +20,7 @@ struct SharedTile {
     static constexpr int kSpan = int(kSwizzle);  // bytes of a row of a panel
     static constexpr int kPanelColumns = kSpan / 2, kPanels = columns / kPanelColumns;
     static constexpr int kPanelBytes = rows * kSpan, kBytes = rows * columns * 2;
+    static constexpr int kAlignment = 8 * kSpan;  // where the swizzle repeats
     static_assert(columns % 16 == 0 && rows % 8 == 0);
 
     // Of 8 elements: row, column / 8.

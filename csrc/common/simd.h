@@ -25,7 +25,8 @@ typedef float Vec __attribute__((vector_size(kWidth * 4)));
 typedef uint32_t Bits __attribute__((vector_size(kWidth * 4)));
 typedef uint16_t HalfBits __attribute__((vector_size(kWidth * 2)));
 
-#define VLMKERNELS_INLINE inline __attribute__((always_inline))
+#define VLMKERNELS_INLINED __attribute__((always_inline))  // after the arguments of a lambda
+#define VLMKERNELS_INLINE inline VLMKERNELS_INLINED
 
 VLMKERNELS_INLINE Vec splat(float x) { return x - Vec{}; }
 
@@ -87,6 +88,14 @@ VLMKERNELS_INLINE void store_first(T* p, Vec x, int64_t n) {
     T lanes[kWidth];
     store(lanes, x);
     for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+// f(i, count) over [begin, end): whole vectors from i on, then what is left.
+template <class F>
+VLMKERNELS_INLINE void for_each_vector(int64_t begin, int64_t end, F&& f) {
+    int64_t i = begin;
+    for (; i + kWidth <= end; i += kWidth) f(i, kWidth);
+    if (i < end) f(i, int(end - i));
 }
 
 VLMKERNELS_INLINE Vec max(Vec a, Vec b) {

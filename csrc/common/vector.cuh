@@ -33,11 +33,21 @@ struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Vector {
     T x[N];
 };
 
+// Several loads in flight: first load_vector all, then unpack.
+template <int N, class T>
+__device__ inline Vector<T, N> load_vector(const T* from) {
+    return *reinterpret_cast<const Vector<T, N>*>(from);
+}
+
 template <class T, int N>
-__device__ inline void load(const T* from, float (&to)[N]) {
-    const auto v = *reinterpret_cast<const Vector<T, N>*>(from);
+__device__ inline void unpack(const Vector<T, N>& v, float (&to)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) to[i] = to_float(v.x[i]);
+}
+
+template <class T, int N>
+__device__ inline void load(const T* from, float (&to)[N]) {
+    unpack(load_vector<N>(from), to);
 }
 
 template <class T, int N>

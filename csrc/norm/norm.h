@@ -3,14 +3,14 @@
 //   norm.h          what the kernels are given, and the launch declarations
 //   norm_row.cuh    how a row is spread over threads, and the choice of that spread
 //   norm_fwd.cuh, norm_bwd.cuh   CUDA kernels; instances/*.cu compile them for each dtype
-//   norm.cu         launchers, and the reduction of the weight gradients
+//   norm.cu         launchers
 //   norm_cpu.cpp    CPU kernels, compiled once per instruction set
 //   norm.cpp        argument checks and binding
 #pragma once
 
 #include <cstdint>
 
-#include "common/dtype.h"
+#include "common/column_sums.h"
 #include "common/launch.h"
 
 namespace vlmkernels {
@@ -24,8 +24,9 @@ struct NormParams {
     const void* bias;      // [hidden_dim]; null: none
     void* y;               // [num_rows, hidden_dim], contiguous
     void* h;               // the same; null: no residual
-    float* mean;           // [num_rows]; null: RMSNorm
-    float* rstd;           // [num_rows]
+    float* mean;           // [num_rows]; null: not wanted
+    float* rstd;           // the same
+    bool centered;         // false: RMSNorm
     int64_t num_rows;
     int hidden_dim;
     int64_t x_stride, residual_stride;  // of rows, in elements
@@ -51,6 +52,15 @@ struct NormBackwardParams {
     int64_t h_stride;
     DType dtype, weight_dtype;
 };
+
+// The second stage of the weight gradients.
+inline ColumnSums column_sums_of(const NormBackwardParams& p) {
+    return {.partials = {p.dweight_partials, p.dbias_partials},
+            .sums = {p.dweight, p.dbias},
+            .num_partials = p.num_partials,
+            .num_columns = p.hidden_dim,
+            .dtype = p.weight_dtype};
+}
 
 Error launch_norm(const NormParams& p, Stream stream);
 Error launch_norm_backward(const NormBackwardParams& p, Stream stream);

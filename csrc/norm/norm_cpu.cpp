@@ -1,184 +1,194 @@
-// A row at a time, in fp32 buffers that stay in the first-level cache.
-#include <atomic>
+// A row at a time, in fp32: one pass over it for the statistics, one for the result.
 #include <cmath>
-#include <cstdlib>
-#include <new>
 #include <type_traits>
 
-#include "common/cpu.h"
+#include "common/column_sums_cpu.h"
+#include "common/simd.h"
 #include "norm/norm.h"
 
 namespace vlmkernels {
 namespace {
 
-// Floats for each thread, allocated before the threads start: nothing may throw inside of them.
-// Not std::vector: its code would be shared between instruction sets.
-class Scratch {
-  public:
-    explicit Scratch(int64_t per_thread)
-        : per_thread_(per_thread),
-          x_(static_cast<float*>(std::malloc(max_threads() * per_thread * sizeof(float)))) {
-        if (!x_) throw std::bad_alloc();
-    }
-    ~Scratch() { std::free(x_); }
-    Scratch(const Scratch&) = delete;
-    float* take() { return x_ + taken_.fetch_add(1, std::memory_order_relaxed) * per_thread_; }
+constexpr int kBlock = 16 * kWidth;  // elements
 
-  private:
-    const int64_t per_thread_;
-    float* const x_;
-    std::atomic<int64_t> taken_{0};
+struct Moments {
+    float mean, variance;
 };
 
+// Each lane for itself: the mean of a block first, then its squared deviations, then both are added
+// to those of the blocks before as Chan, Golub and LeVeque do: no digits are lost where rows drift.
 template <class T>
-void to_floats(const void* from, int n, float* to) {
-    for (int i = 0; i < n; ++i) to[i] = to_float(static_cast<const T*>(from)[i]);
-}
-
-void to_floats(DType dtype, const void* from, int n, float* to) {
-    dispatch_float(dtype, [&]<class T>() { to_floats<T>(from, n, to); });
-}
-
-// f(0) + ... + f(n - 1), with enough accumulators to hide the latency of an add; by blocks, so that
-// one large element does not swallow all small ones after it.
-template <class F>
-float sum_of(int n, F&& f) {
-    constexpr int kWays = 64, kBlock = 16 * kWays;
-    float sum = 0;
-    for (int begin = 0; begin < n; begin += kBlock) {
-        const int end = n - begin < kBlock ? n : begin + kBlock;
-        float sums[kWays] = {}, block = 0;
-        int i = begin;
-        for (; i + kWays <= end; i += kWays)
-            for (int j = 0; j < kWays; ++j) sums[j] += f(i + j);
-        for (; i < end; ++i) block += f(i);
-#pragma omp simd reduction(+ : block)
-        for (int j = 0; j < kWays; ++j) block += sums[j];
-        sum += block;
+Moments moments_of(const T* x, int n) {
+    Vec total{}, mean{}, squares{};
+    int done = 0;  // vectors
+    const int vectors = n / kWidth;
+    while (done < vectors) {
+        const int count = vectors - done < 16 ? vectors - done : 16;
+        const T* block = x + done * kWidth;
+        Vec sums[4] = {}, deviations[4] = {};
+        int i = 0;
+        for (; i + 4 <= count; i += 4)
+            for (int j = 0; j < 4; ++j) sums[j] += load(block + (i + j) * kWidth);
+        for (; i < count; ++i) sums[0] += load(block + i * kWidth);
+        const Vec block_sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        const Vec block_mean = block_sum * (1.0f / count);
+        total += block_sum;
+        for (i = 0; i + 4 <= count; i += 4)
+            for (int j = 0; j < 4; ++j) {
+                const Vec d = load(block + (i + j) * kWidth) - block_mean;
+                deviations[j] += d * d;
+            }
+        for (; i < count; ++i) {
+            const Vec d = load(block + i * kWidth) - block_mean;
+            deviations[0] += d * d;
+        }
+        const Vec delta = block_mean - mean;
+        const float share = float(count) / float(done + count);
+        mean += delta * share;
+        squares += (deviations[0] + deviations[1]) + (deviations[2] + deviations[3]) +
+                   delta * delta * (done * share);
+        done += count;
     }
-    return sum;
+    const int whole = vectors * kWidth;
+    float all = sum(total);
+    for (int i = whole; i < n; ++i) all += to_float(x[i]);
+    all /= n;
+    // Around the mean of each lane so far; now around that of the row.
+    float deviations = sum(squares) + vectors * sum((mean - all) * (mean - all));
+    for (int i = whole; i < n; ++i) deviations += (to_float(x[i]) - all) * (to_float(x[i]) - all);
+    return {all, deviations / n};
 }
 
-// Writes h = x + residual where there is a residual. Returns h of a row in fp32: in `buffer` unless
-// it is in memory.
 template <class T>
-const float* load_row(const NormParams& p, int64_t row, float* buffer) {
+float mean_square_of(const T* x, int n) {
+    Vec total{};
+    int i = 0;
+    for (; i + kBlock <= n; i += kBlock) {
+        Vec sums[4] = {};
+        for (int v = 0; v < 16; ++v) {
+            const Vec z = load(x + i + v * kWidth);
+            sums[v % 4] += z * z;
+        }
+        total += (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    }
+    for_each_vector(i, n, [&](int64_t j, int count) VLMKERNELS_INLINED {
+        const Vec z = load_first(x + j, count);
+        total += z * z;
+    });
+    return sum(total) / n;
+}
+
+// Writes h = x + residual where there is a residual. Returns h of a row.
+template <class T>
+const T* row_of(const NormParams& p, int64_t row) {
     const int n = p.hidden_dim;
     const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
-    if (p.residual) {
-        const T* residual = static_cast<const T*>(p.residual) + row * p.residual_stride;
-        T* h = static_cast<T*>(p.h) + row * n;
-#pragma omp simd
-        for (int i = 0; i < n; ++i) h[i] = from_float<T>(to_float(x[i]) + to_float(residual[i]));
-        x = h;
-    }
-    if constexpr (std::is_same_v<T, float>) return x;
-    to_floats<T>(x, n, buffer);
-    return buffer;
+    if (!p.residual) return x;
+    const T* residual = static_cast<const T*>(p.residual) + row * p.residual_stride;
+    T* h = static_cast<T*>(p.h) + row * n;
+    for_each_vector(0, n, [&](int64_t i, int count) VLMKERNELS_INLINED {
+        store_first(h + i, load_first(x + i, count) + load_first(residual + i, count), count);
+    });
+    return h;
 }
 
-template <class T>
-void normalize(T* y, const float* z, const float* w, const float* b, float mean, float rstd,
-               int n) {
-    if (b) {
-#pragma omp simd
-        for (int i = 0; i < n; ++i) y[i] = from_float<T>((z[i] - mean) * rstd * w[i] + b[i]);
-    } else {
-#pragma omp simd
-        for (int i = 0; i < n; ++i) y[i] = from_float<T>((z[i] - mean) * rstd * w[i]);
-    }
-}
-
-// Asks for the next row while this one is worked on: the passes over a row leave memory idle.
-template <class T>
-void prefetch_row(const void* x, int64_t row, int64_t stride, int n) {
-    const char* next = reinterpret_cast<const char*>(static_cast<const T*>(x) + row * stride);
-    for (int64_t i = 0; i < int64_t(n) * int64_t(sizeof(T)); i += 64) __builtin_prefetch(next + i);
-}
-
-template <class T, bool kCentered>
-void forward_rows(const NormParams& p, int64_t begin, int64_t end, float* scratch) {
+template <class T, class W, bool kCentered>
+void forward_rows(const NormParams& p, int64_t begin, int64_t end) {
     const int n = p.hidden_dim;
-    float *z = scratch, *weight = z + n, *bias = p.bias ? weight + n : nullptr;
-    to_floats(p.weight_dtype, p.weight, n, weight);
-    if (p.bias) to_floats(p.weight_dtype, p.bias, n, bias);
+    const W *weight = static_cast<const W*>(p.weight), *bias = static_cast<const W*>(p.bias);
     for (int64_t row = begin; row < end; ++row) {
-        const float* x = load_row<T>(p, row, z);
-        // Two passes: a mean taken on the way costs digits where the row drifts.
-        const float mean = kCentered ? sum_of(n, [=](int i) { return x[i]; }) / n : 0;
-        if (row + 1 < end) prefetch_row<T>(p.x, row + 1, p.x_stride, n);
-        const float variance = sum_of(n, [=](int i) { return (x[i] - mean) * (x[i] - mean); }) / n;
+        const T* x = row_of<T>(p, row);
+        const T* ahead = x + p.x_stride;  // asked for meanwhile
+        float mean = 0, variance;
+        if constexpr (kCentered) {
+            const Moments moments = moments_of(x, n);
+            mean = moments.mean;
+            variance = moments.variance;
+        } else {
+            variance = mean_square_of(x, n);
+        }
         const float rstd = 1.0f / std::sqrt(variance + p.eps);
-        if (kCentered) p.mean[row] = mean;
-        p.rstd[row] = rstd;
-        normalize(static_cast<T*>(p.y) + row * n, x, weight, bias, mean, rstd, n);
+        if (p.rstd) {
+            p.rstd[row] = rstd;
+            if (kCentered) p.mean[row] = mean;
+        }
+        T* y = static_cast<T*>(p.y) + row * n;
+        for_each_vector(0, n, [&](int64_t i, int count) VLMKERNELS_INLINED {
+            __builtin_prefetch(ahead + i);
+            Vec z = (load_first(x + i, count) - mean) * rstd * load_first(weight + i, count);
+            if (bias) z += load_first(bias + i, count);
+            store_first(y + i, z, count);
+        });
     }
 }
 
-template <class T>
-void backward_row(const NormBackwardParams& p, int64_t row, const float* w, float* dweight,
-                  float* dbias) {
+// kRows rows at once: what they add to the weight gradients is loaded and stored once.
+template <int kRows, class T, class W>
+void backward_some(const NormBackwardParams& p, int64_t row, float* dweight, float* dbias) {
     const int n = p.hidden_dim;
-    const T* h = static_cast<const T*>(p.h) + row * p.h_stride;
-    const T* dy = static_cast<const T*>(p.dy) + row * n;
-    const float mean = p.mean ? p.mean[row] : 0, rstd = p.rstd[row];
-    // Computed in both passes: cheaper than to store and load them.
-    auto xhat = [=](int i) { return (to_float(h[i]) - mean) * rstd; };
-    auto g = [=](int i) { return to_float(dy[i]) * w[i]; };
-    float along = 0, common = 0;
-#pragma omp simd reduction(+ : along, common)
-    for (int i = 0; i < n; ++i) {
-        along += g(i) * xhat(i);
-        common += g(i);
-        dweight[i] += to_float(dy[i]) * xhat(i);
-        dbias[i] += to_float(dy[i]);
+    const T *h[kRows], *dy[kRows], *dh = static_cast<const T*>(p.dh);
+    const W* w = static_cast<const W*>(p.weight);
+    float mean[kRows], rstd[kRows];
+    for (int r = 0; r < kRows; ++r) {
+        h[r] = static_cast<const T*>(p.h) + (row + r) * p.h_stride;
+        dy[r] = static_cast<const T*>(p.dy) + (row + r) * n;
+        mean[r] = p.mean ? p.mean[row + r] : 0;
+        rstd[r] = p.rstd[row + r];
     }
-    along /= n;
-    common = p.mean ? common / n : 0;
-    T* dx = static_cast<T*>(p.dx) + row * n;
-    if (p.dh) {
-        const T* dh = static_cast<const T*>(p.dh) + row * n;
-#pragma omp simd
-        for (int i = 0; i < n; ++i)
-            dx[i] = from_float<T>(to_float(dh[i]) + rstd * (g(i) - common - xhat(i) * along));
-    } else {
-#pragma omp simd
-        for (int i = 0; i < n; ++i) dx[i] = from_float<T>(rstd * (g(i) - common - xhat(i) * along));
+    Vec along[kRows] = {}, common[kRows] = {};  // sums of g xhat and g
+    for_each_vector(0, n, [&](int64_t i, int count) VLMKERNELS_INLINED {
+        const Vec weight = load_first(w + i, count);
+        Vec dw{}, db{};
+        for (int r = 0; r < kRows; ++r) {
+            const Vec xhat = (load_first(h[r] + i, count) - mean[r]) * rstd[r];
+            const Vec d = load_first(dy[r] + i, count);
+            dw += d * xhat;
+            db += d;
+            along[r] += d * weight * xhat;
+            common[r] += d * weight;
+        }
+        if (dweight) store_first(dweight + i, load_first(dweight + i, count) + dw, count);
+        if (dbias) store_first(dbias + i, load_first(dbias + i, count) + db, count);
+    });
+    for (int r = 0; r < kRows; ++r) {
+        const float a = sum(along[r]) / n, c = p.mean ? sum(common[r]) / n : 0;
+        const int64_t offset = (row + r) * n;
+        T* dx = static_cast<T*>(p.dx) + offset;
+        for_each_vector(0, n, [&](int64_t i, int count) VLMKERNELS_INLINED {
+            __builtin_prefetch(h[r] + kRows * p.h_stride + i);
+            __builtin_prefetch(dy[r] + kRows * n + i);
+            const Vec xhat = (load_first(h[r] + i, count) - mean[r]) * rstd[r];
+            const Vec g = load_first(dy[r] + i, count) * load_first(w + i, count);
+            Vec z = rstd[r] * (g - c - xhat * a);
+            if (dh) z += load_first(dh + offset + i, count);
+            store_first(dx + i, z, count);
+        });
     }
 }
 
 // Rows begin..end, and their share of the weight gradients into one partial.
-template <class T>
-void backward_rows(const NormBackwardParams& p, int64_t begin, int64_t end, int64_t partial,
-                   float* scratch) {
-    const int n = p.hidden_dim;
-    float *weight = scratch, *unwanted = weight + n;
-    to_floats(p.weight_dtype, p.weight, n, weight);
-    float* dweight = p.dweight ? p.dweight_partials + partial * n : unwanted;
-    float* dbias = p.dbias ? p.dbias_partials + partial * n : unwanted + n;
-    std::memset(dweight, 0, n * sizeof(float));
-    std::memset(dbias, 0, n * sizeof(float));
-    for (int64_t row = begin; row < end; ++row) backward_row<T>(p, row, weight, dweight, dbias);
+template <class T, class W>
+void backward_rows(const NormBackwardParams& p, int64_t begin, int64_t end, int64_t partial) {
+    auto zeros = [&](float* partials) {
+        float* mine = partials + partial * p.hidden_dim;
+        std::memset(mine, 0, p.hidden_dim * sizeof(float));
+        return mine;
+    };
+    float* dweight = p.dweight ? zeros(p.dweight_partials) : nullptr;
+    float* dbias = p.dbias ? zeros(p.dbias_partials) : nullptr;
+    int64_t row = begin;
+    for (; row + 4 <= end; row += 4) backward_some<4, T, W>(p, row, dweight, dbias);
+    for (; row < end; ++row) backward_some<1, T, W>(p, row, dweight, dbias);
 }
 
-void sum_partials(const NormBackwardParams& p, const float* partials, void* out) {
-    constexpr int kColumns = 1024;
-    if (!out) return;
-    const int64_t num_blocks = (p.hidden_dim + kColumns - 1) / kColumns;
-    parallel_for(num_blocks, 1, [&](int64_t first, int64_t last) {
-        const int64_t end = last * kColumns < p.hidden_dim ? last * kColumns : p.hidden_dim;
-        for (int64_t begin = first * kColumns; begin < end; begin += kColumns) {
-            const int64_t n = end - begin < kColumns ? end - begin : kColumns;
-            float sum[kColumns] = {};
-            for (int partial = 0; partial < p.num_partials; ++partial) {
-                const float* x = partials + int64_t(partial) * p.hidden_dim + begin;
-                for (int64_t i = 0; i < n; ++i) sum[i] += x[i];
-            }
-            dispatch_float(p.weight_dtype, [&]<class T>() {
-                for (int64_t i = 0; i < n; ++i)
-                    static_cast<T*>(out)[begin + i] = from_float<T>(sum[i]);
-            });
-        }
+// Calls f.template operator()<T, W>() with the types of x and of the weight: T or float.
+template <class F>
+void dispatch(DType dtype, DType weight_dtype, F&& f) {
+    dispatch_float(dtype, [&]<class T>() {
+        if (weight_dtype == dtype)
+            f.template operator()<T, T>();
+        else
+            f.template operator()<T, float>();
     });
 }
 
@@ -186,14 +196,10 @@ void sum_partials(const NormBackwardParams& p, const float* partials, void* out)
 
 template <class Isa>
 void norm_cpu(const NormParams& p) {
-    Scratch scratch(3 * int64_t(p.hidden_dim));
     parallel_for(p.num_rows, 1 + (1 << 15) / p.hidden_dim, [&](int64_t begin, int64_t end) {
-        float* mine = scratch.take();
-        dispatch_float(p.dtype, [&]<class T>() {
-            if (p.mean)
-                forward_rows<T, true>(p, begin, end, mine);
-            else
-                forward_rows<T, false>(p, begin, end, mine);
+        dispatch(p.dtype, p.weight_dtype, [&]<class T, class W>() {
+            p.centered ? forward_rows<T, W, true>(p, begin, end)
+                       : forward_rows<T, W, false>(p, begin, end);
         });
     });
 }
@@ -202,17 +208,14 @@ template <class Isa>
 void norm_backward_cpu(const NormBackwardParams& p) {
     const int64_t rows_per_partial = (p.num_rows + p.num_partials - 1) / p.num_partials;
     const int64_t grain = 1 + (1 << 15) / (p.hidden_dim * (rows_per_partial + 1));
-    Scratch scratch(3 * int64_t(p.hidden_dim));
     parallel_for(p.num_partials, grain, [&](int64_t begin, int64_t end) {
-        float* mine = scratch.take();
         for (int64_t i = begin; i < end; ++i)
-            dispatch_float(p.dtype, [&]<class T>() {
-                backward_rows<T>(p, p.num_rows * i / p.num_partials,
-                                 p.num_rows * (i + 1) / p.num_partials, i, mine);
+            dispatch(p.dtype, p.weight_dtype, [&]<class T, class W>() {
+                backward_rows<T, W>(p, p.num_rows * i / p.num_partials,
+                                    p.num_rows * (i + 1) / p.num_partials, i);
             });
     });
-    sum_partials(p, p.dweight_partials, p.dweight);
-    sum_partials(p, p.dbias_partials, p.dbias);
+    column_sums(column_sums_of(p));
 }
 
 template void norm_cpu<VLMKERNELS_ISA>(const NormParams& p);

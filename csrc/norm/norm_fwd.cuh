@@ -10,24 +10,28 @@ namespace vlmkernels {
 template <class T, class Spread>
 __device__ void load_row(const NormParams& p, int64_t row, float (&z)[Spread::kItems]) {
     constexpr int V = Spread::V;
+    const bool valid = row < p.num_rows;
+    RowPart<T, Spread> x, residual;
+    x.load(static_cast<const T*>(p.x) + row * p.x_stride, p.hidden_dim, valid);
+    if (p.residual)
+        residual.load(static_cast<const T*>(p.residual) + row * p.residual_stride, p.hidden_dim,
+                      valid);
 #pragma unroll
-    for (int i = 0; i < Spread::kItems; ++i) z[i] = 0.0f;
-    if (row >= p.num_rows) return;
-    const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
-    const T* residual = static_cast<const T*>(p.residual) + row * p.residual_stride;
-    T* h = static_cast<T*>(p.h) + row * p.hidden_dim;
-    Spread::for_each_vector(p.hidden_dim, [&](int column, int i) {
+    for (int v = 0; v < Spread::kVectors; ++v) {
         float a[V];
-        load(x + column, a);
-        if (p.residual) {
-            float b[V];
-            load(residual + column, b);
+        x.get(v, a);
 #pragma unroll
-            for (int j = 0; j < V; ++j) a[j] = to_float(from_float<T>(a[j] + b[j]));
-            store(h + column, a);
-        }
+        for (int j = 0; j < V; ++j) z[v * V + j] = a[j];
+    }
+    if (!p.residual || !valid) return;
+    T* h = static_cast<T*>(p.h) + row * p.hidden_dim;
+    Spread::for_each_vector(p.hidden_dim, [&](int column, int v) {
+        float b[V];
+        residual.get(v, b);
 #pragma unroll
-        for (int j = 0; j < V; ++j) z[i + j] = a[j];
+        for (int j = 0; j < V; ++j)
+            b[j] = z[v * V + j] = to_float(from_float<T>(z[v * V + j] + b[j]));
+        store(h + column, b);
     });
 }
 
@@ -49,27 +53,27 @@ __global__ void __launch_bounds__(Spread::kThreads)
             mean = sum[0] / p.hidden_dim;
             sum[0] = 0.0f;
         }
-        Spread::for_each_vector(p.hidden_dim, [&](int, int i) {
+        Spread::for_each_vector(p.hidden_dim, [&](int, int v) {
 #pragma unroll
             for (int j = 0; j < V; ++j) {
-                z[i + j] -= mean;
-                sum[0] += z[i + j] * z[i + j];
+                z[v * V + j] -= mean;
+                sum[0] += z[v * V + j] * z[v * V + j];
             }
         });
         group_sum<Spread::kWidth>(sum, scratch);
         const float rstd = rsqrtf(sum[0] / p.hidden_dim + p.eps);
         if (row >= p.num_rows) continue;
-        if (Spread::lane() == 0) {
+        if (Spread::lane() == 0 && p.rstd) {
             p.rstd[row] = rstd;
             if constexpr (kCentered) p.mean[row] = mean;
         }
         T* y = static_cast<T*>(p.y) + row * p.hidden_dim;
-        Spread::for_each_vector(p.hidden_dim, [&](int column, int i) {
+        Spread::for_each_vector(p.hidden_dim, [&](int column, int v) {
             float w[V], b[V] = {};
             load_weight<V, T>(p.weight, float_weight, column, w);
             if (p.bias) load_weight<V, T>(p.bias, float_weight, column, b);
 #pragma unroll
-            for (int j = 0; j < V; ++j) w[j] = z[i + j] * rstd * w[j] + b[j];
+            for (int j = 0; j < V; ++j) w[j] = z[v * V + j] * rstd * w[j] + b[j];
             store(y + column, w);
         });
     }
@@ -77,14 +81,21 @@ __global__ void __launch_bounds__(Spread::kThreads)
 
 template <class T, int V>
 Error launch_norm_vectors(const NormParams& p, Stream stream) {
-    return dispatch_spread<V, 32>(p.hidden_dim, [&]<class Spread>(Spread) {
+    auto launch = [&]<class Spread>(Spread) {
         const unsigned grid = grid_for(p.num_rows, Spread::kRows);
-        if (p.mean)
+        if (p.centered)
             norm_kernel<T, Spread, true><<<grid, Spread::kThreads, 0, stream>>>(p);
         else
             norm_kernel<T, Spread, false><<<grid, Spread::kThreads, 0, stream>>>(p);
         return Error(cudaGetLastError());
-    });
+    };
+    if constexpr (V == 1)  // serves every alignment
+        return launch(RowSpread<1, 256, kMaxHiddenDimCuda / 256>());
+    else
+        return narrowest_spread<RowSpread<V, 16, 8>, RowSpread<V, 32, 8>, RowSpread<V, 32, 16>,
+                                RowSpread<V, 32, 24>, RowSpread<V, 64, 16>, RowSpread<V, 64, 24>,
+                                RowSpread<V, 128, 16>, RowSpread<V, 128, 24>, RowSpread<V, 256, 16>,
+                                RowSpread<V, 256, 24>, RowSpread<V, 256, 32>>(p.hidden_dim, launch);
 }
 
 template <class T>

@@ -25,15 +25,32 @@ struct RowSpread {
     __device__ static int lane() { return threadIdx.x % kWidth; }
     __device__ static int group() { return threadIdx.x / kWidth; }
 
-    // f(column, i): V columns from `column` on are elements i, i + 1, ... of this thread.
+    // f(column, v): vector v of this thread holds V columns from `column` on.
     template <class F>
     __device__ static void for_each_vector(int hidden_dim, F&& f) {
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
             const int column = (v * kWidth + lane()) * V;
-            if (column < hidden_dim) f(column, v * V);
+            if (column < hidden_dim) f(column, v);
         }
     }
+};
+
+// This thread's part of a row as it lies in memory; zeros where there is nothing. All of its loads
+// are in flight together: they are issued before the first value is used.
+template <class T, class Spread>
+struct RowPart {
+    static constexpr int V = Spread::V;
+    Vector<T, V> vectors[Spread::kVectors];
+
+    __device__ void load(const T* row, int hidden_dim, bool valid) {
+#pragma unroll
+        for (int v = 0; v < Spread::kVectors; ++v) vectors[v] = {};
+        if (valid)
+            Spread::for_each_vector(
+                hidden_dim, [&](int column, int v) { vectors[v] = load_vector<V>(row + column); });
+    }
+    __device__ void get(int v, float (&to)[V]) const { unpack(vectors[v], to); }
 };
 
 template <int V, class T>
@@ -44,19 +61,12 @@ __device__ void load_weight(const void* weight, bool is_float, int column, float
         load(static_cast<const T*>(weight) + column, w);
 }
 
-// Calls f(RowSpread()) with the narrowest spread that holds a row; V = 1 serves every alignment.
-template <int V, int kItems, class F>
-Error dispatch_spread(int hidden_dim, F&& f) {
-    constexpr int kWarpWidth = 32, kFewItems = 8;
-    if constexpr (V > 1) {
-        if (hidden_dim <= 16 * kFewItems) return f(RowSpread<V, 16, kFewItems>());
-        if (hidden_dim <= kWarpWidth * kFewItems) return f(RowSpread<V, kWarpWidth, kFewItems>());
-        constexpr int kWidth = 1024 / kItems;
-        if (hidden_dim <= 1024) return f(RowSpread<V, kWidth, kItems>());
-        if (hidden_dim <= 2048) return f(RowSpread<V, 2 * kWidth, kItems>());
-        if (hidden_dim <= 4096) return f(RowSpread<V, 4 * kWidth, kItems>());
-    }
-    return f(RowSpread<V, kMaxHiddenDimCuda / kItems, kItems>());
+// Calls f with the first of the spreads, in order of their capacity, that holds a row.
+template <class Spread, class... Wider, class F>
+Error narrowest_spread(int hidden_dim, F&& f) {
+    if constexpr (sizeof...(Wider) > 0)
+        if (hidden_dim > Spread::kCapacity) return narrowest_spread<Wider...>(hidden_dim, f);
+    return f(Spread());
 }
 
 inline bool divides(int bytes, const void* pointer) {

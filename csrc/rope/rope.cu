@@ -3,8 +3,7 @@
 // z, z + blockDim.z, ...: cos and sin stay in registers over the heads.
 #include <cuda_runtime.h>
 
-#include "common/sincos.h"
-#include "common/vector.cuh"
+#include "common/rotation.cuh"
 #include "rope/rope.h"
 
 namespace vlmkernels {
@@ -12,34 +11,12 @@ namespace vlmkernels {
 constexpr int kThreads = 256;
 constexpr int kTileAngles = 512;  // tokens of a CTA * num_pairs
 
-__device__ float load_float(const void* x, DType dtype, int64_t i) {
-    if (dtype == DType::kFloat32) return static_cast<const float*>(x)[i];
-    if (dtype == DType::kFloat16) return to_float(static_cast<const __half*>(x)[i]);
-    return to_float(static_cast<const __nv_bfloat16*>(x)[i]);
-}
-
-__device__ void rotation(const RopeParams& p, int token, int pair, float& cosine, float& sine) {
-    const int64_t b = token / p.seqlen, s = token - b * p.seqlen;
-    if (p.position_ids) {
-        const int64_t i = p.axis[pair] * p.position_axis_stride + b * p.position_batch_stride +
-                          s * p.position_token_stride;
-        const float position = p.position_dtype == DType::kInt64
-                                   ? float(static_cast<const int64_t*>(p.position_ids)[i])
-                                   : float(static_cast<const int32_t*>(p.position_ids)[i]);
-        sin_cos(position * p.inv_freq[pair], sine, cosine);
-    } else {
-        const RopeStrides &c = p.cos_strides, &d = p.sin_strides;
-        cosine = load_float(p.cos, p.table_dtype, b * c.batch + s * c.token + pair);
-        sine = load_float(p.sin, p.table_dtype, b * d.batch + s * d.token + pair);
-    }
-    if (p.inverse) sine = -sine;
-}
-
 template <class T, int V>
 __device__ void rotate(const T* x, T* y, int half, const float (&c)[V], const float (&s)[V]) {
     float a[V], b[V], rotated_a[V], rotated_b[V];
-    load(x, a);
-    load(x + half, b);
+    const auto first = load_vector<V>(x), second = load_vector<V>(x + half);
+    unpack(first, a);
+    unpack(second, b);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
         rotated_a[i] = a[i] * c[i] - b[i] * s[i];
@@ -53,30 +30,32 @@ template <class T, int V>
 __global__ void __launch_bounds__(kThreads)
     rope_kernel(const __grid_constant__ RopeParams p, int tokens_per_cta) {
     __shared__ __align__(16) float cosines[kTileAngles], sines[kTileAngles];
+    const Rotation& r = p.rotation;
     const int first = blockIdx.x * tokens_per_cta;
     const int tokens = min(tokens_per_cta, p.num_tokens - first);
     const int threads = blockDim.x * blockDim.y * blockDim.z;
     const int thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
-    for (int i = thread; i < tokens * p.num_pairs; i += threads)
-        rotation(p, first + i / p.num_pairs, i % p.num_pairs, cosines[i], sines[i]);
+    load_rotations(r, first, tokens, thread, threads, cosines, sines);
     __syncthreads();
 
+    const int rotated = p.q.num_heads + p.k.num_heads;
     for (int t = threadIdx.z; t < tokens; t += blockDim.z) {
         float c[V], s[V];
-        load(cosines + t * p.num_pairs + threadIdx.x * V, c);
-        load(sines + t * p.num_pairs + threadIdx.x * V, s);
-        const int64_t batch = (first + t) / p.seqlen, token = first + t - batch * p.seqlen;
-        for (int i = threadIdx.y; i < p.q.num_heads + p.k.num_heads; i += blockDim.y) {
-            const bool is_q = i < p.q.num_heads;
-            const RopeHeads& h = is_q ? p.q : p.k;
-            const int head = is_q ? i : i - p.q.num_heads;
+        load(cosines + t * r.num_pairs + threadIdx.x * V, c);
+        load(sines + t * r.num_pairs + threadIdx.x * V, s);
+        const int64_t batch = (first + t) / r.seqlen, token = first + t - batch * r.seqlen;
+        for (int i = threadIdx.y; i < rotated + p.v.num_heads; i += blockDim.y) {
+            const RopeHeads& h = i < p.q.num_heads ? p.q : i < rotated ? p.k : p.v;
+            const int head = i < p.q.num_heads ? i : i < rotated ? i - p.q.num_heads : i - rotated;
             const T* x = static_cast<const T*>(h.in) + batch * h.in_strides.batch +
                          token * h.in_strides.token + head * h.in_strides.head;
             T* y = static_cast<T*>(h.out) + batch * h.out_strides.batch +
                    token * h.out_strides.token + head * h.out_strides.head;
-            rotate<T, V>(x + threadIdx.x * V, y + threadIdx.x * V, p.num_pairs, c, s);
+            if (i < rotated)
+                rotate<T, V>(x + threadIdx.x * V, y + threadIdx.x * V, r.num_pairs, c, s);
             if (x == y) continue;
-            for (int j = 2 * p.num_pairs + threadIdx.x * V; j < p.head_dim; j += blockDim.x * V)
+            const int rest = i < rotated ? 2 * r.num_pairs : 0;
+            for (int j = rest + threadIdx.x * V; j < p.head_dim; j += blockDim.x * V)
                 *reinterpret_cast<Vector<T, V>*>(y + j) =
                     *reinterpret_cast<const Vector<T, V>*>(x + j);
         }
@@ -85,11 +64,11 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T, int V>
 Error launch(const RopeParams& p, Stream stream) {
-    const int heads = p.q.num_heads + p.k.num_heads;
-    int tokens = kTileAngles / p.num_pairs;
+    const int heads = p.q.num_heads + p.k.num_heads + p.v.num_heads, pairs = p.rotation.num_pairs;
+    int tokens = kTileAngles / pairs;
     tokens = tokens < 16 ? tokens : 16;
     while (tokens > 1 && p.num_tokens / tokens < 264) tokens /= 2;  // 2 CTAs for each of 132 SMs
-    const int x = p.num_pairs / V;
+    const int x = pairs / V;
     const int y = heads < kThreads / x ? heads : kThreads / x;
     const int z = tokens < kThreads / (x * y) ? tokens : kThreads / (x * y);
     const unsigned grid = (p.num_tokens + tokens - 1) / tokens;
@@ -100,11 +79,11 @@ Error launch(const RopeParams& p, Stream stream) {
 // True when every vector of V elements of T is aligned to its size.
 static bool fits(const RopeParams& p, int V) {
     const int bytes = V * size_of(p.dtype);
-    bool fits = p.num_pairs % V == 0 && p.head_dim % V == 0;
-    for (const RopeHeads& h : {p.q, p.k}) {
+    bool fits = p.rotation.num_pairs % V == 0 && p.head_dim % V == 0;
+    for (const RopeHeads& h : {p.q, p.k, p.v}) {
         fits = fits && reinterpret_cast<uintptr_t>(h.in) % bytes == 0 &&
                reinterpret_cast<uintptr_t>(h.out) % bytes == 0;
-        for (const RopeStrides& s : {h.in_strides, h.out_strides})
+        for (const HeadStrides& s : {h.in_strides, h.out_strides})
             fits = fits && s.batch % V == 0 && s.token % V == 0 && s.head % V == 0;
     }
     return fits;

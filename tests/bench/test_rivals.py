@@ -27,9 +27,13 @@ def inputs_of(function: str) -> list[dict[str, Any]]:
     packed |= {"cu_seqlens_q": torch.tensor([0, 9, 24], dtype=torch.int32), "max_seqlen_q": 15}
     positions = torch.arange(24).repeat(3, 1) * torch.tensor([[1], [2], [3]])
     rotary = {"q": q[0], "k": k[0]}
+    weights = {"q_weight": rand(32), "k_weight": rand(32)}
+    table = rand(24, 16).repeat(1, 2)
     x, w = rand(6, 64), rand(64)
     cache = {"k_cache": k, "v_cache": k.flip(1)}
     seqlens = torch.tensor([20, 7], dtype=torch.int32)
+    kv = {"weight_k": rand(16, 24), "weight_v": rand(16, 24)}
+    features = {"image_features": x[:, :32] / 8, "text_features": x[:, 32:] / 8}
     pixels = {"images": torch.randint(0, 256, (2, 3, 28, 56), dtype=torch.uint8), "bias": rand(8)}
     pixels |= {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
     return {
@@ -41,12 +45,34 @@ def inputs_of(function: str) -> list[dict[str, Any]]:
             {**rotary, "position_ids": positions, "sections": (6, 5, 5), "interleaved": True},
         ],
         "vision_rope": [{**rotary, "position_ids": positions[1:]}],
+        "vision_rope_qkv": [{"qkv": rand(24, 3, 4, 32), "position_ids": positions[1:]}],
+        "qk_norm_rope": [
+            {**rotary, **weights, "position_ids": positions[1]},
+            {**rotary, **weights, "position_ids": positions, "sections": (6, 5, 5)},
+        ],
+        "qk_norm_rope_from_tables": [{**rotary, **weights, "cos": table, "sin": table.flip(0)}],
+        "quick_gelu": [{"x": x}],
+        "gelu": [{"x": x}, {"x": x, "approximate": "tanh"}],
+        "swiglu": [{"gate": x, "up": x.flip(0)}, {"gate": x}],
+        "geglu": [{"gate": x, "up": x.flip(0)}, {"gate": x}],
         "rms_norm": [{"x": x, "weight": w}, {"x": x, "weight": w, "residual": rand(6, 64)}],
         "layer_norm": [{"x": x, "weight": w, "bias": rand(64), "residual": rand(6, 64)}],
         "patch_embed": [
             {"x": rand(2, 3, 28, 42), "weight": rand(8, 3, 14, 14), "bias": rand(8)},
             {"x": rand(5, 24), "weight": rand(8, 3, 2, 2, 2), "pos_embed": rand(5, 8)},
             {"x": rand(1, 3, 4, 6, 6), "weight": rand(8, 3, 2, 2, 2)},
+        ],
+        "vq_lookup": [
+            {"z": x, "codebook": rand(9, 64)},
+            {"z": x, "codebook": rand(9, 64), "metric": "cosine"},
+        ],
+        "qformer_attention": [
+            {"q": rand(2, 3, 2, 8), "x": rand(2, 9, 24), **kv},
+            {"q": rand(1, 3, 2, 8), "x": rand(2, 9, 24), **kv, "bias_k": w[:16], "bias_v": w[:16]},
+        ],
+        "clip_loss": [{**features, "logit_scale": torch.tensor(10.0)}],
+        "siglip_loss": [
+            {**features, "logit_scale": torch.tensor(5.0), "logit_bias": torch.tensor(-4.0)}
         ],
         "patch_embed_pixels": [
             {**pixels, "weight": rand(8, 3, 14, 14)},

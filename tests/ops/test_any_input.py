@@ -58,6 +58,8 @@ def valid_arguments(dtype: torch.dtype, device: str) -> dict[str, tuple[Callable
     rows = [ones(4, 4, 16), ones(4, 2, 16)]
     return {
         "null": (ops.null, [ones(3, 4)]),
+        "clip_loss": (ops.clip_loss, [ones(3, 4), ones(3, 4), ones(1).float()]),
+        "siglip_loss": (ops.siglip_loss, [ones(3, 4), ones(3, 4), ones(1), ones(1)]),
         "attention": (ops.attention, qkv),
         "attention packed": (packed, [*rows, ones(4, 2, 16), ints(0, 1, 4), ints(0, 1, 4)]),
         "attention_decode": (ops.attention_decode, [*qkv, ints(3, 4)]),
@@ -68,12 +70,29 @@ def valid_arguments(dtype: torch.dtype, device: str) -> dict[str, tuple[Callable
         ),
         "vision_rope": (ops.vision_rope, [*rows, ints(*range(8)).view(2, 4)]),
         "rope_from_tables": (ops.rope_from_tables, [*rows, ones(4, 16), ones(4, 16)]),
+        "vision_rope_qkv": (ops.vision_rope_qkv, [ones(4, 3, 2, 16), ints(*range(8)).view(2, 4)]),
+        "qk_norm_rope": (ops.qk_norm_rope, [*rows, ones(16), ones(16), ints(0, 1, 2, 3)]),
+        "qk_norm_rope_from_tables": (
+            ops.qk_norm_rope_from_tables,
+            [*rows, ones(16), ones(16), ones(4, 16), ones(4, 16)],
+        ),
+        "quick_gelu": (ops.quick_gelu, [ones(3, 16)]),
+        "gelu": (ops.gelu, [ones(3, 16)]),
+        "swiglu": (ops.swiglu, [ones(3, 16), ones(3, 16)]),
+        "swiglu fused": (ops.swiglu, [ones(3, 16)]),
+        "geglu": (ops.geglu, [ones(3, 16), ones(3, 16)]),
         "rms_norm": (ops.rms_norm, [ones(3, 16), ones(16)]),
         "rms_norm residual": (
             lambda x, weight, residual: ops.rms_norm(x, weight, residual=residual),
             [ones(3, 16), ones(16), ones(3, 16)],
         ),
         "layer_norm": (ops.layer_norm, [ones(3, 16), ones(16), ones(16)]),
+        "qformer_attention": (
+            lambda q, x, weight_k, weight_v, bias_v, key_lengths: ops.qformer_attention(
+                *(q, x, weight_k, weight_v, None, bias_v), key_lengths=key_lengths, form="absorbed"
+            ),
+            [ones(2, 3, 2, 8), ones(2, 4, 16), *[ones(16, 16)] * 2, ones(16), ints(4, 3)],
+        ),
         "patch_embed rows": (ops.patch_embed, [ones(4, 16), ones(8, 16), ones(8), ones(4, 8)]),
         "patch_embed_pixels": (
             lambda images, weight, bias, pos_embed: ops.patch_embed_pixels(
@@ -82,6 +101,7 @@ def valid_arguments(dtype: torch.dtype, device: str) -> dict[str, tuple[Callable
             [ones(2, 1, 8, 8), ones(8, 1, 4, 4), ones(8), ones(4, 8)],
         ),
         "patch_embed": (ops.patch_embed, [ones(2, 1, 8, 8), ones(8, 1, 4, 4), ones(8), ones(4, 8)]),
+        "vq_lookup": (ops.vq_lookup, [ones(4, 16), ones(8, 16)]),
     }
 
 

@@ -268,6 +268,103 @@ def test_bad_inplace(backend: Backend) -> None:
         assert torch.equal(got, value)
 
 
+def test_inplace_partial_overlap(backend: Backend) -> None:
+    """Any byte that q and k share is found; what lies between each other's heads is none."""
+    ids = positions(4, backend=backend)
+    flat = torch.randn(4 * 8 * 16 + 64, device=backend.device)
+    a = flat[: 4 * 8 * 16].view(4, 8, 16)
+    shifted = flat[8 : 8 + 4 * 8 * 16].view(4, 8, 16)
+    shared = [
+        (a[:, :4], a[:, 3:]),  # one head in both
+        (a[:, :4], shifted[:, 3:6]),  # half a head
+        (a[:, :4], shifted[:, 7:]),  # the next token's first
+        (a[:3], a[1:]),  # whole tokens
+        (a[:, :2], flat.as_strided((4, 1, 16), (96, 16, 1), 64)),  # other strides
+    ]
+    for q, k in shared:
+        with pytest.raises(ValueError, match="q and k must not share their memory"):
+            ops.rope(q, k, ids[: q.shape[0]], inplace=True)
+    apart = [
+        (a[:, ::2], a[:, 1::2]),
+        (a[:2], a[2:]),
+        (a[::2], a[1::2]),
+        (a.view(2, 2, 8, 16)[:, :, :5], a.view(2, 2, 8, 16)[:, :, 5:]),
+        (a[:, :2], flat.as_strided((4, 1, 16), (128, 16, 1), 40)),
+    ]
+    for q, k in apart:
+        row = positions(*q.shape[:-2], backend=backend)
+        expected = ops.rope(q, k, row)
+        for got, value in zip(ops.rope(q, k, row, inplace=True), expected, strict=True):
+            assert torch.equal(got, value)
+
+
+def fused(*tokens: int, head_dim: int, backend: Backend, dtype: torch.dtype) -> Tensor:
+    """(..., 3, 2, head_dim), every second head of a tensor that holds NaN elsewhere."""
+    wide = torch.full((*tokens, 3, 4, head_dim), torch.nan, device=backend.device)
+    wide[..., ::2, :] = torch.randn(*tokens, 3, 2, head_dim, device=backend.device)
+    return wide.to(dtype)[..., ::2, :]
+
+
+@pytest.mark.parametrize("tokens", [(5,), (2, 3), (1,), (0,)])
+@pytest.mark.parametrize("head_dim", [8, 72, 80])
+def test_qkv(backend: Backend, tokens: tuple[int, ...], head_dim: int) -> None:
+    """The same bits as of slices of qkv, forward and backward; v is not copied."""
+    ids = positions(2, *tokens, backend=backend)
+    for dtype in backend.dtypes:
+        qkv = fused(*tokens, head_dim=head_dim, backend=backend, dtype=dtype).requires_grad_()
+        q, k, v = qkv.unbind(-3)
+        expected = (*ops.vision_rope(q, k, ids), v)
+        got = ops.vision_rope_qkv(qkv, ids)
+        grads = [torch.randn(x.shape, device=x.device).to(dtype) for x in got]
+        pairs = [*zip(got, expected, strict=True)]
+        pairs.append(
+            tuple(torch.autograd.grad(x, qkv, grads)[0] for x in (got, expected))  # type: ignore[arg-type]
+        )
+        for a, b in pairs:
+            assert torch.equal(a, b)
+        if qkv.numel():
+            assert got[2].data_ptr() == qkv[..., 2, :, :].data_ptr()
+        if head_dim == 80:  # one part of the result is not used
+            (dqkv,) = torch.autograd.grad(ops.vision_rope_qkv(qkv, ids)[1].sum(), qkv)
+            assert not dqkv[..., ::2, :, :].any()
+        inplace = qkv.detach()
+        with torch.no_grad():
+            rotated = ops.vision_rope_qkv(inplace, ids, inplace=True)
+        assert all(torch.equal(a, b) for a, b in zip(rotated, expected, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(inplace.unbind(-3), expected, strict=True))
+
+
+def test_qkv_dispatcher(backend: Backend) -> None:
+    qkv = fused(4, head_dim=16, backend=backend, dtype=torch.float32).requires_grad_()
+    ids = positions(2, 4, backend=backend)
+
+    def run(qkv: Tensor) -> Tensor:
+        q, k, v = ops.vision_rope_qkv(qkv * 2, ids)
+        return (q * k.cos() * v).sum()
+
+    losses = torch.compile(run, fullgraph=True, backend="aot_eager")(qkv), run(qkv)
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, qkv)[0] for loss in losses))
+    options = (ids, 1e4, 16, [4, 4], "axial")
+    registered = torch.ops.vlmkernels
+    torch.library.opcheck(registered.rope_qkv.default, (qkv, *options))
+    q, k, v = qkv.detach().unbind(-3)
+    torch.library.opcheck(registered.rope_qkv_backward.default, (q, k, v, *options))
+    torch.library.opcheck(registered.rope_qkv_.default, (qkv.detach().clone(), *options))
+    small = torch.randn(2, 3, 1, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: ops.vision_rope_qkv(x, ids.cpu()[:, :2]), small)
+    with pytest.raises(ValueError, match=r"qkv must have shape \(num_tokens, 3, .* got \(4, 2, 2"):
+        ops.vision_rope_qkv(qkv[:, :2], ids)
+    with pytest.raises(ValueError, match="inplace=True has no gradient"):
+        ops.vision_rope_qkv(qkv, ids, inplace=True)
+    with pytest.raises(ValueError, match="qkv must not overlap itself"):
+        ops.vision_rope_qkv(qkv.detach()[:1].expand(4, 3, 2, 16), ids, inplace=True)
+    with pytest.raises(ValueError, match=r"position_ids must have shape \(2, 4\) .* got \(2, 3\)"):
+        ops.vision_rope_qkv(qkv, ids[:, :3])
+    with pytest.raises(TypeError, match=r"qkv must be float64, .* got int32"):
+        ops.vision_rope_qkv(qkv.int(), ids)
+
+
 def test_fake_tensors_stay_out_of_the_cache(backend: Backend) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -2,38 +2,87 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from vlmkernels.models import clip, llava, qwen2_5_vl, qwen2_vl, vit
 from vlmkernels.models.checkpoint import CONFIG, read_json
-from vlmkernels.models.qwen2_vl import Qwen2VL, Qwen2VLProcessor
 
-# config.json's model_type -> (model, processor). A new model joins here.
-MODELS = {"qwen2_vl": (Qwen2VL, Qwen2VLProcessor)}
+
+@dataclass(frozen=True)
+class Entry:
+    """A model of this package. `does`: what goes in and what comes out; `status`: for whom."""
+
+    title: str
+    model: type[Any]
+    processor: type[Any]
+    sizes: tuple[str, ...]
+    does: str
+    paper: str
+    status: str = "complete"
+
+
+# config.json's model_type -> model. A new model joins here.
+MODELS: dict[str, Entry] = {
+    "vit": Entry(
+        "ViT",
+        *(vit.ViT, vit.ViTProcessor, tuple(vit.config.PRESETS)),
+        does="image -> class",
+        paper="arXiv 2010.11929",
+    ),
+    "clip": Entry(
+        "CLIP",
+        *(clip.Clip, clip.ClipProcessor, tuple(clip.config.PRESETS)),
+        does="image, text -> similarity",
+        paper="arXiv 2103.00020",
+    ),
+    "llava": Entry(
+        "LLaVA-1.5",
+        *(llava.Llava, llava.LlavaProcessor, tuple(llava.config.PRESETS)),
+        does="images, text -> text",
+        paper="arXiv 2310.03744",
+    ),
+    "qwen2_vl": Entry(
+        "Qwen2-VL",
+        *(qwen2_vl.Qwen2VL, qwen2_vl.Qwen2VLProcessor, tuple(qwen2_vl.config.PRESETS)),
+        does="images, videos, text -> text",
+        paper="arXiv 2409.12191",
+    ),
+    "qwen2_5_vl": Entry(
+        "Qwen2.5-VL",
+        *(qwen2_5_vl.Qwen25VL, qwen2_5_vl.Qwen25VLProcessor, tuple(qwen2_5_vl.config.PRESETS)),
+        does="images, videos, text -> text",
+        paper="arXiv 2502.13923",
+    ),
+}
 
 
 def load(
     path: str | Path,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-) -> Qwen2VL:
-    """The model of a published checkpoint directory, in eval mode.
+) -> Any:
+    """The model of a published checkpoint directory, in eval mode; its class is in MODELS.
 
     `dtype` None keeps what the files have; `device` None is the CPU. Raises ValueError when the
     directory holds no model that this package knows, or weights that do not fit its config.
     """
-    return _entry(path)[0].from_pretrained(path, dtype=dtype, device=device)
+    return _entry(path).model.from_pretrained(path, dtype=dtype, device=device)
 
 
-def load_processor(path: str | Path) -> Qwen2VLProcessor:
+def load_processor(path: str | Path) -> Any:
     """The processor of a checkpoint directory: tokenizer, chat template, image settings."""
-    return _entry(path)[1].from_pretrained(path)
+    return _entry(path).processor.from_pretrained(path)
 
 
-def _entry(path: str | Path) -> tuple[type[Qwen2VL], type[Qwen2VLProcessor]]:
+def _entry(path: str | Path) -> Entry:
     if not Path(path).is_dir():
         raise ValueError(f"model: expected a checkpoint directory, found none at {path}")
+    if clip.open_clip.is_directory(path):
+        return MODELS["clip"]
     model_type = read_json(Path(path) / CONFIG).get("model_type")
     if model_type not in MODELS:
         raise ValueError(f"{path}: expected model_type in {sorted(MODELS)}, got {model_type!r}")

@@ -67,33 +67,69 @@ def write_text(path: Path, text: str) -> None:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A model's tensor that is stored as one of `parts` equal parts of another, or transposed."""
+
+    name: str
+    part: int = 0
+    parts: int = 1
+    transposed: bool = False
+
+
+# A stored name -> the model's, several where it is stored in one; "" where it is no weight.
+Rename = Callable[[str], str | list[Piece]]
+
+
+@dataclass(frozen=True)
 class Stored:
-    """A tensor as a file's header describes it."""
+    """A model's tensor as a file's header describes it."""
 
     file: Path
-    name: str
+    name: str  # in the file
     shape: tuple[int, ...]
     dtype: str  # as in the header: "BF16"
+    piece: Piece
+
+    def read(self, shard: Any) -> Tensor:
+        if self.piece.parts == 1:
+            tensor: Tensor = shard.get_tensor(self.name)
+        else:
+            first = self.piece.part * self.shape[0]
+            tensor = shard.get_slice(self.name)[first : first + self.shape[0]]
+        return tensor.T if self.piece.transposed else tensor
 
 
-def read_headers(path: Path, rename: Callable[[str], str]) -> dict[str, Stored]:
+def read_headers(path: Path, rename: Rename, weights: str = WEIGHTS) -> dict[str, Stored]:
     """What the safetensors of a checkpoint directory hold, by the model's names."""
     if (path / INDEX).is_file():
         key = f"{path / INDEX}: weight_map"
         weight_map = expect(key, read_json(path / INDEX).get("weight_map"), FILE_NAMES)
         files = [path / name for name in sorted(set(weight_map.values()))]
     else:
-        files = [path / WEIGHTS]
+        files = [path / weights]
     stored: dict[str, Stored] = {}
     for file in files:
         with _open(file) as shard:
             for name in shard.keys():  # noqa: SIM118  (not a mapping)
-                ours = rename(name)
-                if ours in stored:
-                    raise ValueError(f"{file}: {name} is also in {stored[ours].file}")
-                header = shard.get_slice(name)
-                stored[ours] = Stored(file, name, tuple(header.get_shape()), header.get_dtype())
+                for piece in _pieces(rename(name)):
+                    if piece.name in stored:
+                        raise ValueError(f"{file}: {name} is also in {stored[piece.name].file}")
+                    header = shard.get_slice(name)
+                    shape = _shape(header.get_shape(), piece)
+                    stored[piece.name] = Stored(file, name, shape, header.get_dtype(), piece)
     return stored
+
+
+def _pieces(names: str | list[Piece]) -> list[Piece]:
+    if isinstance(names, str):
+        return [Piece(names)] if names else []
+    return names
+
+
+def _shape(stored: list[int], piece: Piece) -> tuple[int, ...]:
+    if piece.transposed:
+        stored = stored[::-1]
+    return (stored[0] // piece.parts, *stored[1:]) if piece.parts > 1 else tuple(stored)
 
 
 @contextlib.contextmanager
@@ -112,7 +148,8 @@ def load_weights(
     model: nn.Module,
     path: str | Path,
     *,
-    rename: Callable[[str], str] = lambda name: name,
+    rename: Rename = lambda name: name,
+    weights: str = WEIGHTS,
     tied: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -120,7 +157,8 @@ def load_weights(
     """Fill every parameter and buffer of `model` (usually on the meta device) from `path`.
 
     Args:
-        rename: a stored name -> the model's name.
+        rename: a stored name -> the model's name; see `Rename`.
+        weights: the file's name where there is no index of shards.
         tied: names that files may hold besides the model's, each with the model's name for the
             same tensor; the two must be equal.
         dtype: None keeps what the file has; only floating-point tensors are converted.
@@ -133,7 +171,7 @@ def load_weights(
     """
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype: expected one of {[*DTYPES.values()]}, got {dtype}")
-    stored = read_headers(Path(path), rename)
+    stored = read_headers(Path(path), rename, weights)
     aliases = {a: source for a, source in (tied or {}).items() if a in stored}
     for alias, source in aliases.items():
         _check_tied(alias, source, stored)
@@ -145,10 +183,11 @@ def load_weights(
     for file, names in by_file.items():
         with _open(file) as shard:
             for name in names:
-                tensor = shard.get_tensor(stored[name].name)
-                to = dtype if tensor.is_floating_point() else None
+                tensor = stored[name].read(shard)
+                to = dtype if tensor.is_floating_point() and dtype else tensor.dtype
                 # A copy: the file behind the tensor may go away while the model lives.
-                _assign(model, name, tensor.to(device or "cpu", to or tensor.dtype, copy=True))
+                copy = torch.empty(tensor.shape, dtype=to, device=device or "cpu").copy_(tensor)
+                _assign(model, name, copy)
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -205,6 +244,7 @@ def save_checkpoint(
     state: Mapping[str, Tensor],
     configs: Mapping[str, Json],
     *,
+    weights: str = WEIGHTS,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write tensors and JSON files (name -> content) as a checkpoint directory.
@@ -218,7 +258,7 @@ def save_checkpoint(
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        _write_shards(staging, state, max_shard_bytes)
+        _write_shards(staging, state, max_shard_bytes, weights)
         for name, content in configs.items():
             write_json(staging / name, content)
         staging.chmod(0o755)
@@ -243,7 +283,9 @@ def _replace_files(path: Path, staging: Path) -> None:
         os.replace(staging / name, path / name)
 
 
-def _write_shards(directory: Path, state: Mapping[str, Tensor], max_shard_bytes: int) -> None:
+def _write_shards(
+    directory: Path, state: Mapping[str, Tensor], max_shard_bytes: int, weights: str
+) -> None:
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in state.items():
@@ -254,7 +296,7 @@ def _write_shards(directory: Path, state: Mapping[str, Tensor], max_shard_bytes:
         size += tensor.nbytes
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards, start=1):
-        file = WEIGHTS if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        file = weights if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: state[name].detach().contiguous() for name in names}
         save_file(tensors, directory / file, metadata={"format": "pt"})
         (directory / file).chmod(0o644)  # safetensors leaves it for the owner alone

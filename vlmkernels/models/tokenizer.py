@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import tokenizers
+import torch
+from torch import Tensor
 
 from vlmkernels.models.checkpoint import Json, read_json, write_json, write_text
 from vlmkernels.models.fields import TEXT, expect
@@ -60,9 +62,29 @@ class Tokenizer:
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; special tokens written in it count as such, none are added."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of `text`; special tokens written in it count as such.
+
+        add_special_tokens: put those around it that tokenizer.json says (CLIP's start and end,
+        LLaMA's start).
+        """
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def pad(self, rows: Sequence[list[int]], padding_side: str | None = None) -> dict[str, Tensor]:
+        """input_ids and attention_mask (num_rows, longest) int64; the tokenizer's side."""
+        side = padding_side or self.padding_side
+        if side not in ("left", "right"):
+            raise ValueError(f"padding_side: expected 'left' or 'right', got {side!r}")
+        seqlen = max(len(row) for row in rows)
+        if self.pad_token_id is None and any(len(row) < seqlen for row in rows):
+            raise ValueError("tokenizer: expected a pad_token for texts of different length")
+        input_ids = torch.full((len(rows), seqlen), self.pad_token_id or 0)
+        attention_mask = torch.zeros_like(input_ids)
+        for i, row in enumerate(rows):
+            place = slice(seqlen - len(row), None) if side == "left" else slice(0, len(row))
+            input_ids[i, place] = torch.tensor(row, dtype=torch.int64)
+            attention_mask[i, place] = 1
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -161,13 +183,25 @@ def _read_template(path: Path) -> str | None:
 
 def _render(template: str, **variables: Any) -> str:
     """Sandboxed: a template comes with the checkpoint and may not reach into Python."""
+    from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def raise_exception(message: str) -> NoReturn:
         raise ValueError(message)
 
+    class Generation(Extension):
+        """{% generation %}...{% endgeneration %} marks what a model says: it stays as it is."""
+
+        tags = {"generation"}  # noqa: RUF012  (jinja2's own way)
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
     env = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", Generation],
     )
     # As in transformers: readable JSON, not HTML-escaped.
     env.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)

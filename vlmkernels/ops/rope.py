@@ -4,17 +4,14 @@ All variants rotate pair i, the elements i and i + rotary_dim/2 of a head ("rota
 differ only in where the angle of a pair comes from: `angle = position[axis[i]] * inv_freq[i]`.
 """
 
-import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from vlmkernels import _core
-from vlmkernels.ops import _library
+from vlmkernels.ops import _library, _rotation
 
 
 @_library.public
@@ -51,7 +48,7 @@ def rope(
 
     RoFormer (arXiv 2104.09864), in the layout of transformers' `apply_rotary_pos_emb`.
     """
-    head_dim = _head_dim(q)
+    head_dim = _rotation.head_dim(q)
     rotary_dim = head_dim if rotary_dim is None else rotary_dim
     return _rotate(q, k, position_ids, theta, rotary_dim, [rotary_dim // 2], "sections", inplace)
 
@@ -78,11 +75,10 @@ def mrope(
         position_ids: int32 or int64 (3, num_tokens), or (3, batch, seqlen), or (3, 1, seqlen).
         q, k, theta, rotary_dim, inplace: as in `rope`, which also says what is returned and raised.
     """
-    head_dim = _head_dim(q)
+    head_dim = _rotation.head_dim(q)
     rotary_dim = head_dim if rotary_dim is None else rotary_dim
     layout, sections = "interleaved" if interleaved else "sections", list(sections)
-    if len(sections) != 3 or not all(isinstance(count, int) for count in sections):
-        raise ValueError(f"mrope: sections must be three ints (t, h, w), got {sections}")
+    _rotation.check_sections("mrope", sections)
     return _rotate(q, k, position_ids, theta, rotary_dim, sections, layout, inplace)
 
 
@@ -99,7 +95,7 @@ def vision_rope(
 
     Equal to transformers' `Qwen2VLVisionRotaryEmbedding` + `apply_rotary_pos_emb_vision`.
     """
-    head_dim = _head_dim(q)
+    head_dim = _rotation.head_dim(q)
     sections = [head_dim // 4, head_dim // 4]
     return _rotate(q, k, position_ids, theta, head_dim, sections, "axial", inplace)
 
@@ -123,7 +119,7 @@ def rope_from_tables(
         rotary_dim: None: head_dim. A partial rotary embedding must give it.
         q, k, inplace: as in `rope`, which also says what is returned and raised.
     """
-    head_dim = _head_dim(q)
+    head_dim = _rotation.head_dim(q)
     rotary_dim = head_dim if rotary_dim is None else rotary_dim
     if inplace:
         _check_no_gradient(q, k)
@@ -132,13 +128,34 @@ def rope_from_tables(
     return _rope_from_tables(q, k, cos, sin, rotary_dim, False)  # type: ignore[no-any-return]
 
 
-def _head_dim(q: Tensor) -> int:
-    if not isinstance(q, Tensor):
-        raise TypeError(f"rope: q must be a torch.Tensor, got {type(q).__name__}")
-    if q.ndim < 3:
-        shape = "(num_tokens, num_heads, head_dim) or (batch, seqlen, num_heads, head_dim)"
-        raise ValueError(f"rope: q must have shape {shape}, got {tuple(q.shape)}")
-    return q.shape[-1]
+@_library.public
+def vision_rope_qkv(
+    qkv: Tensor, position_ids: Tensor, *, theta: float = 10000.0, inplace: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`vision_rope` of the q and k of a fused projection: q, k, v = rotated, rotated, as they are.
+
+    The gradient of qkv is written as one tensor, where slices of qkv would be rotated, stacked and
+    copied.
+
+    Args:
+        qkv: (num_tokens, 3, num_heads, head_dim) or (batch, seqlen, 3, num_heads, head_dim),
+            head_dim contiguous, other strides free.
+        inplace: rotate within qkv, which must not overlap itself; has no gradient.
+        position_ids, theta: as in `vision_rope`, which also says what is raised.
+
+    Returns:
+        q, k, v: (..., num_heads, head_dim). v is a view of qkv (a copy under torch.compile), q and
+        k are new contiguous tensors or, inplace, views of qkv as well.
+    """
+    if not isinstance(qkv, Tensor):
+        raise TypeError(f"rope_qkv: qkv must be a torch.Tensor, got {type(qkv).__name__}")
+    head_dim = qkv.shape[-1]
+    options = (theta, head_dim, [head_dim // 4, head_dim // 4], "axial")
+    if not inplace:
+        return _rope_qkv(qkv, position_ids, *options)  # type: ignore[no-any-return]
+    _check_no_gradient(qkv)
+    _rope_qkv_(qkv, position_ids, *options)
+    return qkv.unbind(-3)  # type: ignore[return-value]
 
 
 def _rotate(
@@ -158,75 +175,12 @@ def _rotate(
     return _rope(q, k, position_ids, theta, rotary_dim, sections, layout, False)  # type: ignore[no-any-return]
 
 
-def _check_no_gradient(q: Tensor, k: Tensor) -> None:
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (q, k)):
+def _check_no_gradient(*inputs: Tensor) -> None:
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
         raise ValueError(
             "rope: inplace=True has no gradient, expected q and k that do not require one "
             "(or torch.no_grad()), got requires_grad=True"
         )
-
-
-@functools.lru_cache(maxsize=64)
-def _frequencies(
-    theta: float, rotary_dim: int, sections: tuple[int, ...], layout: str
-) -> tuple[list[float], list[int]]:
-    """inv_freq, a float32 value, and axis of each of the rotary_dim/2 pairs.
-
-    inv_freq is computed by the very expression of transformers: at position 10^6 one last bit of it
-    is an angle of 0.06. No tensors: one made under a FakeTensorMode would stay in the cache.
-    """
-    pairs = rotary_dim // 2
-    if not (math.isfinite(theta) and theta > 0):
-        raise ValueError(f"rope: theta must be finite and above 0, got {theta}")
-    if rotary_dim < 2 or rotary_dim % 2 or rotary_dim > 256:
-        raise ValueError(f"rope: rotary_dim must be even and in 2..256, got {rotary_dim}")
-    if len(sections) not in ((3,) if layout == "interleaved" else (1, 2, 3)):
-        raise ValueError(f"rope: sections must be of three axes at most, got {list(sections)}")
-    if sum(sections) != pairs or min(sections) < 0:
-        need = f"must be non-negative and sum to rotary_dim/2 = {pairs}"
-        raise ValueError(f"rope: sections {need}, got {list(sections)}")
-    axes = [axis for axis, count in enumerate(sections) for _ in range(count)]
-    if layout == "interleaved":
-        axes = [i % 3 if i < 3 * (0, *sections[1:])[i % 3] else 0 for i in range(pairs)]
-        if [axes.count(axis) for axis in range(3)] != list(sections):
-            raise ValueError(f"rope: sections {list(sections)} cannot be interleaved")
-    dim = rotary_dim // 2 if layout == "axial" else rotary_dim
-    with _disable_current_modes():
-        powers = theta ** (torch.arange(0, dim, 2, device="cpu").float() / dim)
-        inv_freq = (1.0 / powers).tolist()
-    return inv_freq * (len(sections) if layout == "axial" else 1), axes
-
-
-@functools.lru_cache(maxsize=64)
-def _frequencies_of_core(
-    theta: float, rotary_dim: int, sections: tuple[int, ...], layout: str
-) -> tuple[Tensor, Tensor]:
-    """`_frequencies` as the core takes them: float32 and int64 tensors on the CPU."""
-    inv_freq, axis = _frequencies(theta, rotary_dim, sections, layout)
-    with _disable_current_modes(), torch.inference_mode(False):
-        return (
-            torch.tensor(inv_freq, dtype=torch.float32, device="cpu"),
-            torch.tensor(axis, dtype=torch.int64, device="cpu"),
-        )
-
-
-def _angles(
-    position_ids: Tensor, theta: float, rotary_dim: int, sections: Sequence[int], layout: str
-) -> Tensor:
-    """(..., rotary_dim/2) float32."""
-    inv_freq, axis = _frequencies(theta, rotary_dim, tuple(sections), layout)
-    positions = position_ids.unsqueeze(0) if len(sections) == 1 else position_ids
-    device = positions.device
-    by_pair = positions.float()[torch.tensor(axis, device=device)].movedim(0, -1)
-    return by_pair * torch.tensor(inv_freq, dtype=torch.float32, device=device)
-
-
-def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    compute = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = cos.to(compute).unsqueeze(-2), sin.to(compute).unsqueeze(-2)
-    pairs = cos.shape[-1]
-    a, b, rest = x.to(compute).split([pairs, pairs, x.shape[-1] - 2 * pairs], dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x.dtype)
 
 
 def reference(
@@ -239,10 +193,11 @@ def reference(
     layout: str,
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    angles = _angles(position_ids, theta, rotary_dim, sections, layout)
+    angles = _rotation.angles(position_ids, theta, rotary_dim, sections, layout)
     angles = angles.to(torch.promote_types(q.dtype, torch.float32))
     sin = -angles.sin() if inverse else angles.sin()
-    return _rotate_pairs(q, angles.cos(), sin), _rotate_pairs(k, angles.cos(), sin)
+    cos = angles.cos()
+    return _rotation.rotate_pairs(q, cos, sin), _rotation.rotate_pairs(k, cos, sin)
 
 
 def reference_from_tables(
@@ -250,11 +205,28 @@ def reference_from_tables(
 ) -> tuple[Tensor, Tensor]:
     cos, sin = cos[..., : rotary_dim // 2].detach(), sin[..., : rotary_dim // 2].detach()
     sin = -sin if inverse else sin
-    return _rotate_pairs(q, cos, sin), _rotate_pairs(k, cos, sin)
+    return _rotation.rotate_pairs(q, cos, sin), _rotation.rotate_pairs(k, cos, sin)
+
+
+def reference_qkv(
+    qkv: Tensor, position_ids: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = qkv.unbind(-3)
+    return *reference(q, k, position_ids, *(*options, False)), v.clone()
+
+
+def reference_qkv_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, position_ids: Tensor, *options: Any
+) -> Tensor:
+    return torch.stack([*reference(dq, dk, position_ids, *(*options, True)), dv], dim=-3)
 
 
 def _reference_(*args: Any) -> None:
     _copy_to(args[:2], reference(*(*args, False)))
+
+
+def _reference_qkv_(qkv: Tensor, *args: Any) -> None:
+    _copy_to(qkv.unbind(-3), reference_qkv(qkv, *args))
 
 
 def _reference_from_tables_(*args: Any) -> None:
@@ -268,7 +240,7 @@ def _copy_to(outputs: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 def _run(q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, *args: Any) -> bool:
     position_ids, theta, rotary_dim, sections, layout, inverse = args
-    inv_freq, axis = _frequencies_of_core(theta, rotary_dim, tuple(sections), layout)
+    inv_freq, axis = _rotation.frequencies_of_core(theta, rotary_dim, tuple(sections), layout)
     return _core.C.rope(  # type: ignore[no-any-return]
         q, k, position_ids, q_out, k_out, inv_freq, axis, len(sections), inverse
     )
@@ -282,12 +254,12 @@ def _run_from_tables(q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, *args: 
 
 
 def _kernel(q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    q_out, k_out = _empty(q), _empty(k)
+    q_out, k_out = _rotation.empty(q), _rotation.empty(k)
     return (q_out, k_out) if _run(q, k, q_out, k_out, *args) else reference(q, k, *args)
 
 
 def _kernel_from_tables(q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    q_out, k_out = _empty(q), _empty(k)
+    q_out, k_out = _rotation.empty(q), _rotation.empty(k)
     if _run_from_tables(q, k, q_out, k_out, *args):
         return q_out, k_out
     return reference_from_tables(q, k, *args)
@@ -307,15 +279,56 @@ def _kernel_from_tables_(q: Tensor, k: Tensor, *args: Any) -> None:
         _reference_from_tables_(q, k, *args)
 
 
-def _empty(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _of_core(options: tuple[Any, ...]) -> tuple[Tensor, Tensor, int]:
+    theta, rotary_dim, sections, layout = options
+    return *_rotation.frequencies_of_core(theta, rotary_dim, tuple(sections), layout), len(sections)
+
+
+def _kernel_qkv_viewing(
+    qkv: Tensor, position_ids: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (*qkv.shape[:-3], *qkv.shape[-2:])
+    q, k = qkv.new_empty(shape), qkv.new_empty(shape)
+    if _core.C.rope_qkv(qkv, position_ids, q, k, *_of_core(options)):
+        return q, k, qkv.select(-3, 2)
+    return reference_qkv(qkv, position_ids, *options)
+
+
+def _kernel_qkv(qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = _kernel_qkv_viewing(qkv, *args)
+    return q, k, v.clone(memory_format=torch.contiguous_format)
+
+
+def _kernel_qkv_(qkv: Tensor, position_ids: Tensor, *options: Any) -> None:
+    if _core.C.rope_qkv(qkv, position_ids, None, None, *_of_core(options)):
+        torch.autograd.graph.increment_version(qkv)
+    else:
+        _reference_qkv_(qkv, position_ids, *options)
+
+
+def _kernel_qkv_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, position_ids: Tensor, *options: Any
+) -> Tensor:
+    dqkv = _fake_qkv_backward(dq)
+    if _core.C.rope_qkv_backward(dq, dk, dv, dqkv, position_ids, *_of_core(options)):
+        return dqkv
+    return reference_qkv_backward(dq, dk, dv, position_ids, *options)
+
+
+def _fake_qkv(qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (*qkv.shape[:-3], *qkv.shape[-2:])
+    return qkv.new_empty(shape), qkv.new_empty(shape), qkv.new_empty(shape)
+
+
+def _fake_qkv_backward(dq: Tensor, *args: Any) -> Tensor:
+    return dq.new_empty((*dq.shape[:-2], 3, *dq.shape[-2:]))
 
 
 def _fake(q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return _empty(q), _empty(k)
+    return _rotation.empty(q), _rotation.empty(k)
 
 
-def _fake_(q: Tensor, k: Tensor, *args: Any) -> None:
+def _fake_(*args: Any) -> None:
     pass
 
 
@@ -326,8 +339,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
     *options, inverse = ctx.options
-    dq, dk = _rope(_heads(dq), _heads(dk), *ctx.saved_tensors, *options, not inverse)
+    grads = _rotation.heads(dq), _rotation.heads(dk)
+    dq, dk = _rope(*grads, *ctx.saved_tensors, *options, not inverse)
     return (dq, dk, *[None] * 6)
+
+
+def _setup_context_qkv(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.options = inputs[2:]
+
+
+def _backward_qkv(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _rotation.heads(dq), _rotation.heads(dk), _rotation.heads(dv)
+    return (_rope_qkv_backward(*grads, *ctx.saved_tensors, *ctx.options), *[None] * 5)
 
 
 def _setup_context_from_tables(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -337,13 +361,9 @@ def _setup_context_from_tables(ctx: Any, inputs: tuple[Any, ...], output: Any) -
 
 def _backward_from_tables(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
     rotary_dim, inverse = ctx.options
-    dq, dk = _rope_from_tables(_heads(dq), _heads(dk), *ctx.saved_tensors, rotary_dim, not inverse)
+    grads = _rotation.heads(dq), _rotation.heads(dk)
+    dq, dk = _rope_from_tables(*grads, *ctx.saved_tensors, rotary_dim, not inverse)
     return (dq, dk, *[None] * 4)
-
-
-def _heads(x: Tensor) -> Tensor:
-    """x with contiguous heads: the gradient of a sum has stride 0."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 _rope = _library.define(
@@ -376,4 +396,28 @@ _rope_from_tables_ = _library.define(
     kernel=_kernel_from_tables_,
     fake=_fake_,
     reference=_reference_from_tables_,
+)
+_rope_qkv = _library.define(
+    "rope_qkv(Tensor qkv, Tensor position_ids, float theta, int rotary_dim, int[] sections, "
+    "str layout) -> (Tensor q, Tensor k, Tensor v)",
+    kernel=_kernel_qkv,
+    eager=_kernel_qkv_viewing,
+    fake=_fake_qkv,
+    reference=reference_qkv,
+    setup_context=_setup_context_qkv,
+    backward=_backward_qkv,
+)
+_rope_qkv_ = _library.define(
+    "rope_qkv_(Tensor(a!) qkv, Tensor position_ids, float theta, int rotary_dim, int[] sections, "
+    "str layout) -> ()",
+    kernel=_kernel_qkv_,
+    fake=_fake_,
+    reference=_reference_qkv_,
+)
+_rope_qkv_backward = _library.define(
+    "rope_qkv_backward(Tensor dq, Tensor dk, Tensor dv, Tensor position_ids, float theta, "
+    "int rotary_dim, int[] sections, str layout) -> Tensor",
+    kernel=_kernel_qkv_backward,
+    fake=_fake_qkv_backward,
+    reference=reference_qkv_backward,
 )

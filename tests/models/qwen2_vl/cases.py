@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tests.models.common import picture
 from vlmkernels.models.qwen2_vl import Qwen2VL, Qwen2VLProcessor
 
 IMAGE, VIDEO = (
@@ -15,10 +16,6 @@ IMAGE, VIDEO = (
     "<|vision_start|><|video_pad|><|vision_end|>",
 )
 Inputs = dict[str, Any]
-
-
-def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def video(num_frames: int, height: int, width: int) -> np.ndarray:

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from tests.models.common import randomize
 from vlmkernels.models import load, load_processor
 from vlmkernels.models.qwen2_vl import Qwen2VL, Qwen2VLProcessor
 
@@ -95,16 +95,6 @@ def hf_config(backend: Tokenizer, **text: object) -> transformers.Qwen2VLConfig:
         vision_start_token_id=backend.token_to_id("<|vision_start|>"),
         vision_end_token_id=backend.token_to_id("<|vision_end|>"),
     )
-
-
-def randomize(model: torch.nn.Module) -> None:
-    """Weights large enough that a wrong sign, scale or forgotten bias shows in the logits."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(std=0.1)
-            if "norm" in name or "ln_q" in name:
-                parameter.add_(0.0 if name.endswith("bias") else 1.0)
 
 
 @pytest.fixture(scope="session")

@@ -9,22 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.models.common import run_command
 from tests.models.qwen2_vl import cases
-from vlmkernels import cli
 from vlmkernels.models import load, load_processor
-
-
-def run(
-    args: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["vlmkernels", *args])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 @pytest.fixture
@@ -46,7 +33,7 @@ def test_ask_streams_the_models_answer(
     image, frames = pictures / "a.png", pictures / "frames"
     args = ["ask", "--model", str(checkpoint_dir), "--image", str(image), "--image", str(image)]
     args += ["--video", str(frames), "--max-new-tokens", "6", "--device", "cpu", "What is it?"]
-    code, out, err = run(args, monkeypatch, capsys)
+    code, out, err = run_command(args, monkeypatch, capsys)
 
     processor = load_processor(checkpoint_dir)
     content = [{"type": "image", "image": image}] * 2 + [{"type": "video", "video": frames}]
@@ -91,7 +78,7 @@ def test_errors_are_one_line_and_exit_code_2(
 ) -> None:
     monkeypatch.chdir(pictures)
     options = [str(checkpoint_dir) if option == "MODEL" else option for option in options]
-    code, out, err = run(["ask", *options, "What is it?"], monkeypatch, capsys)
+    code, out, err = run_command(["ask", *options, "What is it?"], monkeypatch, capsys)
     assert (code, out) == (2, "")
     assert message in err.splitlines()[-1]
     assert "Traceback" not in err
@@ -106,7 +93,9 @@ def test_a_failing_run_is_exit_code_1(
         raise RuntimeError("CUDA out of memory.\nTried to allocate much")
 
     monkeypatch.setattr("vlmkernels.models.load", out_of_memory)
-    code, _, err = run(["ask", "--model", str(checkpoint_dir), "What?"], monkeypatch, capsys)
+    code, _, err = run_command(
+        ["ask", "--model", str(checkpoint_dir), "What?"], monkeypatch, capsys
+    )
     assert code == 1
     assert err == "vlmkernels: error: CUDA out of memory. Tried to allocate much\n"
 
@@ -117,7 +106,9 @@ def test_a_missing_package_is_one_line_and_exit_code_1(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(sys.modules, "vlmkernels.models.generation", None)
-    code, out, err = run(["ask", "--model", str(checkpoint_dir), "What?"], monkeypatch, capsys)
+    code, out, err = run_command(
+        ["ask", "--model", str(checkpoint_dir), "What?"], monkeypatch, capsys
+    )
     assert (code, out) == (1, "")
     assert err.startswith("vlmkernels: error: import of vlmkernels.models.generation halted")
     assert err.count("\n") == 1

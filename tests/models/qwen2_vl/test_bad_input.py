@@ -80,7 +80,7 @@ MODEL_INPUTS: list[tuple[str, Callable[[Inputs], Inputs], type[Exception], str]]
             k: v[:, :6] if "grid" not in k and k != "pixel_values" else v for k, v in x.items()
         },
         ValueError,
-        r"expected 8 image tokens \(the merged patches\), got",
+        r"expected 8 image tokens \(one a feature\), got",
     ),
     (
         "mask shape",
@@ -105,6 +105,12 @@ MODEL_INPUTS: list[tuple[str, Callable[[Inputs], Inputs], type[Exception], str]]
         lambda x: x | {"labels": x["input_ids"], "logits_to_keep": 1},
         ValueError,
         "logits_to_keep: expected 0 with labels",
+    ),
+    (
+        "seconds",
+        lambda x: x | {"second_per_grid_ts": torch.ones(1)},
+        ValueError,
+        "second_per_grid_ts: expected None, Qwen2-VL counts steps",
     ),
     (
         "unknown",

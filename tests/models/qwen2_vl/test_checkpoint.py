@@ -17,16 +17,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from tests.models.common import randomize, state_of
 from tests.models.qwen2_vl import cases
-from tests.models.qwen2_vl.conftest import hf_config, randomize, write_tokenizer
+from tests.models.qwen2_vl.conftest import hf_config, write_tokenizer
 from vlmkernels.models import checkpoint, load, load_processor
 from vlmkernels.models.qwen2_vl import Qwen2VL, Qwen2VLProcessor
 
 HfModel = transformers.Qwen2VLForConditionalGeneration
-
-
-def state_of(path: Path) -> dict[str, torch.Tensor]:
-    return {k: v for file in path.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
 def config_of(path: Path) -> dict[str, Any]:
@@ -291,5 +288,5 @@ def test_missing_files_are_named(broken: Path, model: Qwen2VL, tmp_path: Path) -
 def test_another_model_is_refused_by_name(model_type: str | None, broken: Path) -> None:
     (broken / "config.json").write_text(json.dumps({"model_type": model_type}))
     for read in (load, load_processor):
-        with pytest.raises(ValueError, match=r"expected model_type in \['qwen2_vl'\], got"):
+        with pytest.raises(ValueError, match=r"expected model_type in .*'qwen2_vl'.*, got"):
             read(broken)

@@ -197,7 +197,7 @@ def test_generation_wants_one_document_in_a_row(
 ) -> None:
     inputs = cases.make("text", processor)
     position_ids = torch.zeros(4, *inputs["input_ids"].shape, dtype=torch.int64)
-    with pytest.raises(ValueError, match="position_ids: expected 3 rows"):
+    with pytest.raises(ValueError, match="position_ids: expected no documents"):
         model.generate(**inputs, position_ids=position_ids)
 
 

@@ -2,7 +2,7 @@
 
 from .config import Qwen2VLConfig, Qwen2VLVisionConfig
 from .language import Qwen2VLLanguage
-from .model import Qwen2VL, Qwen2VLOutput
+from .model import Qwen2VL
 from .positions import mrope_position_ids
 from .processor import Qwen2VLProcessor
 from .projector import PatchMerger
@@ -13,7 +13,6 @@ __all__ = [
     "Qwen2VL",
     "Qwen2VLConfig",
     "Qwen2VLLanguage",
-    "Qwen2VLOutput",
     "Qwen2VLProcessor",
     "Qwen2VLVision",
     "Qwen2VLVisionConfig",

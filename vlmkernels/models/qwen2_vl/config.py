@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from vlmkernels.models.fields import (
     FLAG,
@@ -51,8 +51,65 @@ PRESETS: dict[str, Json] = {
 }
 
 
+class VisionFields:
+    """Reading and writing `vision_config`; `out_field` names the width of what leaves the tower."""
+
+    out_field: ClassVar[str]
+    in_channels: int
+    temporal_patch_size: int
+    patch_size: int
+    spatial_merge_size: int
+    num_heads: int
+    rope_theta: float
+
+    @property
+    def embed_dim(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def out_dim(self) -> int:
+        """Width of the merged rows: hidden_size of the language model."""
+        return int(getattr(self, self.out_field))
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one patch row: channels x frames x patch_size x patch_size."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    def check(self) -> None:
+        _check_divides("vision embed_dim", self.embed_dim, "num_heads", self.num_heads)
+        if self.head_dim % 4:
+            raise ValueError(f"vision head_dim: expected a multiple of 4, got {self.head_dim}")
+
+    @classmethod
+    def from_dict(cls, raw: Json, out_dim: int) -> Self:
+        """Known fields of a `vision_config`, under the two older names of some of them as well."""
+        known = {k: raw[k] for k in _names(cls) if raw.get(k) is not None}
+        for old, new in (("in_chans", "in_channels"), ("spatial_patch_size", "patch_size")):
+            if raw.get(old) is not None:
+                known.setdefault(new, raw[old])
+        rope = _object(raw, "rope_parameters")
+        known.update({k: v for k, v in rope.items() if k == "rope_theta"})
+        return cls(**{cls.out_field: out_dim, **known})
+
+    def to_dict(self, raw: Json) -> Json:
+        out = raw | {name: getattr(self, name) for name in _names(type(self))}
+        theta = out.pop("rope_theta")
+        if "rope_parameters" in out:
+            out["rope_parameters"] = (out["rope_parameters"] or {}) | {"rope_theta": theta}
+        # The two older names, where the file has them or is new: some readers look at no other.
+        for old, new in (("in_chans", self.in_channels), ("spatial_patch_size", self.patch_size)):
+            if old in raw or not raw:
+                out[old] = new
+        return out
+
+
 @dataclass
-class Qwen2VLVisionConfig:
+class Qwen2VLVisionConfig(VisionFields):
     """The vision tower: `depth` blocks of width `embed_dim`, merged to rows of `hidden_size`."""
 
     depth: int = 32
@@ -67,20 +124,12 @@ class Qwen2VLVisionConfig:
     spatial_merge_size: int = 2
     rope_theta: float = 10000.0
 
+    out_field = "hidden_size"
+    tokens_per_second: ClassVar[int | None] = None  # time is counted in steps of a video
+
     def __post_init__(self) -> None:
         expect_fields(self, "vision_config.")
-        _check_divides("vision embed_dim", self.embed_dim, "num_heads", self.num_heads)
-        if self.head_dim % 4:
-            raise ValueError(f"vision head_dim: expected a multiple of 4, got {self.head_dim}")
-
-    @property
-    def head_dim(self) -> int:
-        return self.embed_dim // self.num_heads
-
-    @property
-    def patch_dim(self) -> int:
-        """Numbers in one patch row: channels x frames x patch_size x patch_size."""
-        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+        self.check()
 
 
 @dataclass
@@ -115,6 +164,11 @@ class Qwen2VLConfig:
     vision: Qwen2VLVisionConfig = field(default_factory=Qwen2VLVisionConfig)
     raw: Json = field(default_factory=dict, repr=False, compare=False)
 
+    model_type: ClassVar[str] = "qwen2_vl"
+    architecture: ClassVar[str] = "Qwen2VLForConditionalGeneration"
+    presets: ClassVar[dict[str, Json]] = PRESETS
+    vision_class: ClassVar[Any] = Qwen2VLVisionConfig
+
     def __post_init__(self) -> None:
         token_ids = {name: INDEX for name in _OUTER if name.endswith("_token_id")}
         expect_fields(
@@ -132,10 +186,10 @@ class Qwen2VLConfig:
                 f"mrope_section: expected three numbers of sum {self.head_dim // 2}, "
                 f"got {list(self.mrope_section)}"
             )
-        if self.vision.hidden_size != self.hidden_size:
+        if self.vision.out_dim != self.hidden_size:
             raise ValueError(
-                f"vision_config.hidden_size: expected hidden_size = {self.hidden_size}, "
-                f"got {self.vision.hidden_size}"
+                f"vision_config.{self.vision.out_field}: expected hidden_size = "
+                f"{self.hidden_size}, got {self.vision.out_dim}"
             )
 
     @property
@@ -151,15 +205,16 @@ class Qwen2VLConfig:
         return self.hidden_size // self.num_attention_heads
 
     @classmethod
-    def preset(cls, name: str) -> Qwen2VLConfig:
-        """A published size: "2B", "7B" or "72B"."""
-        if name not in PRESETS:
-            raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {name!r}")
-        fields = PRESETS[name]
-        return cls(**fields, vision=Qwen2VLVisionConfig(hidden_size=fields["hidden_size"]))
+    def preset(cls, name: str) -> Self:
+        """A published size: "2B", "7B", "72B", ...; `presets` has them all."""
+        if name not in cls.presets:
+            raise ValueError(f"preset: expected one of {sorted(cls.presets)}, got {name!r}")
+        fields = dict(cls.presets[name])
+        vision = fields.pop("vision", {})
+        return cls(**fields, vision=cls.vision_class.from_dict(vision, fields["hidden_size"]))
 
     @classmethod
-    def from_dict(cls, raw: Json) -> Qwen2VLConfig:
+    def from_dict(cls, raw: Json) -> Self:
         """From a config.json, flat (as published) or with a nested `text_config` (newer files).
 
         Published files are sparse, `vision_config` most of all; what is absent takes the
@@ -179,15 +234,15 @@ class Qwen2VLConfig:
         known.update({k: rope[k] for k in ("rope_theta", "mrope_section") if k in rope})
         if "num_attention_heads" in known:
             known.setdefault("num_key_value_heads", known["num_attention_heads"])
-        vision = _vision_fields(_object(raw, "vision_config"))
-        vision.setdefault("hidden_size", known.get("hidden_size", cls.hidden_size))
-        return cls(**known, vision=Qwen2VLVisionConfig(**vision), raw=copy.deepcopy(raw))
+        width = known.get("hidden_size", cls.hidden_size)
+        vision = cls.vision_class.from_dict(_object(raw, "vision_config"), width)
+        return cls(**known, vision=vision, raw=copy.deepcopy(raw))
 
     def to_dict(self) -> Json:
         """The config.json of this model: the layout it was read from, or the published flat one."""
         out = copy.deepcopy(self.raw)
-        out.setdefault("architectures", ["Qwen2VLForConditionalGeneration"])
-        out.setdefault("model_type", "qwen2_vl")
+        out.setdefault("architectures", [self.architecture])
+        out.setdefault("model_type", self.model_type)
         text = out["text_config"] if out.get("text_config") else out
         nested_rope = "rope_parameters" in text
         for name in _names(type(self)):
@@ -200,7 +255,7 @@ class Qwen2VLConfig:
         text[key] = rope | {"mrope_section": list(self.mrope_section)}
         if nested_rope:
             text[key]["rope_theta"] = self.rope_theta
-        out["vision_config"] = _vision_to_dict(self.vision, out.get("vision_config") or {})
+        out["vision_config"] = self.vision.to_dict(out.get("vision_config") or {})
         return out
 
 
@@ -222,29 +277,6 @@ def _object(raw: Json, key: str) -> Json:
 
 def _names(cls: type) -> list[str]:
     return [f.name for f in dataclasses.fields(cls) if f.name not in ("vision", "raw")]
-
-
-def _vision_fields(raw: Json) -> Json:
-    """Known fields of a `vision_config`, under the two older names of some of them as well."""
-    known = {k: raw[k] for k in _names(Qwen2VLVisionConfig) if raw.get(k) is not None}
-    for old, new in (("in_chans", "in_channels"), ("spatial_patch_size", "patch_size")):
-        if raw.get(old) is not None:
-            known.setdefault(new, raw[old])
-    rope = _object(raw, "rope_parameters")
-    known.update({k: v for k, v in rope.items() if k == "rope_theta"})
-    return known
-
-
-def _vision_to_dict(vision: Qwen2VLVisionConfig, raw: Json) -> Json:
-    out = raw | dataclasses.asdict(vision)
-    theta = out.pop("rope_theta")
-    if "rope_parameters" in out:
-        out["rope_parameters"] = out["rope_parameters"] | {"rope_theta": theta}
-    # The two older names, where the file has them or is new: some readers look at no other.
-    for old, value in (("in_chans", vision.in_channels), ("spatial_patch_size", vision.patch_size)):
-        if old in raw or not raw:
-            out[old] = value
-    return out
 
 
 def _check_divides(name: str, value: int, by_name: str, by: int) -> None:

@@ -1,144 +1,18 @@
-"""Qwen2-VL language model: Qwen2 (GQA, SwiGLU, RMSNorm) with M-RoPE, on packed tokens.
-
-There is no padding and no mask here: a batch is one run of tokens, `cu_seqlens` marks where each
-sequence starts (vlmkernels/models/packing.py).
-"""
+"""Qwen2-VL language model: Qwen2 with M-RoPE (arXiv 2409.12191, section 2.1)."""
 
 from __future__ import annotations
 
-from typing import cast
-
-import torch
-from torch import Tensor, nn
-
-from vlmkernels.models.cache import KVCache, LayerCache
-from vlmkernels.models.layers import activation, add_norm, run_layer
-from vlmkernels.nn import RMSNorm
-from vlmkernels.ops import attention, attention_decode, mrope
+from vlmkernels.models.decoder import Decoder
+from vlmkernels.nn import MRotaryEmbedding
 
 from .config import Qwen2VLConfig
 
 
-class Attention(nn.Module):
-    """Causal grouped-query attention; q, k, v projections with bias, the output one without."""
+class Qwen2VLLanguage(Decoder):
+    """`Decoder` with biases on q, k, v; position_ids (3, num_tokens): time, height, width."""
+
+    num_axes = 3
 
     def __init__(self, config: Qwen2VLConfig) -> None:
-        super().__init__()
-        self.head_dim = config.head_dim
-        self.sections, self.theta = config.mrope_section, config.rope_theta
-        q_dim, kv_dim = config.num_heads * self.head_dim, config.num_heads_k * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_dim)
-        self.k_proj = nn.Linear(config.hidden_size, kv_dim)
-        self.v_proj = nn.Linear(config.hidden_size, kv_dim)
-        self.o_proj = nn.Linear(q_dim, config.hidden_size, bias=False)
-
-    def forward(
-        self,
-        x: Tensor,
-        position_ids: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        cache: LayerCache | None,
-    ) -> Tensor:
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim))
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = mrope(q, k, position_ids, self.sections, theta=self.theta)
-        if cache is not None:
-            cache.write(k, v)
-        if cache is not None and cache.decoding:
-            out = attention_decode(q.unsqueeze(1), cache.keys, cache.values, cache.seqlens)
-        else:
-            out = attention(q, k, v, causal=True, cu_seqlens_q=cu_seqlens, max_seqlen_q=max_seqlen)
-        y: Tensor = self.o_proj(cast(Tensor, out).reshape(len(x), -1))
-        return y
-
-
-class Mlp(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, config: Qwen2VLConfig) -> None:
-        super().__init__()
-        self.act = activation(config.hidden_act)
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
-        return y
-
-
-class DecoderLayer(nn.Module):
-    """Pre-norm layer. Takes and returns (x, residual): the next norm adds them in its kernel."""
-
-    def __init__(self, config: Qwen2VLConfig) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = Mlp(config)
-
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        position_ids: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        cache: LayerCache | None,
-    ) -> tuple[Tensor, Tensor]:
-        y, residual = add_norm(self.input_layernorm, x, residual)
-        y = self.self_attn(y, position_ids, cu_seqlens, max_seqlen, cache)
-        y, residual = add_norm(self.post_attention_layernorm, y, residual)
-        return self.mlp(y), residual
-
-
-class Qwen2VLLanguage(nn.Module):
-    """Token embeddings (num_tokens, hidden_size) -> normed hidden states of the same shape.
-
-    position_ids: (3, num_tokens), the M-RoPE positions along time, height and width. cu_seqlens:
-    (num_sequences + 1,) int32. With a `cache` the new keys and values go where it reserved, and
-    a decoding step (one token per row) attends to the whole cache.
-    """
-
-    def __init__(self, config: Qwen2VLConfig) -> None:
-        super().__init__()
-        self.gradient_checkpointing = False
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(
-        self,
-        x: Tensor,
-        position_ids: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        residual = None
-        for i, layer in enumerate(self.layers):
-            x, residual = run_layer(
-                layer,
-                *(x, residual, position_ids, cu_seqlens, max_seqlen),
-                cache.layers[i] if cache is not None else None,
-                recompute=self.gradient_checkpointing,
-            )
-        y, _ = add_norm(self.norm, x, residual)
-        return y
-
-
-def next_token_loss(
-    logits: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None = None
-) -> Tensor:
-    """Cross entropy of logits (num_tokens, vocab_size) in fp32 against targets (num_tokens,).
-
-    Targets of -100 do not count. The mean is over those that do (0 when there are none), or over
-    `num_items_in_batch`, so that gradient accumulation can weigh every token alike.
-    """
-    total = nn.functional.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
-    if num_items_in_batch is None:
-        return total / (targets != -100).sum().clamp(min=1)
-    return total / torch.as_tensor(num_items_in_batch, device=total.device)
+        rotary = MRotaryEmbedding(config.mrope_section, theta=config.rope_theta)
+        super().__init__(config, rotary, bias=True)

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -20,25 +19,26 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from vlmkernels.models.chat import ChatProcessor, as_texts, grow
 from vlmkernels.models.checkpoint import Json, read_json, write_json
 from vlmkernels.models.fields import (
     INDEX,
     OBJECT,
     THREE_NUMBERS,
     THREE_POSITIVE,
-    Kind,
     expect,
     expect_fields,
 )
 from vlmkernels.models.images import Pixels, load_rgb
+from vlmkernels.models.pixels import RESAMPLE, PixelTable, as_list, resize
 from vlmkernels.models.tokenizer import Tokenizer
+
+from .video import as_videos, choose_frames, frames_of
 
 Grid = tuple[int, int, int]
 Rows = NDArray[np.float32]
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
-FRAME_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-RESAMPLE = Kind(f"one of {[*map(int, Image.Resampling)]}", lambda x: x in [*Image.Resampling])
 VIDEO_TOKEN_BUDGET = 115_200  # 90 % of 128,000, what qwen-vl-utils leaves to one video
 
 
@@ -64,7 +64,7 @@ def smart_resize(
 
 
 @dataclass
-class PixelSettings:
+class PixelSettings(PixelTable):
     """How pixels become patch rows. Reads and writes preprocessor_config.json.
 
     Raises ValueError for a field of another type or range than its own.
@@ -76,12 +76,7 @@ class PixelSettings:
     min_pixels: int = 56 * 56
     max_pixels: int = 28 * 28 * 1280
     do_resize: bool = True
-    do_rescale: bool = True
-    do_normalize: bool = True
     resample: int = int(Image.Resampling.BICUBIC)
-    rescale_factor: float = 1 / 255
-    image_mean: Sequence[float] = (0.48145466, 0.4578275, 0.40821073)
-    image_std: Sequence[float] = (0.26862954, 0.26130258, 0.27577711)
     raw: Json = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -129,31 +124,24 @@ class PixelSettings:
         Rows go block by block: the merge_size^2 patches that the merger joins are neighbours. The
         last frame is repeated up to a multiple of temporal_patch_size.
         """
-        video = np.stack([_resize(frame, size, self.resample) for frame in frames])
+        video = np.stack([resize(frame, size, self.resample) for frame in frames])
         short = -len(video) % self.temporal_patch_size
         video = np.concatenate([video, np.repeat(video[-1:], short, axis=0)])
         t, p, m = self.temporal_patch_size, self.patch_size, self.merge_size
         grid = (len(video) // t, size[0] // p, size[1] // p)
         patches = video.reshape(grid[0], t, grid[1] // m, m, p, grid[2] // m, m, p, 3)
         patches = patches.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
-        table, rows = self._table(), np.empty(patches.shape, dtype=np.float32)
+        table, rows = self.table(), np.empty(patches.shape, dtype=np.float32)
         for channel in range(3):
             rows[:, :, :, :, :, channel] = table[channel][patches[:, :, :, :, :, channel]]
         return rows.reshape(math.prod(grid), -1), grid
 
-    def _table(self) -> NDArray[np.float32]:
-        """(3, 256): what each byte of each channel becomes. Rounds as transformers does."""
-        values = np.arange(256, dtype=np.float64)
-        table = (values * self.rescale_factor if self.do_rescale else values).astype(np.float32)
-        table = np.tile(table, (3, 1))
-        if self.do_normalize:
-            mean, std = np.array([self.image_mean, self.image_std], dtype=np.float32)[..., None]
-            table = (table - mean) / std
-        return table
 
-
-class Qwen2VLProcessor:
+class Qwen2VLProcessor(ChatProcessor):
     """Turns text with <|image_pad|> and <|video_pad|> and the pictures for them into tensors."""
+
+    processor_class: ClassVar[str] = "Qwen2VLProcessor"
+    gives_seconds: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -168,7 +156,7 @@ class Qwen2VLProcessor:
         self.video_token_id = tokenizer.token_to_id(VIDEO_TOKEN)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> Qwen2VLProcessor:
+    def from_pretrained(cls, path: str | Path) -> Self:
         """From a checkpoint directory, in the published layout or the newer one-file layout."""
         path = Path(path)
         image: Json = {}
@@ -192,7 +180,7 @@ class Qwen2VLProcessor:
         self.tokenizer.save_pretrained(path)
         image = {"image_processor_type": "Qwen2VLImageProcessor"} | self.image.to_dict()
         video = {"video_processor_type": "Qwen2VLVideoProcessor"} | self.video.to_dict()
-        kind = {"processor_class": "Qwen2VLProcessor"}
+        kind = {"processor_class": self.processor_class}
         write_json(path / "preprocessor_config.json", image | kind)
         write_json(path / "video_preprocessor_config.json", video | kind)
 
@@ -202,6 +190,7 @@ class Qwen2VLProcessor:
         images: Any = None,
         videos: Any = None,
         *,
+        video_fps: float | Sequence[float] | None = None,
         padding_side: str | None = None,
         max_total_pixels: int | None = None,
     ) -> dict[str, Tensor]:
@@ -214,6 +203,8 @@ class Qwen2VLProcessor:
             videos: one or many; a video is a list of frames of one size, an array (num_frames,
                 height, width, 3), or a directory of image files, in the order of their names, where
                 numbers count by value (2.png before 10.png).
+            video_fps: frames per second of the videos given, one for all or one each; two frames of
+                each second are then taken (4 to 768 in all). None: the frames are such a choice.
             padding_side: "left" or "right"; the tokenizer's by default.
             max_total_pixels: refuse more than this, counted after resizing, over all frames.
 
@@ -225,15 +216,23 @@ class Qwen2VLProcessor:
         Raises:
             ValueError: an image that cannot be read, placeholders and pictures that do not match.
         """
-        texts = [text] if isinstance(text, str) else list(text)
-        if not texts:
-            raise ValueError("text: expected at least one, got none")
-        image_list, video_list = _flatten(images), _as_videos(videos)
+        texts = as_texts(text)
+        image_list, video_list = as_list(images), as_videos(videos)
         budget = _Budget(max_total_pixels)
         image_rows = [self._image(x, i, budget) for i, x in enumerate(image_list)]
-        video_rows = [self._video(x, i, budget) for i, x in enumerate(video_list)]
-        texts = self._expand(texts, [g for _, g in image_rows], [g for _, g in video_rows])
-        out = self._pad([self.tokenizer.encode(t) for t in texts], padding_side)
+        chosen = choose_frames(video_list, video_fps)
+        video_rows = [self._video(x, i, budget) for i, (x, _) in enumerate(chosen)]
+        counts = {
+            token: [math.prod(grid) // settings.merge_size**2 for _, grid in rows]
+            for token, settings, rows in (
+                (IMAGE_TOKEN, self.image, image_rows),
+                (VIDEO_TOKEN, self.video, video_rows),
+            )
+        }
+        texts = grow(texts, counts)
+        out = self.tokenizer.pad([self.tokenizer.encode(t) for t in texts], padding_side)
+        ids = out["input_ids"]
+        out["mm_token_type_ids"] = (ids == self.image_token_id) + 2 * (ids == self.video_token_id)
         for rows, pixels, grids in (
             (image_rows, "pixel_values", "image_grid_thw"),
             (video_rows, "pixel_values_videos", "video_grid_thw"),
@@ -241,21 +240,10 @@ class Qwen2VLProcessor:
             if rows:
                 out[pixels] = torch.from_numpy(np.concatenate([r for r, _ in rows]))
                 out[grids] = torch.tensor([g for _, g in rows])
+        if video_rows and self.gives_seconds:
+            seconds = [self.video.temporal_patch_size / fps for _, fps in chosen]
+            out["second_per_grid_ts"] = torch.tensor(seconds)
         return out
-
-    def apply_chat_template(self, messages: Sequence[Json], **options: Any) -> str:
-        return self.tokenizer.apply_chat_template(messages, **options)
-
-    def from_messages(self, messages: Sequence[Json], **options: Any) -> dict[str, Tensor]:
-        """Model arguments for a conversation whose content holds the pictures themselves.
-
-        messages: [{"role": "user", "content": [{"type": "image", "image": x}, {"type": "text",
-        "text": t}]}, ...], as in transformers and qwen-vl-utils.
-        """
-        parts = [p for m in messages if not isinstance(m["content"], str) for p in m["content"]]
-        images = [p["image"] for p in parts if "image" in p]
-        videos = [p["video"] for p in parts if "video" in p]
-        return self(self.apply_chat_template(messages), images, videos, **options)
 
     def _image(self, image: Any, index: int, budget: _Budget) -> tuple[Rows, Grid]:
         pixels = load_rgb(image, f"images[{index}]")
@@ -265,7 +253,7 @@ class Qwen2VLProcessor:
         return rows, grid
 
     def _video(self, video: Any, index: int, budget: _Budget) -> tuple[Rows, Grid]:
-        frames = [load_rgb(f, f"videos[{index}][{i}]") for i, f in enumerate(_frames(video))]
+        frames = [load_rgb(f, f"videos[{index}][{i}]") for i, f in enumerate(frames_of(video))]
         if not frames:
             raise ValueError(f"videos[{index}]: expected at least one frame, got none")
         if len({f.shape for f in frames}) > 1:
@@ -280,42 +268,6 @@ class Qwen2VLProcessor:
         v = self.video
         share = VIDEO_TOKEN_BUDGET * v.factor**2 * v.temporal_patch_size // num_frames
         return max(min(v.max_pixels, share), int(v.min_pixels * 1.05))
-
-    def _expand(self, texts: list[str], images: list[Grid], videos: list[Grid]) -> list[str]:
-        grids = {IMAGE_TOKEN: iter(images), VIDEO_TOKEN: iter(videos)}
-        for token, given in ((IMAGE_TOKEN, images), (VIDEO_TOKEN, videos)):
-            count = sum(t.count(token) for t in texts)
-            if count != len(given):
-                raise ValueError(f"text: expected {len(given)} {token} (one each), got {count}")
-
-        def grow(match: re.Match[str]) -> str:
-            token = match.group()
-            merge = (self.image if token == IMAGE_TOKEN else self.video).merge_size
-            return token * (math.prod(next(grids[token])) // merge**2)
-
-        pattern = re.compile("|".join(re.escape(token) for token in grids))
-        return [pattern.sub(grow, t) for t in texts]
-
-    def _pad(self, rows: list[list[int]], padding_side: str | None) -> dict[str, Tensor]:
-        side = padding_side or self.tokenizer.padding_side
-        if side not in ("left", "right"):
-            raise ValueError(f"padding_side: expected 'left' or 'right', got {side!r}")
-        seqlen = max(len(row) for row in rows)
-        pad_id = self.tokenizer.pad_token_id
-        if pad_id is None and any(len(row) < seqlen for row in rows):
-            raise ValueError("tokenizer: expected a pad_token for texts of different length")
-        input_ids = torch.full((len(rows), seqlen), pad_id or 0)
-        attention_mask = torch.zeros_like(input_ids)
-        for i, row in enumerate(rows):
-            place = slice(seqlen - len(row), None) if side == "left" else slice(0, len(row))
-            input_ids[i, place] = torch.tensor(row, dtype=torch.int64)
-            attention_mask[i, place] = 1
-        types = (input_ids == self.image_token_id) + 2 * (input_ids == self.video_token_id)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "mm_token_type_ids": types,
-        }
 
 
 def video_settings(image: PixelSettings, raw: Json | None = None) -> PixelSettings:
@@ -337,46 +289,3 @@ class _Budget:
                 f"images: expected at most max_total_pixels = {self.limit} after resizing, "
                 f"got at least {self.spent}"
             )
-
-
-def _resize(frame: Pixels, size: tuple[int, int], resample: int) -> Pixels:
-    if frame.shape[:2] == size:
-        return frame
-    resized = Image.fromarray(frame).resize(size[::-1], Image.Resampling(resample))
-    return np.asarray(resized)
-
-
-def _flatten(images: Any) -> list[Any]:
-    """One image, a list of them, or a list per text, as one list."""
-    if images is None:
-        return []
-    if not isinstance(images, (list, tuple)):
-        return [images]
-    return [x for item in images for x in _flatten(item)]
-
-
-def _as_videos(videos: Any) -> list[Any]:
-    """One video or a list of them as a list; a list of frames is one video."""
-    if videos is None:
-        return []
-    if not isinstance(videos, (list, tuple)):
-        return [videos]
-    first = videos[0] if videos else None
-    is_frame = isinstance(first, Image.Image) or getattr(first, "ndim", 0) in (2, 3)
-    return [videos] if is_frame else list(videos)
-
-
-def _frames(video: Any) -> Iterable[Any]:
-    """The frames of a list, an array or a directory of image files."""
-    if not isinstance(video, (str, Path)):
-        return video  # type: ignore[no-any-return]
-    if not Path(video).is_dir():
-        raise ValueError(f"video {video}: expected a directory of frames, found none")
-    frames = [p for p in Path(video).iterdir() if p.suffix.lower() in FRAME_SUFFIXES]
-    return sorted(frames, key=lambda path: _natural(path.name))
-
-
-def _natural(name: str) -> tuple[list[str | int], str]:
-    """Sorts 2 before 10; names that differ in leading zeros only, as text."""
-    parts = re.split(r"(\d+)", name)  # text and digits in turn
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name

@@ -5,26 +5,26 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from vlmkernels.models.layers import add_norm
-from vlmkernels.nn import LayerNorm
+from vlmkernels.nn import LayerNorm, RMSNorm
 
-from .config import Qwen2VLVisionConfig
+from .config import VisionFields
 
 
 class PatchMerger(nn.Module):
-    """y = W2 gelu(W1 concat_4(layer_norm(x))), 4 = spatial_merge_size^2 consecutive patches.
+    """y = W2 gelu(W1 concat_4(norm(x))), 4 = spatial_merge_size^2 consecutive patches.
 
-    (num_patches, embed_dim) -> (num_patches / 4, hidden_size). The processor orders patches block
+    (num_patches, embed_dim) -> (num_patches / 4, out_dim). The processor orders patches block
     by block, so the four of a block are neighbours in memory and merging is a view.
     """
 
-    def __init__(self, config: Qwen2VLVisionConfig) -> None:
+    def __init__(self, config: VisionFields, norm: LayerNorm | RMSNorm) -> None:
         super().__init__()
         self.merged_dim = config.embed_dim * config.spatial_merge_size**2
-        self.ln_q = LayerNorm(config.embed_dim, eps=1e-6)
+        self.ln_q = norm
         self.mlp = nn.Sequential(
             nn.Linear(self.merged_dim, self.merged_dim),
             nn.GELU(),
-            nn.Linear(self.merged_dim, config.hidden_size),
+            nn.Linear(self.merged_dim, config.out_dim),
         )
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

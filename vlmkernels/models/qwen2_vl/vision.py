@@ -11,18 +11,21 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from vlmkernels.models.layers import activation, add_norm, run_layer
-from vlmkernels.nn import LayerNorm, PatchEmbed3d
+from vlmkernels.models.layers import Mlp, add_norm, run_layer
+from vlmkernels.nn import LayerNorm, PatchEmbed3d, RMSNorm
 from vlmkernels.ops import attention, vision_rope
 
-from .config import Qwen2VLVisionConfig
+from .config import Qwen2VLVisionConfig, VisionFields
 from .projector import PatchMerger
+
+Grids = list[tuple[int, int, int]]
+Norm = type[LayerNorm] | type[RMSNorm]
 
 
 class PatchEmbed(nn.Module):
     """Patch rows (num_patches, channels * frames * patch * patch) -> (num_patches, embed_dim)."""
 
-    def __init__(self, config: Qwen2VLVisionConfig) -> None:
+    def __init__(self, config: VisionFields) -> None:
         super().__init__()
         kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
         self.proj = PatchEmbed3d(config.in_channels, config.embed_dim, kernel, bias=False)
@@ -35,7 +38,7 @@ class PatchEmbed(nn.Module):
 class VisionAttention(nn.Module):
     """Full attention inside each frame; 2-D RoPE on queries and keys."""
 
-    def __init__(self, config: Qwen2VLVisionConfig) -> None:
+    def __init__(self, config: VisionFields) -> None:
         super().__init__()
         self.num_heads, self.theta = config.num_heads, config.rope_theta
         self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
@@ -49,28 +52,14 @@ class VisionAttention(nn.Module):
         return y
 
 
-class VisionMlp(nn.Module):
-    def __init__(self, config: Qwen2VLVisionConfig) -> None:
-        super().__init__()
-        mlp_dim = int(config.embed_dim * config.mlp_ratio)
-        self.act = activation(config.hidden_act)
-        self.fc1 = nn.Linear(config.embed_dim, mlp_dim)
-        self.fc2 = nn.Linear(mlp_dim, config.embed_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.fc2(self.act(self.fc1(x)))
-        return y
-
-
 class VisionBlock(nn.Module):
     """Pre-norm block. Takes and returns (x, residual): the next norm adds them in its kernel."""
 
-    def __init__(self, config: Qwen2VLVisionConfig) -> None:
+    def __init__(self, config: VisionFields, norm: Norm, mlp: nn.Module) -> None:
         super().__init__()
-        self.norm1 = LayerNorm(config.embed_dim, eps=1e-6)
-        self.norm2 = LayerNorm(config.embed_dim, eps=1e-6)
+        self.norm1, self.norm2 = (norm(config.embed_dim, eps=1e-6) for _ in range(2))
         self.attn = VisionAttention(config)
-        self.mlp = VisionMlp(config)
+        self.mlp = mlp
 
     def forward(
         self,
@@ -99,8 +88,12 @@ class Qwen2VLVision(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.patch_embed = PatchEmbed(config)
-        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
-        self.merger = PatchMerger(config)
+        dim, act = config.embed_dim, config.hidden_act
+        self.blocks = nn.ModuleList(
+            VisionBlock(config, LayerNorm, Mlp(dim, int(dim * config.mlp_ratio), act))
+            for _ in range(config.depth)
+        )
+        self.merger = PatchMerger(config, LayerNorm(config.embed_dim, eps=1e-6))
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
         grids = check_grid(pixel_values, grid_thw, self.config)
@@ -119,7 +112,7 @@ class Qwen2VLVision(nn.Module):
         return merged
 
 
-def patch_positions(grids: list[tuple[int, int, int]], merge: int) -> Tensor:
+def patch_positions(grids: Grids, merge: int) -> Tensor:
     """(2, num_patches) int64: row and column of every patch, 2 x 2 blocks first, frame by frame."""
     positions = []
     for t, h, w in grids:
@@ -131,9 +124,7 @@ def patch_positions(grids: list[tuple[int, int, int]], merge: int) -> Tensor:
     return torch.cat(positions, dim=1)
 
 
-def check_grid(
-    pixel_values: Tensor, grid_thw: Tensor, config: Qwen2VLVisionConfig
-) -> list[tuple[int, int, int]]:
+def check_grid(pixel_values: Tensor, grid_thw: Tensor, config: VisionFields) -> Grids:
     """The rows of `grid_thw` as Python numbers, checked against `pixel_values`."""
     if not pixel_values.is_floating_point():
         raise TypeError(f"pixel_values: expected floating point, got {pixel_values.dtype}")

@@ -1,0 +1,411 @@
+// Backward on Hopper: two kernels of one shape, without atomics, so that the same input gives the
+// same bits. A consumer warpgroup holds 64 rows x of one side, the other side's blocks y stream by:
+//             x          y          s        dp           sums
+//   kQueries  q, dout    k, v       q k^T    dout v^T     dq += ds k
+//   kKeys     k, v       q, dout    k q^T    v dout^T     dk += ds q, dv += p dout
+// with p = exp2(scale_log2 s - lse log2(e)) and ds = p (dp - delta), transposed on the side of
+// keys. p and ds stay in registers between the products. With key heads that several query heads
+// share, the queries of all of them stream past.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "attention/attention_tiles.h"
+#include "attention/heads_sm90.cuh"
+#include "attention/instances.h"
+#include "attention/schedule.cuh"
+#include "attention/softmax_sm90.cuh"
+#include "common/launch.cuh"
+#include "common/pipeline.cuh"
+#include "common/wgmma.cuh"
+
+namespace vlmkernels {
+
+template <class Element_, int kTileDim, BwdSide side>
+struct AttentionBwdTile90 {
+    using Element = Element_;
+    static constexpr AttentionBwdChoice kChoice = bwd_choice(kTileDim, side);
+    static constexpr bool kKeys = side == BwdSide::kKeys, kOverlap = kChoice.overlap;
+    static constexpr int kHeadDim = kTileDim, kConsumers = kChoice.consumers;
+    static constexpr int kRows = 64 * kConsumers, kBlock = kChoice.rows, kStages = kChoice.stages;
+    static constexpr int kConsumerThreads = 128 * kConsumers;
+    static constexpr int kThreads = kConsumerThreads + 128;
+    static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
+    static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+    using X = SharedTile<64, kHeadDim>;  // two for each consumer, side by side
+    using Y = SharedTile<kBlock, kHeadDim>;
+    static constexpr int kStatsBytes = kKeys ? kBlock * int(sizeof(float2)) : 0;
+    static constexpr int kStreamStart = 2 * kConsumers * X::kBytes;
+    static constexpr int kStatsStart = kStreamStart + kStages * 2 * Y::kBytes;
+    static constexpr int kBarrierStart = kStatsStart + kStages * kStatsBytes;
+    using ResidentBarriers = PipelineBarriers<1>;
+    using StreamBarriers = PipelineBarriers<kStages>;
+    static constexpr int kSharedBytes =
+        kBarrierStart + ResidentBarriers::kBytes + StreamBarriers::kBytes;
+    static_assert(X::kBytes % X::kAlignment == 0 && Y::kBytes % Y::kAlignment == 0);
+    static_assert(kSharedBytes <= 227 * 1024);
+};
+
+// 64 kConsumers rows of one head, and the blocks of the other side that they meet: for each of some
+// heads those that start at begin, begin + kBlock, ... before end.
+template <class Tile>
+struct BwdWork {
+    int row0, head, batch;
+    Sequence sequence;
+    int first_head, last_head;  // of the other side
+    int begin, end;             // end: of the sequence, where all see all
+
+    __device__ BwdWork(const AttentionParams& p, int3 tile)
+        : row0(tile.x * Tile::kRows), head(tile.y), batch(tile.z), sequence(p, tile.z) {
+        const int group = p.num_heads / p.num_heads_k;
+        first_head = Tile::kKeys ? head * group : head / group;
+        last_head = first_head + (Tile::kKeys ? group : 1);
+        const int seqlen = Tile::kKeys ? sequence.seqlen_k : sequence.seqlen_q;
+        const int last = min(row0 + Tile::kRows, seqlen) - 1;
+        begin = Tile::kKeys ? sequence.first_query(row0) / Tile::kBlock * Tile::kBlock : 0;
+        end = Tile::kKeys ? sequence.seqlen_q : sequence.visible_keys(last);
+        if (row0 >= seqlen || begin >= end) begin = end = last_head = 0;
+    }
+    __device__ bool empty() const { return begin >= end; }
+    // The rows of the other side's block at y0 that exist.
+    __device__ int num_rows(int y0) const {
+        return (Tile::kKeys ? sequence.seqlen_q : sequence.seqlen_k) - y0;
+    }
+    // Whether some row must not see some of the block at y0.
+    __device__ bool masked(int y0) const {
+        return Tile::kKeys ? sequence.first_query(row0 + Tile::kRows - 1) > y0
+                           : sequence.visible_keys(row0) < y0 + Tile::kBlock;
+    }
+};
+
+struct AttentionBwdMaps {
+    CUtensorMap x0, x1, y0, y1;
+};
+
+template <class Tile>
+struct BwdShared {
+    uint32_t address;
+
+    __device__ uint32_t x(int consumer, int which) const {
+        return address + (consumer * 2 + which) * Tile::X::kBytes;
+    }
+    __device__ uint32_t y(int stage, int which) const {
+        return address + Tile::kStreamStart + (stage * 2 + which) * Tile::Y::kBytes;
+    }
+    __device__ uint32_t stats(int stage) const {
+        return address + Tile::kStatsStart + stage * Tile::kStatsBytes;
+    }
+    __device__ typename Tile::ResidentBarriers x_barriers() const {
+        return {address + Tile::kBarrierStart};
+    }
+    __device__ typename Tile::StreamBarriers y_barriers() const {
+        return {address + Tile::kBarrierStart + Tile::ResidentBarriers::kBytes};
+    }
+    __device__ void init() const {
+        x_barriers().init(1, 4 * Tile::kConsumers);
+        y_barriers().init(Tile::kKeys ? 33 : 1, 4 * Tile::kConsumers);
+        fence_mbarrier_init();
+    }
+};
+
+// One thread: all tiles by TMA.
+template <class Tile>
+__device__ void produce_bwd(const AttentionBackwardParams& p, const AttentionBwdMaps& maps,
+                            const BwdShared<Tile>& shared) {
+    typename Tile::ResidentBarriers::State x_at;
+    typename Tile::StreamBarriers::State y_at;
+    const auto x_barriers = shared.x_barriers();
+    const auto y_barriers = shared.y_barriers();
+    for (BwdSchedule<Tile> schedule(p); schedule.valid(); schedule.advance()) {
+        const BwdWork<Tile> work(p, schedule.tile());
+        if (work.empty()) continue;
+        const Sequence& sequence = work.sequence;
+        const int batch = p.cu_seqlens_q ? 0 : work.batch;
+        const int start_x = (Tile::kKeys ? sequence.start_k : sequence.start_q) + work.row0;
+        const int start_y = Tile::kKeys ? sequence.start_q : sequence.start_k;
+        x_barriers.wait_empty(x_at);
+        x_barriers.expect(x_at, 2 * Tile::kConsumers * Tile::X::kBytes);
+        for (int i = 0; i < Tile::kConsumers; ++i) {
+            load_heads<typename Tile::X>(shared.x(i, 0), maps.x0, x_barriers.full(x_at),
+                                         start_x + i * 64, work.head, batch);
+            load_heads<typename Tile::X>(shared.x(i, 1), maps.x1, x_barriers.full(x_at),
+                                         start_x + i * 64, work.head, batch);
+        }
+        x_at.advance();
+        for (int head = work.first_head; head < work.last_head; ++head)
+            for (int y0 = work.begin; y0 < work.end; y0 += Tile::kBlock, y_at.advance()) {
+                y_barriers.wait_empty(y_at);
+                y_barriers.expect(y_at, 2 * Tile::Y::kBytes);
+                load_heads<typename Tile::Y>(shared.y(y_at.stage, 0), maps.y0,
+                                             y_barriers.full(y_at), start_y + y0, head, batch);
+                load_heads<typename Tile::Y>(shared.y(y_at.stage, 1), maps.y1,
+                                             y_barriers.full(y_at), start_y + y0, head, batch);
+            }
+    }
+}
+
+// One warp: the stats of the streamed queries; zeros beyond the last.
+template <class Tile>
+__device__ void produce_stats(const AttentionBackwardParams& p, const BwdShared<Tile>& shared) {
+    typename Tile::StreamBarriers::State at;
+    const auto barriers = shared.y_barriers();
+    for (BwdSchedule<Tile> schedule(p); schedule.valid(); schedule.advance()) {
+        const BwdWork<Tile> work(p, schedule.tile());
+        for (int head = work.first_head; head < work.last_head; ++head)
+            for (int y0 = work.begin; y0 < work.end; y0 += Tile::kBlock, at.advance()) {
+                barriers.wait_empty(at);
+                const float2* stats = row_stats(p) + work.sequence.lse_index(p, y0, head);
+                for (int row = threadIdx.x % 32; row < Tile::kBlock; row += 32) {
+                    const bool valid = row < work.num_rows(y0);
+                    cp_async_8(shared.stats(at.stage) + row * sizeof(float2),
+                               valid ? stats + row : stats, valid);
+                }
+                mbarrier_arrive_cp_async(barriers.full(at));
+            }
+    }
+}
+
+// A consumer warpgroup: what it sums up, and the products.
+template <class Tile>
+struct BwdConsumer {
+    using Element = typename Tile::Element;
+    using Scores = float[Tile::kBlock / 8][4];
+    using Fragments = uint32_t[Tile::kBlock / 16][4];
+    using Sums = float[Tile::kHeadDim / 8][4];
+    static constexpr int kAllConsumers = 1;
+    const BwdShared<Tile> shared;
+    const int index, lane;
+    typename Tile::ResidentBarriers::State x_at;
+    typename Tile::StreamBarriers::State y_at;
+
+    __device__ explicit BwdConsumer(const BwdShared<Tile>& shared)
+        : shared(shared), index(warp_uniform(threadIdx.x / 128)), lane(threadIdx.x % 32) {}
+
+    // The first of this thread's two rows among those of the CTA; the other is 8 below.
+    __device__ static int row() {
+        const int thread = thread_in_block();
+        return thread / 32 * 16 + thread % 32 / 4;
+    }
+    // Of the block whose products are added next: with kOverlap the one before.
+    __device__ int sums_stage() const {
+        if constexpr (!Tile::kOverlap) return y_at.stage;
+        return (y_at.stage > 0 ? y_at.stage : Tile::kStages) - 1;
+    }
+    __device__ void load_stats(float2 (&stats)[2], const AttentionBackwardParams& p,
+                               const BwdWork<Tile>& work) const {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = work.row0 + this->row() + half * 8;
+            if (row < work.sequence.seqlen_q)
+                stats[half] = row_stats(p)[work.sequence.lse_index(p, row, work.head)];
+        }
+    }
+    // s and dp of the block to come; asynchronous.
+    __device__ void multiply_rows(Scores& s, Scores& dp) const {
+        wgmma_fence();
+#pragma unroll
+        for (int which = 0; which < 2; ++which) {
+            const uint64_t x = Tile::X::k_major(shared.x(index, which));
+            const uint64_t y = Tile::Y::k_major(shared.y(y_at.stage, which));
+#pragma unroll
+            for (int i = 0; i < Tile::kHeadDim / 16; ++i)
+                wgmma<Element, Major::kK, Major::kK>(which ? dp : s, x + Tile::X::k_step(i),
+                                                     y + Tile::Y::k_step(i), i > 0);
+        }
+        wgmma_commit();
+    }
+    // What a block adds to the sums; asynchronous.
+    __device__ void add_products(Sums& ds_sum, Sums& p_sum, const Fragments& ds,
+                                 const Fragments& probs) const {
+        const uint64_t y0 = Tile::Y::mn_major(shared.y(sums_stage(), 0));
+        const uint64_t y1 = Tile::Y::mn_major(shared.y(sums_stage(), 1));
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < Tile::kBlock / 16; ++i) {
+            if constexpr (Tile::kKeys)
+                wgmma<Element, Major::kK, Major::kMN>(p_sum, probs[i], y1 + Tile::Y::mn_step(i));
+            wgmma<Element, Major::kK, Major::kMN>(ds_sum, ds[i], y0 + Tile::Y::mn_step(i));
+        }
+        wgmma_commit();
+    }
+    // s to p and dp to ds. stats: of this thread's two rows (kQueries).
+    __device__ void differentiate(Scores& s, Scores& dp, const float2 (&stats)[2],
+                                  float scale_log2) const {
+#pragma unroll
+        for (int n = 0; n < Tile::kBlock / 8; ++n) {
+            float4 columns;
+            if constexpr (Tile::kKeys)
+                columns = load_shared_float4(shared.stats(y_at.stage) + n * 64 + lane % 4 * 16);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const float lse = !Tile::kKeys ? stats[e / 2].x : e % 2 ? columns.z : columns.x;
+                const float delta = !Tile::kKeys ? stats[e / 2].y : e % 2 ? columns.w : columns.y;
+                s[n][e] = exp2_approx(s[n][e] * scale_log2 - lse);
+                dp[n][e] = s[n][e] * (dp[n][e] - delta);
+            }
+        }
+    }
+    // Zeros in place of what follows num_rows rows of the block to come: it is of other sequences.
+    __device__ void clear_rows(int num_rows) const {
+        const uint32_t zeros[4] = {};
+        constexpr int kChunks = Tile::kHeadDim / 8;
+#pragma unroll 1  // seldom needed: no registers for it elsewhere
+        for (int i = thread_in_block(); i < (Tile::kBlock - num_rows) * kChunks;
+             i += Tile::kConsumerThreads) {
+            const uint32_t at = Tile::Y::offset(num_rows + i / kChunks, i % kChunks);
+            store_shared(shared.y(y_at.stage, 0) + at, zeros);
+            store_shared(shared.y(y_at.stage, 1) + at, zeros);
+        }
+        fence_proxy_async();
+        named_barrier_sync(kAllConsumers, Tile::kConsumerThreads);
+    }
+    __device__ void release_block() {
+        if (lane == 0) shared.y_barriers().release({sums_stage(), 0});
+    }
+    __device__ void release_rows() {
+        if (lane == 0) shared.x_barriers().release(x_at);
+        x_at.advance();
+    }
+};
+
+template <class Tile>
+__device__ void mask_scores(typename BwdConsumer<Tile>::Scores& s, const BwdWork<Tile>& work,
+                            int y0) {
+    const int row = work.row0 + BwdConsumer<Tile>::row();
+    if constexpr (Tile::kKeys)
+        mask_columns(s, work.sequence, row, y0);
+    else
+        mask_rows(s, work.sequence, row, y0);
+}
+
+// The sums of one block of resident rows.
+template <class Tile>
+__device__ void sum_bwd(BwdConsumer<Tile>& consumer, const AttentionBackwardParams& p,
+                        const BwdWork<Tile>& work, typename BwdConsumer<Tile>::Sums& ds_sum,
+                        typename BwdConsumer<Tile>::Sums& p_sum) {
+    using Element = typename Tile::Element;
+    if (work.empty()) return;
+    typename BwdConsumer<Tile>::Scores s, dp;
+    typename BwdConsumer<Tile>::Fragments probs, ds;
+    const float scale_log2 = p.softmax_scale * kLog2e;
+    float2 stats[2] = {};
+    if constexpr (!Tile::kKeys) consumer.load_stats(stats, p, work);
+    bool pending = false;  // probs and ds are still to be multiplied
+    auto step = [&](int y0) {
+        consumer.shared.y_barriers().wait_full(consumer.y_at);
+        if (p.cu_seqlens_k && work.num_rows(y0) < Tile::kBlock)
+            consumer.clear_rows(work.num_rows(y0));
+        consumer.multiply_rows(s, dp);
+        if (pending) {
+            consumer.add_products(ds_sum, p_sum, ds, probs);
+            wgmma_wait<1>();
+        } else {
+            wgmma_wait<0>();
+        }
+        if (work.masked(y0)) mask_scores(s, work, y0);
+        consumer.differentiate(s, dp, stats, scale_log2);
+        if (pending) {
+            wgmma_wait<0>();
+            consumer.release_block();
+        }
+        if constexpr (Tile::kKeys) pack_probabilities<Element>(probs, s);
+        pack_probabilities<Element>(ds, dp);
+        pending = Tile::kOverlap;
+        if constexpr (!Tile::kOverlap) {
+            consumer.add_products(ds_sum, p_sum, ds, probs);
+            wgmma_wait<0>();
+            consumer.release_block();
+        }
+    };
+    consumer.shared.x_barriers().wait_full(consumer.x_at);
+    for (int head = work.first_head; head < work.last_head; ++head)
+        for (int y0 = work.begin; y0 < work.end; y0 += Tile::kBlock, consumer.y_at.advance())
+            step(y0);
+    consumer.release_rows();
+    if constexpr (Tile::kOverlap) {
+        consumer.add_products(ds_sum, p_sum, ds, probs);
+        wgmma_wait<0>();
+        consumer.release_block();
+    }
+}
+
+template <class Tile>
+__device__ void store_bwd(const BwdConsumer<Tile>& consumer, const AttentionBackwardParams& p,
+                          const BwdWork<Tile>& work, typename BwdConsumer<Tile>::Sums& ds_sum,
+                          const typename BwdConsumer<Tile>::Sums& p_sum) {
+    using Element = typename Tile::Element;
+    const int row = work.row0 + consumer.row();
+    const Sequence& sequence = work.sequence;
+    const float scale[2] = {p.softmax_scale, p.softmax_scale};
+    scale_rows(ds_sum, scale);
+    if constexpr (Tile::kKeys) {
+        store_rows(ds_sum, sequence.keys<Element>(p.dk, 0, work.head), p.dk.token_stride, row,
+                   sequence.seqlen_k, p.head_dim, consumer.lane);
+        store_rows(p_sum, sequence.keys<Element>(p.dv, 0, work.head), p.dv.token_stride, row,
+                   sequence.seqlen_k, p.head_dim, consumer.lane);
+    } else {
+        store_rows(ds_sum, sequence.queries<Element>(p.dq, 0, work.head), p.dq.token_stride, row,
+                   sequence.seqlen_q, p.head_dim, consumer.lane);
+    }
+}
+
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    attention_bwd_sm90_kernel(const __grid_constant__ AttentionBwdMaps maps,
+                              const __grid_constant__ AttentionBackwardParams p) {
+    if constexpr (kHopperCode) {
+        extern __shared__ __align__(1024) unsigned char shared_bytes[];
+        const BwdShared<Tile> shared{shared_address(shared_bytes)};
+        if (threadIdx.x == 0) shared.init();
+        __syncthreads();
+        if (threadIdx.x >= Tile::kConsumerThreads) {
+            decrease_registers<Tile::kProducerRegisters>();
+            const int thread = threadIdx.x - Tile::kConsumerThreads;
+            if (thread == 0) produce_bwd(p, maps, shared);
+            if (Tile::kKeys && thread / 32 == 1) produce_stats(p, shared);
+            return;
+        }
+        increase_registers<Tile::kConsumerRegisters>();
+        BwdConsumer<Tile> consumer(shared);
+        for (BwdSchedule<Tile> schedule(p); schedule.valid(); schedule.advance()) {
+            const int3 tile = schedule.tile();
+            float ds_sum[Tile::kHeadDim / 8][4] = {}, p_sum[Tile::kHeadDim / 8][4] = {};
+            sum_bwd(consumer, p, BwdWork<Tile>(p, tile), ds_sum, p_sum);
+            store_bwd(consumer, p, BwdWork<Tile>(p, tile), ds_sum, p_sum);
+        }
+    }
+}
+
+template <class Tile>
+Error launch_bwd_sm90(const AttentionBackwardParams& p, int num_sms, Stream stream) {
+    AttentionBwdMaps maps;
+    CUtensorMap *q = &maps.x0, *dout = &maps.x1, *k = &maps.y0, *v = &maps.y1;
+    if (Tile::kKeys) std::swap(q, k), std::swap(dout, v);
+    constexpr int kRowsQ = Tile::kKeys ? Tile::kBlock : 64,
+                  kRowsK = Tile::kKeys ? 64 : Tile::kBlock;
+    using Q = SharedTile<kRowsQ, Tile::kHeadDim>;
+    using K = SharedTile<kRowsK, Tile::kHeadDim>;
+    Error error = queries_map<Q>(q, p.q, p);
+    if (!error) error = queries_map<Q>(dout, p.dout, p);
+    if (!error) error = keys_map<K>(k, p.k, p);
+    if (!error) error = keys_map<K>(v, p.v, p);
+    if (error) return error;
+    const int ctas = std::min(BwdSchedule<Tile>::num_tiles(p), num_sms);
+    return launch(attention_bwd_sm90_kernel<Tile>, ctas, Tile::kThreads, Tile::kSharedBytes, stream,
+                  maps, p);
+}
+
+template <class Element, int kTileDim>
+Error attention_bwd_sm90(const AttentionBackwardParams& p, Stream stream) {
+    int num_sms = 0;
+    Error error = count_sms(&num_sms);
+    if (error) return error;
+    using Keys = AttentionBwdTile90<Element, kTileDim, BwdSide::kKeys>;
+    using Queries = AttentionBwdTile90<Element, kTileDim, BwdSide::kQueries>;
+    error = launch_bwd_sm90<Keys>(p, num_sms, stream);
+    return error ? error : launch_bwd_sm90<Queries>(p, num_sms, stream);
+}
+
+}  // namespace vlmkernels

@@ -1,0 +1,71 @@
+// Launchers of the Hopper kernels: what they take, and head_dim and dtype to instance.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <iterator>
+#include <utility>
+
+#include "attention/attention_tiles.h"
+#include "attention/instances.h"
+
+namespace vlmkernels {
+
+// TMA has no use for broadcast dimensions, and strides below 2^40 bytes.
+static bool has_tensor_map(const HeadsView& view, int64_t tokens, int num_heads, int batch) {
+    auto fits = [](int64_t size, int64_t stride) {
+        return size == 1 || (stride > 0 && stride < int64_t(1) << 39);
+    };
+    return fits(tokens, view.token_stride) && fits(num_heads, view.head_stride) &&
+           fits(batch, view.batch_stride);
+}
+
+static bool has_tensor_maps(const AttentionParams& p) {
+    const int batch = p.cu_seqlens_q ? 1 : p.batch;
+    return has_tensor_map(p.q, p.num_tokens_q, p.num_heads, batch) &&
+           has_tensor_map(p.k, p.num_tokens_k, p.num_heads_k, batch) &&
+           has_tensor_map(p.v, p.num_tokens_k, p.num_heads_k, batch);
+}
+
+bool takes_sm90(const AttentionParams& p) {
+    if (!p.plain() || p.float32_out || !hopper_tile_dim(p.head_dim) || !has_hopper()) return false;
+    if (p.seqlen_q == 0 || p.seqlen_k == 0 || p.num_tokens_q == 0 || p.num_tokens_k == 0)
+        return false;
+    const int64_t blocks = (int64_t(std::max(p.seqlen_q, p.seqlen_k)) + 63) / 64;
+    return blocks * p.num_heads * p.batch < int64_t(1) << 31 && has_tensor_maps(p);
+}
+
+bool takes_sm90(const AttentionBackwardParams& p) {
+    return takes_sm90(static_cast<const AttentionParams&>(p)) &&
+           has_tensor_map(p.dout, p.num_tokens_q, p.num_heads, p.cu_seqlens_q ? 1 : p.batch);
+}
+
+// Calls f.template operator()<Element, kTileDim>() with the tile of head_dim.
+template <class F>
+static Error dispatch(const AttentionParams& p, F&& f) {
+    Error error = cudaErrorInvalidValue;
+    auto with = [&]<int kTileDim>() {
+        if (kTileDim != hopper_tile_dim(p.head_dim)) return;
+        error = p.dtype == DType::kFloat16 ? f.template operator()<__half, kTileDim>()
+                                           : f.template operator()<__nv_bfloat16, kTileDim>();
+    };
+    [&]<size_t... i>(std::index_sequence<i...>) {
+        (with.template operator()<kHopperTileDims[i]>(), ...);
+    }(std::make_index_sequence<std::size(kHopperTileDims)>());
+    return error;
+}
+
+Error launch_attention_sm90(const AttentionParams& p, Stream stream) {
+    return dispatch(p, [&]<class Element, int kTileDim>() {
+        return attention_fwd_sm90<Element, kTileDim>(p, stream);
+    });
+}
+
+Error launch_attention_backward_sm90(const AttentionBackwardParams& p, Stream stream) {
+    return dispatch(p, [&]<class Element, int kTileDim>() {
+        return attention_bwd_sm90<Element, kTileDim>(p, stream);
+    });
+}
+
+}  // namespace vlmkernels

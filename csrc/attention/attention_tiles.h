@@ -1,0 +1,77 @@
+// The one table of tiles of the Hopper attention kernels: how many queries and keys a CTA takes at
+// a time, for each head_dim and mask. Apart from the launchers, so that tuning is a change of this
+// file; `vlmkernels info --verbose` prints it.
+#pragma once
+
+namespace vlmkernels {
+
+inline constexpr int kHopperTileDims[] = {64, 80, 96, 112, 128};
+
+// What decides between the tiles of a head_dim.
+enum class FwdCase { kFull, kCausal, kShort };  // kShort: no sequence has more than 64 queries
+
+struct AttentionFwdChoice {
+    int tile_dim;  // columns: a head_dim takes the next one, missing columns are zero-filled
+    FwdCase which;
+    int consumers;   // warpgroups of 64 queries each
+    int keys;        // of a block
+    int stages;      // blocks of keys, and as many of values, in flight
+    int q_stages;    // blocks of queries in flight
+    int ctas;        // on an SM
+    bool ping_pong;  // the products of one warpgroup run during the softmax of another
+};
+
+// Chosen by ptxemu's timing model, see docs/measured/attention.md; not yet on a GPU.
+inline constexpr AttentionFwdChoice kAttentionFwdTable[] = {
+    {64, FwdCase::kFull, 3, 128, 2, 2, 1, true},    {64, FwdCase::kCausal, 3, 128, 2, 2, 1, true},
+    {64, FwdCase::kShort, 1, 64, 2, 2, 3, false},   {80, FwdCase::kFull, 3, 112, 2, 2, 1, true},
+    {80, FwdCase::kCausal, 3, 112, 2, 2, 1, true},  {80, FwdCase::kShort, 1, 64, 2, 2, 2, false},
+    {96, FwdCase::kFull, 3, 96, 2, 2, 1, true},     {96, FwdCase::kCausal, 3, 96, 2, 2, 1, true},
+    {96, FwdCase::kShort, 1, 64, 2, 2, 2, false},   {112, FwdCase::kFull, 2, 128, 2, 2, 1, true},
+    {112, FwdCase::kCausal, 2, 128, 2, 2, 1, true}, {112, FwdCase::kShort, 1, 64, 2, 2, 2, false},
+    {128, FwdCase::kFull, 2, 176, 2, 1, 1, true},   {128, FwdCase::kCausal, 2, 128, 2, 2, 1, true},
+    {128, FwdCase::kShort, 1, 64, 2, 2, 2, false},
+};
+
+// The backward has two kernels: one holds queries and gives dq, one holds keys and gives dk and dv.
+enum class BwdSide { kQueries, kKeys };
+
+struct AttentionBwdChoice {
+    int tile_dim;
+    BwdSide side;
+    int consumers;  // warpgroups, 64 resident rows each
+    int rows;       // of a streamed block
+    int stages;     // streamed blocks in flight
+    bool overlap;   // of a warpgroup's own products with its elementwise work
+};
+
+inline constexpr AttentionBwdChoice kAttentionBwdTable[] = {
+    {64, BwdSide::kQueries, 3, 64, 4, true},  {64, BwdSide::kKeys, 2, 64, 4, true},
+    {80, BwdSide::kQueries, 3, 64, 4, true},  {80, BwdSide::kKeys, 2, 64, 4, true},
+    {96, BwdSide::kQueries, 2, 96, 3, true},  {96, BwdSide::kKeys, 2, 64, 4, true},
+    {112, BwdSide::kQueries, 2, 96, 3, true}, {112, BwdSide::kKeys, 2, 48, 4, true},
+    {128, BwdSide::kQueries, 2, 96, 3, true}, {128, BwdSide::kKeys, 2, 48, 4, true},
+};
+
+constexpr AttentionBwdChoice bwd_choice(int tile_dim, BwdSide side) {
+    for (const AttentionBwdChoice& choice : kAttentionBwdTable)
+        if (choice.tile_dim == tile_dim && choice.side == side) return choice;
+    return {};
+}
+
+// The row of the table; tile_dim must have one.
+constexpr AttentionFwdChoice fwd_choice(int tile_dim, FwdCase which) {
+    for (const AttentionFwdChoice& choice : kAttentionFwdTable)
+        if (choice.tile_dim == tile_dim && choice.which == which) return choice;
+    return {};
+}
+
+// Columns of the Hopper tile of a head_dim; 0 where there is none.
+constexpr int hopper_tile_dim(int head_dim) {
+    if (head_dim > 32)
+        for (int tile_dim : kHopperTileDims)
+            if (head_dim <= tile_dim) return tile_dim;
+    return 0;
+}
+
+}  // namespace vlmkernels

@@ -1,0 +1,249 @@
+// Statistics and gradients of rows of products, in one or two passes while they are in the cache.
+// Strips of kStrip columns go to threads for CLIP, whose columns have statistics too; rows for the
+// rest. No result depends on the number of threads.
+#include <cmath>
+#include <limits>
+
+#include "common/simd.h"
+#include "contrastive_loss/contrastive_loss.h"
+
+namespace vlmkernels {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kMaxSpread = 80;  // exp() of a larger distance may be 0
+
+VLMKERNELS_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+VLMKERNELS_INLINE Vec abs(Vec x) { return (Vec)((Bits)x & 0x7fffffff); }
+VLMKERNELS_INLINE float max_of(Vec x) {
+    float y = x[0];
+    for (int i = 1; i < kWidth; ++i) y = x[i] > y ? x[i] : y;
+    return y;
+}
+VLMKERNELS_INLINE float min_of(Vec x) { return -max_of(-x); }
+
+// log1p(e) for 0 <= e <= 1: minimax polynomial of log1p(e) / e, relative error 3e-8.
+VLMKERNELS_INLINE Vec log1p_unit(Vec e) {
+    Vec y = e * 0.00523268012f - 0.0295051876f;
+    y = y * e + 0.0782258809f;
+    y = y * e - 0.136632413f;
+    y = y * e + 0.191060051f;
+    y = y * e - 0.24842982f;
+    y = y * e + 0.333190978f;
+    y = y * e - 0.499994934f;
+    y = y * e + 0.99999994f;
+    return y * e;
+}
+
+// n products from column on, as logits; lanes from n on hold `fill`.
+template <class T>
+VLMKERNELS_INLINE Vec logits(const T* x, int64_t n, float scale, float bias, float fill) {
+    Vec s = load_first(x, n) * scale + bias;
+    for (int64_t i = n; i < kWidth; ++i) s[i] = fill;
+    return s;
+}
+
+template <class T>
+struct Strip {
+    const T* x;  // first product of the strip in row 0
+    int64_t stride, num_rows, columns;
+    float scale;
+
+    VLMKERNELS_INLINE Vec at(int64_t row, int64_t column, float fill = -kInfinity) const {
+        return logits(x + row * stride + column, columns - column, scale, 0, fill);
+    }
+    float row_max(int64_t row, float fill) const {
+        Vec y = splat(fill);
+        for (int64_t j = 0; j < columns; j += kWidth) y = max(y, at(row, j, fill));
+        return max_of(y);
+    }
+};
+
+// Adds a strip's column sums, of exp(s - strip_max), to those of the rows before.
+VLMKERNELS_INLINE void merge(float* max_, float* sum_, int64_t n, Vec strip_max, Vec strip_sum) {
+    const Vec before = load_first(max_, n), now = max(before, strip_max);
+    const Vec offset = now == splat(-kInfinity) ? Vec{} : now;
+    const Vec sum =
+        load_first(sum_, n) * exp(before - offset) + strip_sum * exp(strip_max - offset);
+    store_first(max_, now, n);
+    store_first(sum_, sum, n);
+}
+
+// Log-sum-exp of a row is part_max + log(part_sum) for now. One exponential serves row and column.
+template <class T>
+void strip_from_one_max(const Strip<T>& s, float high, float* part_max, float* part_sum,
+                        float* text_max, float* text_sum) {
+    alignas(64) float column_sums[kStrip] = {};
+    for (int64_t i = 0; i < s.num_rows; ++i) {
+        Vec row_sum{};
+        for (int64_t j = 0; j < s.columns; j += kWidth) {
+            const Vec e = exp(s.at(i, j) - high);
+            row_sum += e;
+            store(column_sums + j, load(column_sums + j) + e);
+        }
+        part_max[i] = high;
+        part_sum[i] = sum(row_sum);
+    }
+    for (int64_t j = 0; j < s.columns; j += kWidth)
+        merge(text_max + j, text_sum + j, s.columns - j, splat(high), load(column_sums + j));
+}
+
+// Each row and each column from its own maximum.
+template <class T>
+void strip_from_all_max(const Strip<T>& s, float* part_max, float* part_sum, float* text_max,
+                        float* text_sum) {
+    for (int64_t i = 0; i < s.num_rows; ++i) {
+        const float high = s.row_max(i, -kInfinity), offset = high == -kInfinity ? 0 : high;
+        Vec row_sum{};
+        for (int64_t j = 0; j < s.columns; j += kWidth) row_sum += exp(s.at(i, j) - offset);
+        part_max[i] = high;
+        part_sum[i] = sum(row_sum);
+    }
+    for (int64_t j = 0; j < s.columns; j += kWidth) {
+        Vec high = splat(-kInfinity), column_sum{};
+        for (int64_t i = 0; i < s.num_rows; ++i) high = max(high, s.at(i, j));
+        const Vec offset = high == splat(-kInfinity) ? Vec{} : high;
+        for (int64_t i = 0; i < s.num_rows; ++i) column_sum += exp(s.at(i, j) - offset);
+        merge(text_max + j, text_sum + j, s.columns - j, high, column_sum);
+    }
+}
+
+template <class T>
+void clip_strip(const ClipRowsParams& p, int64_t strip) {
+    const int64_t first = strip * kStrip, rows = p.x.num_rows, n = p.x.num_texts;
+    const Strip<T> s{static_cast<const T*>(p.x.products) + first, n, rows,
+                     n - first < kStrip ? n - first : kStrip, *p.x.logit_scale};
+    float* part_max = p.workspace + strip * rows;
+    float* part_sum = part_max + num_strips(n) * rows;
+    float high = -kInfinity, low = kInfinity;
+    for (int64_t i = 0; i < rows; ++i) {
+        const float fill = to_float(s.x[i * n]) * s.scale;
+        Vec row_max = splat(fill), row_min = row_max;
+        for (int64_t j = 0; j < s.columns; j += kWidth) {
+            const Vec x = s.at(i, j, fill);
+            row_max = max(row_max, x), row_min = min(row_min, x);
+        }
+        const float most = max_of(row_max), least = min_of(row_min);
+        high = most > high ? most : high;
+        low = least < low ? least : low;
+    }
+    if (high - low <= kMaxSpread)
+        strip_from_one_max(s, high, part_max, part_sum, p.text_max + first, p.text_sum + first);
+    else
+        strip_from_all_max(s, part_max, part_sum, p.text_max + first, p.text_sum + first);
+}
+
+// The parts of a row, in order.
+float row_lse(const float* part_max, const float* part_sum, int64_t num_parts, int64_t stride) {
+    float high = -kInfinity;
+    double total = 0;
+    for (int64_t i = 0; i < num_parts; ++i)
+        high = part_max[i * stride] > high ? part_max[i * stride] : high;
+    const float offset = high == -kInfinity ? 0 : high;
+    for (int64_t i = 0; i < num_parts; ++i)
+        total += double(part_sum[i * stride]) * std::exp(part_max[i * stride] - offset);
+    return offset + float(std::log(total));
+}
+
+template <class T>
+float siglip_row(const ContrastiveProducts& p, int64_t row) {
+    const T* x = static_cast<const T*>(p.products) + row * p.num_texts;
+    const float scale = *p.logit_scale, bias = p.logit_bias ? *p.logit_bias : 0;
+    const int64_t positive = p.first_positive + row;
+    double total = 0;
+    for (int64_t first = 0; first < p.num_texts; first += kStrip) {
+        const int64_t end = first + kStrip < p.num_texts ? first + kStrip : p.num_texts;
+        Vec loss{};
+        for (int64_t j = first; j < end; j += kWidth) {
+            Vec s = logits(x + j, end - j, scale, bias, -kInfinity);
+            if (positive >= j && positive < j + kWidth && positive < end)
+                s[positive - j] = -s[positive - j];
+            loss += max(Vec{}, s) + log1p_unit(exp(-abs(s)));  // softplus; a NaN stays
+        }
+        total += double(sum(loss));
+    }
+    return float(total);
+}
+
+template <class T, bool kSigmoid>
+void gradient_row(const ContrastiveGradientRowsParams& p, int64_t row) {
+    const int64_t n = p.x.num_texts, positive = p.x.first_positive + row;
+    T* x = static_cast<T*>(p.x.products) + row * n;
+    const float scale = *p.x.logit_scale, bias = p.x.logit_bias ? *p.x.logit_bias : 0;
+    const float lse = kSigmoid ? 0 : p.image_lse[row];
+    // The positive's share, subtracted in fp32 before ds is rounded.
+    const float share = kSigmoid ? 1 : p.image_weight + p.text_weight;
+    double by_product = 0, total = 0;
+    for (int64_t first = 0; first < n; first += kStrip) {
+        const int64_t end = first + kStrip < n ? first + kStrip : n;
+        Vec strip_by_product{}, strip{};
+        for (int64_t j = first; j < end; j += kWidth) {
+            const int64_t left = end - j;
+            const Vec product = load_first(x + j, left), s = product * scale + bias;
+            Vec ds;
+            if constexpr (kSigmoid) {
+                const Vec e = exp(-abs(s));
+                ds = (s < 0 ? e : splat(1)) / (1 + e);
+            } else {
+                ds = exp(s - lse) * p.image_weight +
+                     exp(s - load_first(p.text_lse + j, left)) * p.text_weight;
+            }
+            if (positive >= j && positive < j + kWidth) ds[positive - j] -= share;
+            for (int64_t i = left; i < kWidth; ++i) ds[i] = 0;
+            strip_by_product += ds * product;
+            strip += ds;
+            store_first(x + j, ds, left);
+        }
+        by_product += double(sum(strip_by_product));
+        total += double(sum(strip));
+    }
+    p.sums[row] = float(by_product);
+    p.sums[p.x.num_rows + row] = float(total);
+}
+
+int64_t rows_at_once(int64_t num_texts) { return 1 + (1 << 15) / (num_texts + 1); }
+
+}  // namespace
+
+template <class Isa>
+void clip_rows_cpu(const ClipRowsParams& p) {
+    const int64_t strips = num_strips(p.x.num_texts), rows = p.x.num_rows;
+    dispatch_float(p.x.dtype, [&]<class T>() {
+        parallel_for(strips, 1 + (1 << 15) / (kStrip * rows), [&](int64_t begin, int64_t end) {
+            for (int64_t strip = begin; strip < end; ++strip) clip_strip<T>(p, strip);
+        });
+        const T* x = static_cast<const T*>(p.x.products);
+        for (int64_t i = 0; i < rows; ++i) {
+            const int64_t positive = p.x.first_positive + i;
+            p.image_lse[i] =
+                row_lse(p.workspace + i, p.workspace + strips * rows + i, strips, rows);
+            if (p.positive && positive >= 0 && positive < p.x.num_texts)
+                p.positive[i] = to_float(x[i * p.x.num_texts + positive]) * *p.x.logit_scale;
+        }
+    });
+}
+
+template <class Isa>
+void siglip_rows_cpu(const SiglipRowsParams& p) {
+    dispatch_float(p.x.dtype, [&]<class T>() {
+        parallel_for(p.x.num_rows, rows_at_once(p.x.num_texts), [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; ++row) p.losses[row] = siglip_row<T>(p.x, row);
+        });
+    });
+}
+
+template <class Isa>
+void contrastive_gradient_rows_cpu(const ContrastiveGradientRowsParams& p) {
+    dispatch_float(p.x.dtype, [&]<class T>() {
+        parallel_for(p.x.num_rows, rows_at_once(p.x.num_texts), [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; ++row)
+                p.image_lse ? gradient_row<T, false>(p, row) : gradient_row<T, true>(p, row);
+        });
+    });
+}
+
+template void clip_rows_cpu<VLMKERNELS_ISA>(const ClipRowsParams& p);
+template void siglip_rows_cpu<VLMKERNELS_ISA>(const SiglipRowsParams& p);
+template void contrastive_gradient_rows_cpu<VLMKERNELS_ISA>(const ContrastiveGradientRowsParams& p);
+
+}  // namespace vlmkernels

@@ -1,0 +1,8 @@
+#include "qk_norm_rope/qk_norm_rope_bwd.cuh"
+
+namespace vlmkernels {
+
+template Error launch_qk_norm_rope_backward_typed<__nv_bfloat16>(const QkNormRopeParams& p,
+                                                                 Stream stream);
+
+}  // namespace vlmkernels

@@ -1,0 +1,7 @@
+#include "qk_norm_rope/qk_norm_rope_fwd.cuh"
+
+namespace vlmkernels {
+
+template Error launch_qk_norm_rope_typed<__half>(const QkNormRopeParams& p, Stream stream);
+
+}  // namespace vlmkernels

@@ -1,0 +1,100 @@
+"""What every model can do with a checkpoint directory: be read from it and be written to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from vlmkernels.models.checkpoint import (
+    CONFIG,
+    Json,
+    Piece,
+    load_weights,
+    read_json,
+    save_checkpoint,
+)
+
+
+class Pretrained(nn.Module):
+    """A model with a `config`, whose own parameter names are the published ones."""
+
+    config_class: ClassVar[Any]  # has from_dict and to_dict
+    config: Any
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """The model of a checkpoint directory, in eval mode; see `vlmkernels.models.load`."""
+        path = Path(path)
+        model = cls.on_meta(cls.config_class.from_dict(read_json(path / CONFIG)))
+        load_weights(
+            model,
+            path,
+            rename=model.own_name,
+            tied=model.tied_names(),
+            dtype=dtype,
+            device=device,
+        )
+        return model.eval()
+
+    @classmethod
+    def on_meta(cls, config: Any) -> Self:
+        """Shapes and names only: no memory and no time for weights that are then replaced."""
+        with torch.device("meta"):
+            return cls(config)
+
+    def save_pretrained(self, path: str | Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
+        """Write the configs and safetensors, in the published layout."""
+        config = self.config.to_dict()
+        config["dtype" if "dtype" in config else "torch_dtype"] = str(self.dtype).split(".")[-1]
+        configs = {CONFIG: config, **self.other_configs()}
+        save_checkpoint(path, self.published_state(), configs, max_shard_bytes=max_shard_bytes)
+
+    def own_name(self, stored: str) -> str | list[Piece]:
+        """The parameter that a file holds under the name `stored`; "" for what is no weight."""
+        return stored
+
+    def tied_names(self) -> Mapping[str, str]:
+        """Names that files may hold besides the model's -> the parameter with the same value."""
+        return {}
+
+    def published_state(self) -> Mapping[str, Tensor]:
+        """What is written."""
+        return self.state_dict()
+
+    def other_configs(self) -> dict[str, Json]:
+        """JSON files written beside config.json."""
+        return {}
+
+    def gradient_checkpointing_enable(self, enable: bool = True) -> None:
+        """Keep only each layer's inputs for the backward pass and compute the rest again there."""
+        module: Any
+        for module in self.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = enable
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Matrices N(0, initializer_range), biases 0, norm weights 1."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1 or name.endswith("class_embedding"):
+                parameter.normal_(std=self.config.initializer_range)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)

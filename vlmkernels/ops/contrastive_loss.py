@@ -1,0 +1,409 @@
+"""contrastive_loss: the losses of CLIP and SigLIP without the batch x batch matrix of logits."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from vlmkernels import _core
+from vlmkernels.ops import _library
+
+# Rows of logits whose partial results (forward) or gradients (backward) the CUDA kernels keep at a
+# time, and rows that are multiplied at a time elsewhere: memory is linear in the batch.
+FORWARD_ROWS, BACKWARD_ROWS, CHUNK_ROWS = 8192, 4096, 512
+
+
+@_library.public
+def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
+    """loss = mean_i(logsumexp_j(s_ij) + logsumexp_j(s_ji)) / 2 - mean_i(s_ii),
+    s_ij = logit_scale * image_i · text_j
+
+    InfoNCE in both directions: the mean of the cross-entropies by rows and by columns, from one
+    sweep over s, of which no more than a panel is ever in memory. Under autocast the features are
+    cast as those of a matrix product.
+
+    Args:
+        image_features, text_features: (batch, dim), normalised by the caller; fp16, bf16, fp32 or
+            fp64. Pair (i, i) is positive.
+        logit_scale: one value, as it multiplies: open_clip's `logit_scale.exp()`. A tensor gets a
+            gradient and is not checked (that would wait for the GPU): a NaN in it is one in the
+            loss.
+
+    Returns:
+        A scalar, fp32 (fp64 for fp64 features): statistics are not rounded to the features' dtype.
+        NaN, the mean of nothing, for an empty batch.
+
+    Raises:
+        ValueError: features of different shapes, a logit_scale of more than one value or, as a
+            float, not finite. TypeError: dtypes or devices that differ or are no floats.
+
+    Radford et al., arXiv 2103.00020, figure 3; two statistics in one sweep as in no paper we know.
+    """
+    scale = _scalar("clip_loss: logit_scale", logit_scale, image_features)
+    loss, _, _ = _clip_op(*_library.autocast(image_features, text_features), scale)
+    return loss  # type: ignore[no-any-return]
+
+
+@_library.public
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+) -> Tensor:
+    """loss = -sum_ij log(sigmoid(z_ij s_ij)) / batch, z_ii = 1, z_ij = -1 for i != j,
+    s_ij = logit_scale * image_i · text_j + logit_bias
+
+    Args:
+        logit_bias: one value; None: 0.
+        image_features, text_features, logit_scale: as in `clip_loss`, which also says what is
+            returned and raised.
+
+    Zhai et al., arXiv 2303.15343, equation 1.
+    """
+    scale = _scalar("siglip_loss: logit_scale", logit_scale, image_features)
+    bias = None
+    if logit_bias is not None:
+        bias = _scalar("siglip_loss: logit_bias", logit_bias, image_features)
+    features = _library.autocast(image_features, text_features)
+    return _siglip_op(*features, scale, bias)  # type: ignore[no-any-return]
+
+
+def reference(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logits = _logits(image, text, scale, None)
+    image_lse, text_lse = logits.logsumexp(1), logits.logsumexp(0)
+    loss = ((image_lse + text_lse) / 2 - logits.diagonal()).mean()
+    return loss, image_lse, text_lse
+
+
+def siglip_reference(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    logits = _logits(image, text, scale, bias)
+    return (-logsigmoid(-logits).sum(1) - logits.diagonal()).mean()
+
+
+def _logits(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    logits = image.to(scale.dtype) @ text.to(scale.dtype).t() * scale
+    return logits if bias is None else logits + bias
+
+
+def _scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be one value, got shape {tuple(value.shape)}")
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {value.dtype}")
+        return value.to(like.device, dtype).reshape(())
+    if not isinstance(value, float | int):
+        raise TypeError(f"{name} must be a tensor or a float, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return like.new_full((), value, dtype=dtype)
+
+
+def statistics(
+    image: Tensor, text: Tensor, scale: Tensor, positives: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a block of logits: log-sum-exp of each row, of each column, and the positives' logits.
+
+    positives: pair (i, i) is positive; otherwise no pair of the block is, and the third is empty.
+    """
+    image, text = image.contiguous(), text.contiguous()
+    image_lse, text_lse = _vector(image, scale), _vector(text, scale)
+    positive = torch.empty_like(image_lse) if positives else None
+    outputs = (image_lse, text_lse, positive, None)
+    if not _forward(image, text, scale, None, positives, outputs):
+        _clip_chunks(image, text, scale, image_lse, text_lse, positive)
+    return image_lse, text_lse, image_lse.new_empty(0) if positive is None else positive
+
+
+def losses(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, positives: bool = True
+) -> Tensor:
+    """Of a block of logits: the sum over each row of softplus(-z s)."""
+    image, text = image.contiguous(), text.contiguous()
+    sums = _vector(image, scale)
+    if not _forward(image, text, scale, bias, positives, (None, None, None, sums)):
+        for rows, products in _chunks(image, text):
+            first = rows.start if positives else text.shape[0]
+            if not _core.C.siglip_rows(products, scale, bias, first, sums[rows]):
+                logits = products * scale if bias is None else products * scale + bias
+                torch.sum(-logsigmoid(-logits), 1, out=sums[rows])
+                if positives:
+                    sums[rows] -= logits.diagonal(rows.start)
+    return sums
+
+
+def _vector(features: Tensor, scale: Tensor) -> Tensor:
+    return scale.new_empty(features.shape[:1])
+
+
+def _forward(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    positives: bool,
+    outputs: tuple[Tensor | None, ...],
+) -> bool:
+    """Checks the arguments and runs the CUDA kernel where there is one."""
+    workspace, rows = None, min(len(image), FORWARD_ROWS)
+    if _has_cuda_kernel(image, text):
+        workspace = scale.new_empty(_core.C.contrastive_workspace(rows, len(text)))
+    return bool(
+        _core.C.contrastive_forward(image, text, scale, bias, positives, *outputs, workspace, rows)
+    )
+
+
+def _has_cuda_kernel(image: Tensor, text: Tensor) -> bool:
+    half = image.dtype in (torch.float16, torch.bfloat16)
+    return bool(half and image.numel() and text.numel() and _core.C.takes_cuda(image))
+
+
+def _operand(features: Tensor) -> Tensor:
+    """As they are multiplied where there is no kernel: bf16 on the CPU is fast as it is."""
+    if features.dtype == torch.float16 or (features.is_cuda and features.dtype == torch.bfloat16):
+        return features.float()
+    return features
+
+
+def _chunks(image: Tensor, text: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows at a time, and their products with all texts in memory that is used again."""
+    image, text = _operand(image), _operand(text)
+    count = min(len(image), CHUNK_ROWS)
+    buffer = image.new_empty((count, len(text)))
+    for first in range(0, len(image), max(count, 1)):
+        rows = slice(first, min(first + count, len(image)))
+        yield rows, torch.mm(image[rows], text.t(), out=buffer[: rows.stop - first])
+
+
+def _clip_chunks(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    image_lse: Tensor,
+    text_lse: Tensor,
+    positive: Tensor | None,
+) -> None:
+    text_max, text_sum = text_lse.fill_(-math.inf), torch.zeros_like(text_lse)
+    for rows, products in _chunks(image, text):
+        diagonal = None if positive is None else positive[rows]
+        first = rows.start if positive is not None else len(text)
+        out = (image_lse[rows], diagonal, text_max, text_sum)
+        if not _core.C.clip_rows(products, scale, first, *out):
+            logits = products * scale
+            torch.logsumexp(logits, 1, out=image_lse[rows])
+            torch.logaddexp(text_lse, logits.logsumexp(0), out=text_lse)
+            text_sum.fill_(1)
+            if diagonal is not None:
+                diagonal.copy_(logits.diagonal(rows.start))
+    text_lse += text_sum.log()
+
+
+def _clip_kernel(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    image_lse, text_lse, positive = statistics(image, text, scale)
+    return ((image_lse + text_lse) / 2 - positive).mean(), image_lse, text_lse
+
+
+def _clip_fake(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(scale), _vector(image, scale), _vector(text, scale)
+
+
+def _siglip_kernel(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return losses(image, text, scale, bias).mean()
+
+
+def _siglip_fake(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.empty_like(scale)
+
+
+def gradients(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    image_lse: Tensor | None,
+    text_lse: Tensor | None,
+    factor: Tensor,
+    positives: bool,
+    weights: list[float],
+    image_grad: bool,
+    text_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a block of logits, with ds_ij = w_0 (p_row - positive) + w_1 (p_column - positive) given
+    log-sum-exps, sigmoid(s) - positive without them:
+
+    Returns:
+        factor * scale * ds text, factor * scale * ds^T image (empty where not wanted; fp32, or fp64
+        for fp64 features), and [sum of ds * image · text, sum of ds].
+    """
+    image, text = image.contiguous(), text.contiguous()
+    args = (image, text, scale, bias, image_lse, text_lse, factor, positives, weights)
+    dimage, dtext, totals = _gradients_fake(*args, image_grad, text_grad)
+    out = (dimage if image_grad else None, dtext if text_grad else None)
+    sums = panel = None
+    if _has_cuda_kernel(image, text):
+        rows = min(len(image), BACKWARD_ROWS)
+        panel = image.new_empty((rows, -(-len(text) // 8) * 8))
+        sums = scale.new_zeros((2, _core.C.contrastive_num_sums(rows, len(text))))
+    lse = (image_lse, text_lse)
+    if _core.C.contrastive_backward(
+        image, text, scale, bias, positives, *lse, *weights, factor, *out, sums, panel
+    ):
+        assert sums is not None
+        return dimage, dtext, torch.sum(sums, 1, out=totals)
+    _gradient_chunks(*args, *out, totals.zero_())
+    return dimage, dtext, totals
+
+
+def _gradient_chunks(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    image_lse: Tensor | None,
+    text_lse: Tensor | None,
+    factor: Tensor,
+    positives: bool,
+    weights: list[float],
+    dimage: Tensor | None,
+    dtext: Tensor | None,
+    totals: Tensor,
+) -> None:
+    if dtext is not None:
+        dtext.zero_()
+    for rows, products in _chunks(image, text):
+        lse = None if image_lse is None else image_lse[rows]
+        sums = totals.new_empty((2, len(products)))
+        first = rows.start if positives else len(text)
+        options: tuple[Any, ...] = (first, lse, text_lse, *weights, sums)
+        ds = products
+        if not _core.C.contrastive_gradient_rows(products, scale, bias, *options):
+            ds = _gradient_rows(products, scale, bias, *options)
+        totals += sums.sum(1)
+        if dimage is not None:
+            dimage[rows] = torch.mm(ds, _operand(text))
+        if dtext is None:
+            continue
+        part = _operand(image[rows])
+        if part.dtype == dtext.dtype:
+            dtext.addmm_(ds.t(), part)
+        else:
+            dtext += torch.mm(ds.t(), part)
+    for gradient in (dimage, dtext):
+        if gradient is not None:
+            gradient *= factor * scale
+
+
+def _gradient_rows(
+    products: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    first_positive: int,
+    image_lse: Tensor | None,
+    text_lse: Tensor | None,
+    image_weight: float,
+    text_weight: float,
+    sums: Tensor,
+) -> Tensor:
+    logits = products * scale if bias is None else products * scale + bias
+    if image_lse is None or text_lse is None:
+        ds, share = logits.sigmoid(), 1.0
+    else:
+        ds = image_weight * (logits - image_lse[:, None]).exp()
+        ds += text_weight * (logits - text_lse).exp()
+        share = image_weight + text_weight
+    if first_positive < ds.shape[1]:
+        ds.diagonal(first_positive).sub_(share)
+    torch.sum(ds * products, 1, out=sums[0])
+    torch.sum(ds, 1, out=sums[1])
+    return ds
+
+
+def _gradients_fake(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    image_lse: Tensor | None,
+    text_lse: Tensor | None,
+    factor: Tensor,
+    positives: bool,
+    weights: list[float],
+    image_grad: bool,
+    text_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dimage = scale.new_empty(image.shape if image_grad else 0)
+    dtext = scale.new_empty(text.shape if text_grad else 0)
+    return dimage, dtext, scale.new_empty(2)
+
+
+def _clip_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs, *output[1:])
+
+
+def _clip_backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dloss is None:
+        return None, None, None
+    image, text, scale, image_lse, text_lse = ctx.saved_tensors
+    need_image, need_text, need_scale = ctx.needs_input_grad
+    factor = dloss / (2 * len(image)) if len(image) else dloss
+    dimage, dtext, totals = _gradients_op(
+        *(image, text, scale, None, image_lse, text_lse, factor, True, [1.0, 1.0]),
+        *(need_image, need_text),
+    )
+    return (
+        dimage.to(image.dtype) if need_image else None,
+        dtext.to(text.dtype) if need_text else None,
+        totals[0] * factor if need_scale else None,
+    )
+
+
+def _siglip_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _siglip_backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+    image, text, scale, bias = ctx.saved_tensors
+    need_image, need_text, need_scale, need_bias = ctx.needs_input_grad
+    factor = dloss / len(image) if len(image) else dloss
+    dimage, dtext, totals = _gradients_op(
+        *(image, text, scale, bias, None, None, factor, True, [1.0, 1.0]), need_image, need_text
+    )
+    return (
+        dimage.to(image.dtype) if need_image else None,
+        dtext.to(text.dtype) if need_text else None,
+        totals[0] * factor if need_scale else None,
+        totals[1] * factor if need_bias else None,
+    )
+
+
+_gradients_op = _library.define(
+    "contrastive_gradients(Tensor image, Tensor text, Tensor scale, Tensor? bias, "
+    "Tensor? image_lse, Tensor? text_lse, Tensor factor, bool positives, float[] weights, "
+    "bool image_grad, bool text_grad) -> (Tensor, Tensor, Tensor)",
+    kernel=gradients,
+    fake=_gradients_fake,
+    reference=gradients,
+)
+_clip_op = _library.define(
+    "clip_loss(Tensor image, Tensor text, Tensor logit_scale) -> (Tensor, Tensor, Tensor)",
+    kernel=_clip_kernel,
+    fake=_clip_fake,
+    reference=reference,
+    setup_context=_clip_setup_context,
+    backward=_clip_backward,
+)
+_siglip_op = _library.define(
+    "siglip_loss(Tensor image, Tensor text, Tensor logit_scale, Tensor? logit_bias) -> Tensor",
+    kernel=_siglip_kernel,
+    fake=_siglip_fake,
+    reference=siglip_reference,
+    setup_context=_siglip_setup_context,
+    backward=_siglip_backward,
+)
