@@ -96,6 +96,16 @@ def calls() -> dict[str, Callable[[], Callable[[], Any]]]:
         qkv = {name: rand(1, 512, 2, dim) for name in "qkv"}
         kind = "causal" if causal else "full"
         add(f"attention 1x512x2x{dim} {kind}", ops.attention, **qkv, causal=causal)
+    qkv = {name: rand(1, 512, 2, 128) for name in "qkv"}
+    ids = (torch.arange(512, dtype=torch.int32) // 128)[None]
+    add(
+        "attention 1x512x2x128 causal, 4 documents",
+        ops.attention,
+        **qkv,
+        causal=True,
+        segment_ids=ids,
+    )
+    add("attention 1x512x2x128 bias", ops.attention, **qkv, bias=rand(1, 2, 512, 512))
     cache = {name: rand(1, 1024, 1, 128, grad=False) for name in ("k_cache", "v_cache")}
     seqlens = torch.tensor([1000], dtype=torch.int32)
     q = rand(1, 1, 4, 128, grad=False)
@@ -108,8 +118,8 @@ def calls() -> dict[str, Callable[[], Callable[[], Any]]]:
     normed = {**text, "q_weight": rand(128), "k_weight": rand(128), "interleaved": True}
     sections = {"position_ids": positions, "sections": (24, 20, 20)}
     add("qk_norm_rope 256x8+2x128", ops.qk_norm_rope, **normed, **sections)
-    qkv = rand(256, 3, 4, 80)
-    add("vision_rope_qkv 256x3x4x80", ops.vision_rope_qkv, qkv=qkv, position_ids=positions[:2])
+    packed = {"qkv": rand(256, 3, 4, 80), "position_ids": positions[:2]}
+    add("vision_rope_qkv 256x3x4x80", ops.vision_rope_qkv, **packed)
     add("gelu 256x5120", ops.gelu, x=rand(256, 5120))
     add("swiglu 256x3420", ops.swiglu, gate=rand(256, 3420), up=rand(256, 3420))
     add("rms_norm 256x3584", ops.rms_norm, x=rand(256, 3584), weight=rand(3584))
@@ -126,6 +136,8 @@ def calls() -> dict[str, Callable[[], Callable[[], Any]]]:
         "qformer_attention 1x32x257x512", ops.qformer_attention, q=rand(1, 32, 2, 64),
         x=rand(1, 257, 512), **qformer,
     )  # fmt: skip
+    codes = {"z": rand(256, 64, grad=False), "codebook": rand(1024, 64, grad=False)}
+    add("vq_lookup 256x1024x64", ops.vq_lookup, **codes)
     return found
 
 

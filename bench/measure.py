@@ -72,7 +72,7 @@ def _check(run: Callable[[], Any], expected: list[Tensor], device: str) -> Row:
     """{"error", "peak_mb"}, or {"failed": why}."""
     try:
         error = relative_error(tensors(run()), expected)
-        dtype = expected[0].dtype if expected else torch.float32
+        dtype = next((x.dtype for x in expected if x.is_floating_point()), torch.float32)
         if not error <= TOLERANCE[dtype]:
             return {"failed": f"wrong: error {error:.2g}", "error": error}
         return {"error": error, "peak_mb": peak_bytes(run, device) / 1e6}

@@ -24,9 +24,12 @@ TOOLS = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin"))
 PATH = os.pathsep.join([*map(str, TOOLS), os.environ["PATH"], "/usr/local/cuda/bin"])
 # Kernels that multiply matrices.
 MATRIX = (
-    *("attention_fwd", "attention_dq", "attention_dkdv", "attention_decode"),
+    *("attention_fwd", "attention_dq", "attention_dkdv", "attention_dbias", "attention_decode"),
     *("patch_embed", "patch_embed_dx", "patch_embed_dweight"),
     *("contrastive_forward", "contrastive_ds", "contrastive_products"),
+    *("qformer_attention_fwd", "qformer_attention_bwd"),
+    *("qformer_attention_fwd_hopper", "qformer_attention_bwd_hopper"),
+    *("vq_lookup", "vq_lookup_hopper"),
     *("attention_fwd_sm90", "attention_bwd_sm90"),
     *(f"qformer_attention_{kind}" for kind in ("fwd", "probabilities", "rows", "dx")),
 )
@@ -55,7 +58,12 @@ def sections(listing: str) -> Iterator[tuple[str, str]]:
 
 def test_every_kernel_is_there(kernels: dict[str, str]) -> None:
     assert kernels
-    for name in ("null_kernel", "attention_fwd_kernel", "attention_dkdv_kernel"):
+    for name in (
+        *("null_kernel", "attention_fwd_kernel", "attention_dkdv_kernel"),
+        *("rope_kernel", "qk_norm_rope_kernel", "qk_norm_rope_backward_kernel"),
+        *("norm_kernel", "norm_backward_kernel", "column_sums_kernel"),
+        *("activation_kernel", "activation_backward_kernel"),
+    ):
         assert any(name in kernel for kernel in kernels), name
 
 
@@ -74,4 +82,8 @@ def test_matrix_kernels_use_tensor_cores(kernels: dict[str, str]) -> None:
             assert not name.startswith("sm_90a") or re.search(r"\bUTMALDG\b", code), name
         elif any(f"{kind}_kernel" in name for kind in MATRIX):
             assert re.search(r"\b(HMMA|HGMMA)\b", code), name
-            assert re.search(r"\b(LDGSTS|UTMALDG)\b", code), name  # asynchronous copies feed them
+            # Asynchronous copies feed them.
+            assert re.search(r"\b(LDGSTS|UTMALDG|UBLKCP)\b", code), name
+            assert re.search(r"\b(LDGSTS|UTMALDG|UBLKCP)\b", code), (
+                name
+            )  # asynchronous copies feed them

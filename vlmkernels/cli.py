@@ -68,6 +68,7 @@ def ask(
 ) -> None:
     """Ask a question about images and videos; the answer appears as it is made."""
     from vlmkernels.models import load, load_processor
+    from vlmkernels.models.chat import ChatProcessor
     from vlmkernels.models.generation import Sampling, stream_text
 
     where, computed_in = _device(device), _dtype(dtype)
@@ -76,6 +77,8 @@ def ask(
     pictures = [("image", p) for p in image or []] + [("video", p) for p in video or []]
     content = [{"type": kind, kind: path} for kind, path in pictures]
     message = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
+    if not isinstance(processor, ChatProcessor):
+        raise ValueError(f"model: expected one that answers in text, got {model}")
     options = {} if video_fps is None else {"video_fps": video_fps}
     inputs = processor.from_messages([message], **options)
     loaded = load(model, dtype=computed_in, device=where)

@@ -27,9 +27,9 @@ def cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
     else:
         config.text = replace(config.text, num_hidden_layers=1, vocab_size=8192)
         config.text.pad_token_id = None
-        config.vision = replace(config.vision, num_hidden_layers=3, image_size=224)
+        config.vision = replace(config.vision, num_hidden_layers=3, image_size=112)
         config = replace(config, image_token_index=8000)
-        name = "llava15_7b (1 + 3 layers, 224 px, vocabulary 8192)"
+        name = "llava15_7b (1 + 3 layers, 112 px, vocabulary 8192)"
         yield from cases_of(config, (1, 64), name, device, dtype)
 
 

@@ -27,6 +27,8 @@ def cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
         yield from dense(randn, shape(name), 32 if cuda else 1, shape(name).num_tokens)
     for seqlen in (1024, 2048, 4096, 8192, 16384) if cuda else (256, 512, 1024):
         yield from dense(randn, shape("qwen2vl_7b"), 1, seqlen, on_line=True)
+    for kind in ("window", "documents", "images", "bias"):
+        yield from masked(randn, shape("qwen2vl_7b"), 4096 if cuda else 512, kind)
     yield from packed(randn, shape("qwen2vl_vision"), IMAGES if cuda else IMAGES[:4])
     yield from packed(randn, shape("qwen25vl_vision"), (WINDOW,) * (256 if cuda else 24))
     for name in ("qwen2vl_7b", "llava15_7b"):
@@ -54,6 +56,45 @@ def dense(
         dtype=dtype_name(q),
         **work(q, k, batch * seqlen**2, s),
         seqlen=seqlen if on_line else 0,
+    )
+
+
+def masked(randn: Any, s: Shape, seqlen: int, kind: str) -> Iterator[Case]:
+    """Causal with a window of an eighth, eight packed documents, or two images of a quarter each;
+    and full with a bias. The eager code's mask is made once, outside of the timing."""
+    q = randn(1, seqlen, s.num_heads, s.head_dim).requires_grad_()
+    k, v = (randn(1, seqlen, s.num_heads_k, s.head_dim).requires_grad_() for _ in range(2))
+    i = torch.arange(seqlen, device=q.device)
+    seen = i <= i[:, None]
+    options: dict[str, Any] = {"causal": True}
+    if kind == "window":
+        options["window_size"] = (seqlen // 8, 0)
+        seen = seen & (i >= i[:, None] - seqlen // 8)
+    if kind == "documents":
+        options["segment_ids"] = (i * 8 // seqlen).int()[None]
+        seen = seen & (i * 8 // seqlen == (i * 8 // seqlen)[:, None])
+    if kind == "images":
+        image = torch.where(i * 4 // seqlen % 2 == 1, i * 4 // seqlen, -1)
+        options["image_ids"] = image.int()[None]
+        seen = seen | ((image == image[:, None]) & (image >= 0))
+    if kind == "bias":
+        options = {"bias": randn(1, s.num_heads, seqlen, seqlen).requires_grad_()}
+
+    def eager(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, **_: Any) -> Tensor:
+        mask = seen if bias is None else bias
+        qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(qt, kt, vt, attn_mask=mask, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    pairs = seqlen**2 if kind == "bias" else 2 * int(seen.sum())  # work() halves for causal
+    yield from both_directions(
+        "attention",
+        {"q": q, "k": k, "v": v, **options},
+        eager,
+        op="attention_masked",
+        shape=f"{s.name} 1x{seqlen} {s.num_heads}/{s.num_heads_k}x{s.head_dim} {kind}",
+        dtype=dtype_name(q),
+        **work(q, k, pairs, s),
     )
 
 

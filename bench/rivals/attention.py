@@ -17,6 +17,11 @@ def _expect_dense(cu_seqlens_q: Tensor | None) -> None:
         raise NotSupportedError("dense only")
 
 
+def _expect_plain(masks: dict[str, Any]) -> None:
+    if given := [name for name, x in masks.items() if x is not None]:
+        raise NotSupportedError(f"without {', '.join(given)}")
+
+
 def _sdpa(backend: SDPBackend) -> Callable[..., Tensor]:
     def call(
         q: Tensor,
@@ -26,9 +31,10 @@ def _sdpa(backend: SDPBackend) -> Callable[..., Tensor]:
         causal: bool = False,
         softmax_scale: float | None = None,
         cu_seqlens_q: Tensor | None = None,
-        **_: Any,
+        **masks: Any,
     ) -> Tensor:
         _expect_dense(cu_seqlens_q)
+        _expect_plain(masks)
         if causal and q.shape[1] != k.shape[1]:
             raise NotSupportedError("causal is aligned top-left")
         qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
@@ -63,10 +69,11 @@ def varlen_attn(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
-    **_: Any,
+    **masks: Any,
 ) -> Any:
     from torch.nn.attention.varlen import varlen_attn as call
 
+    _expect_plain(masks)
     if cu_seqlens_q is None or max_seqlen_q is None:
         raise NotSupportedError("packed only")
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
@@ -98,6 +105,22 @@ def _block_mask(
     return create_block_mask(visible, None, None, *lengths, device=device)
 
 
+@functools.lru_cache(maxsize=8)
+def _masked_blocks(
+    seqlen: int, left: int, segments: Tensor | None, images: Tensor | None, device: str
+) -> Any:
+    """Causal with a window, documents and bidirectional images."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        seen = (j <= i) & (j >= i - left) if left >= 0 else j <= i
+        if images is not None:
+            seen = seen | ((images[0, i] == images[0, j]) & (images[0, i] >= 0))
+        return seen if segments is None else seen & (segments[0, i] == segments[0, j])
+
+    return create_block_mask(visible, None, None, seqlen, seqlen, device=device)
+
+
 @functools.cache
 def _flex() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
@@ -115,14 +138,22 @@ def flex(
     softmax_scale: float | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
-    **_: Any,
+    window_size: tuple[int, int] = (-1, -1),
+    segment_ids: Tensor | None = None,
+    image_ids: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    **masks: Any,
 ) -> Tensor:
+    _expect_plain(masks)
     packed = cu_seqlens_q is not None
     if packed and cu_seqlens_k is not None and cu_seqlens_k is not cu_seqlens_q:
         raise NotSupportedError("cu_seqlens_k differs")
     axis = 0 if packed else 1
     mask = None
-    if packed or causal:
+    if segment_ids is not None or image_ids is not None or window_size != (-1, -1):
+        mask = _masked_blocks(q.shape[1], window_size[0], segment_ids, image_ids, str(q.device))
+    elif packed or causal:
         lengths = (q.shape[axis], k.shape[axis])
         mask = _block_mask(causal, lengths, cu_seqlens_q, str(q.device))
     parts = [(x[None] if packed else x).transpose(1, 2) for x in (q, k, v)]
@@ -145,10 +176,13 @@ def _flash(module: str) -> Callable[..., Any]:
         cu_seqlens_k: Tensor | None = None,
         max_seqlen_q: int | None = None,
         max_seqlen_k: int | None = None,
-        **_: Any,
+        window_size: tuple[int, int] = (-1, -1),
+        **masks: Any,
     ) -> Any:
+        _expect_plain(masks)
         library = __import__(module, fromlist=["flash_attn_func"])
         options: dict[str, Any] = {"causal": causal, "softmax_scale": softmax_scale}
+        options["window_size"] = window_size
         if cu_seqlens_q is None:
             out = library.flash_attn_func(q, k, v, **options)
         else:

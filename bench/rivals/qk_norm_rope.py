@@ -17,7 +17,7 @@ def _transformers_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
     module: Any = SimpleNamespace(weight=weight, variance_epsilon=eps)
-    return Qwen2RMSNorm.forward(module, x)  # type: ignore[no-any-return]
+    return Qwen2RMSNorm.forward(module, x)
 
 
 def _torch_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -18,11 +18,14 @@ __device__ __forceinline__ float exp(float x) {
     return fmaf(e * kLn2, lost, e);
 }
 __device__ __forceinline__ float reciprocal(float x) { return __fdividef(1.0f, x); }
+__device__ __forceinline__ float magnitude(float x) { return fabsf(x); }
+__device__ __forceinline__ float at_most(float x, float limit) { return fminf(x, limit); }
+__device__ __forceinline__ float positive_part(float x) { return x < 0.0f ? 0.0f : x; }
 
 }  // namespace
 }  // namespace vlmkernels
 
-#include "activation/gate.h"  // needs the two above
+#include "activation/gate.h"  // needs those above
 
 namespace vlmkernels {
 
@@ -41,9 +44,8 @@ __global__ void __launch_bounds__(kActivationThreads)
         unpack(x_vector, x);
 #pragma unroll
         for (int i = 0; i < V; ++i) {
-            float s, slope;
-            gate<kind>(x[i], s, slope);
-            x[i] *= kGated ? s * up[i] : s;
+            x[i] = activate<kind>(x[i]);
+            if constexpr (kGated) x[i] *= up[i];
         }
         store(static_cast<T*>(p.y) + row * p.dim + column, x);
     }

@@ -8,12 +8,13 @@
 #include <utility>
 
 #include "attention/attention_rows.cuh"
+#include "attention/cache_append.cuh"
 #include "attention/instances.h"
 
 namespace vlmkernels {
 
-// Calls f.template operator()<Element, kTileDim>() with the first tile that holds head_dim.
-template <class F>
+// Calls f.template operator()<Element, kTileDim>() with the first of the tiles that holds head_dim.
+template <const auto& kTileDims, class F>
 static Error dispatch(const AttentionParams& p, F&& f) {
     Error error = cudaErrorInvalidValue;
     auto with_tile = [&]<int kTileDim>() {
@@ -22,31 +23,48 @@ static Error dispatch(const AttentionParams& p, F&& f) {
         return true;
     };
     [&]<size_t... i>(std::index_sequence<i...>) {
-        (void)((p.head_dim <= kAttentionTileDims[i] &&
-                with_tile.template operator()<kAttentionTileDims[i]>()) ||
+        (void)((p.head_dim <= kTileDims[i] && with_tile.template operator()<kTileDims[i]>()) ||
                ...);
-    }(std::make_index_sequence<std::size(kAttentionTileDims)>());
+    }(std::make_index_sequence<std::size(kTileDims)>());
     return error;
 }
 
 Error launch_attention(const AttentionParams& p, Stream stream) {
     if (takes_sm90(p)) return launch_attention_sm90(p, stream);
-    return dispatch(p, [&]<class Element, int kTileDim>() {
-        return attention_fwd<Element, kTileDim>(p, stream);
+    if (p.plain())
+        return dispatch<kAttentionTileDims>(p, [&]<class Element, int kTileDim>() {
+            return attention_fwd<Element, kTileDim, PlainScores>(p, stream);
+        });
+    Error error = attention_id_ranges(p, stream);
+    if (error) return error;
+    return dispatch<kMaskedTileDims>(p, [&]<class Element, int kTileDim>() {
+        return attention_fwd<Element, kTileDim, MaskedScores>(p, stream);
+    });
+}
+
+static Error launch_masked_backward(const AttentionBackwardParams& p, Stream stream) {
+    Error error = attention_id_ranges(p, stream);
+    if (error) return error;
+    return dispatch<kMaskedTileDims>(p, [&]<class Element, int kTileDim>() {
+        Error error = attention_bwd<Element, kTileDim, MaskedScores>(p, stream);
+        return error || !p.dbias.data ? error : attention_dbias<Element, kTileDim>(p, stream);
     });
 }
 
 Error launch_attention_backward(const AttentionBackwardParams& p, Stream stream) {
-    return dispatch(p, [&]<class Element, int kTileDim>() {
-        Error error = attention_row_stats<Element>(p, stream);
-        if (error) return error;
-        return takes_sm90(p) ? launch_attention_backward_sm90(p, stream)
-                             : attention_bwd<Element, kTileDim>(p, stream);
+    Error error = p.dtype == DType::kFloat16 ? attention_row_stats<__half>(p, stream)
+                                             : attention_row_stats<__nv_bfloat16>(p, stream);
+    if (error) return error;
+    if (takes_sm90(p)) return launch_attention_backward_sm90(p, stream);
+    if (!p.plain()) return launch_masked_backward(p, stream);
+    return dispatch<kAttentionTileDims>(p, [&]<class Element, int kTileDim>() {
+        return attention_bwd<Element, kTileDim, PlainScores>(p, stream);
     });
 }
 
 // Rows that share a key head. Beyond a few tiles of them the forward kernel is the better one.
 static bool takes_forward(const AttentionParams& p) {
+    if (p.block_table) return false;  // the forward kernel knows no pages
     return int64_t(p.seqlen_q) * (p.num_heads / p.num_heads_k) > 4 * kDecodeRows;
 }
 
@@ -66,9 +84,14 @@ Error attention_decode_splits(const AttentionParams& p, int* num_splits) {
     return cudaSuccess;
 }
 
+Error launch_cache_append(const CacheAppendParams& p, Stream stream) {
+    return p.dtype == DType::kFloat16 ? cache_append<__half>(p, stream)
+                                      : cache_append<__nv_bfloat16>(p, stream);
+}
+
 Error launch_attention_decode(const AttentionDecodeParams& p, Stream stream) {
     if (takes_forward(p)) return launch_attention(p, stream);
-    return dispatch(p, [&]<class Element, int kTileDim>() {
+    return dispatch<kAttentionTileDims>(p, [&]<class Element, int kTileDim>() {
         Error error = attention_decode<Element, kTileDim>(p, stream);
         return error || p.num_splits == 1 ? error : attention_combine<Element>(p, stream);
     });

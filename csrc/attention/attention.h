@@ -1,9 +1,10 @@
-// attention: out = softmax(softmax_scale q k^T + mask) v, its gradient, and decoding against a KV
-// cache, without materialising q k^T.
+// attention: out = softmax(cap(softmax_scale q k^T) + bias + mask) v, its gradient, and decoding
+// against a KV cache, without materialising q k^T.
 //   attention.h           what the kernels are given, and the launch declarations
-//   attention_fwd.cuh     forward                 attention_bwd_dkdv.cuh, _bwd_dq.cuh  backward
+//   mask.cuh              what happens to scores before softmax, and which tiles are skipped
+//   attention_fwd.cuh     forward                 attention_bwd_{dkdv,dq,dbias}.cuh  backward
 //   attention_decode.cuh  split-KV decoding       instances/*.cu  one head_dim each
-//   attention.cu          launchers: head_dim and dtype to instance
+//   attention.cu          launchers: head_dim, dtype and mask to instance
 //   attention_cpu*.cpp    CPU kernels, compiled once per instruction set
 //   attention.cpp         argument checks and binding
 #pragma once
@@ -19,6 +20,8 @@ inline constexpr int kMaxHeadDim = 256;  // any multiple of 8 up to this
 // Columns of the compiled CUDA tiles: a head_dim takes the next one, the rest is zero-filled on the
 // way to shared memory, never read.
 inline constexpr int kAttentionTileDims[] = {32, 64, 80, 96, 112, 128, 192, 256};
+inline constexpr int kMaskedTileDims[] = {64, 96, 128, 256};  // where the mask is not plain
+inline constexpr int kIdBlock = 64;  // tokens that one row of id_ranges describes
 
 // Heads of a dense [batch, seqlen, num_heads, head_dim] or packed [num_tokens, num_heads, head_dim]
 // tensor. Strides in elements; head_dim has stride 1. CUDA: 16-byte aligned rows.
@@ -27,6 +30,26 @@ struct HeadsView {
     int64_t batch_stride;  // 0 when packed
     int64_t token_stride;
     int64_t head_stride;
+};
+
+// Scores that are added to those of q and k, or their gradient. Strides in elements; keys have
+// stride 1, broadcast dimensions stride 0.
+struct BiasView {
+    void* data;  // [batch, num_heads, seqlen_q, seqlen_k]; null: none
+    int64_t batch_stride;
+    int64_t head_stride;
+    int64_t query_stride;
+    int batch;      // 1, or that of the params
+    int num_heads;  // 1, or that of the params
+    int seqlen_q;   // at least that of the params
+    int seqlen_k;   // at least that of the params
+    DType dtype;    // float32, or that of q
+};
+
+// An integer for each token: [batch, seqlen], packed [num_tokens], contiguous. Null: all the same.
+struct TokenIds {
+    const int32_t* q;
+    const int32_t* k;
 };
 
 struct AttentionParams {
@@ -40,6 +63,9 @@ struct AttentionParams {
     const int32_t* cu_seqlens_q;   // [batch + 1] when packed, else null
     const int32_t* cu_seqlens_k;   // [batch + 1] when packed, else null
     const int32_t* cache_seqlens;  // [batch] valid keys of each row of a KV cache, else null
+    const int32_t* block_table;    // [batch, pages] rows of a paged cache, whose batch is pages
+    int64_t block_table_stride;
+    int64_t page_size;  // a multiple of 16
     int batch;
     int seqlen_q;          // longest, when packed
     int seqlen_k;          // longest, when packed; the capacity of a cache
@@ -49,17 +75,38 @@ struct AttentionParams {
     int num_heads_k;  // divides num_heads; query head h sees key head h / (num_heads / num_heads_k)
     int head_dim;
     float softmax_scale;  // > 0
-    bool causal;          // bottom-right: query i sees keys j <= i + seqlen_k - seqlen_q
     DType dtype;
+
+    // Query i sees key j when their segments are equal and j is in the window of i, or in the same
+    // image: -left <= j - (i + seqlen_k - seqlen_q) <= right, or images equal and not negative.
+    int window_left, window_right;  // -1: unbounded; causal is right 0
+    TokenIds segments;
+    TokenIds images;
+    int32_t* id_ranges;  // CUDA workspace if there are ids: [id_blocks(q) + id_blocks(k), 4]
+    float softcap;       // cap(s) = softcap tanh(s / softcap); 0: cap(s) = s
+    BiasView bias;
+    bool float32_out;  // out, or dq, dk, dv, are float32 whatever dtype is: parts of a sum
+
+    constexpr bool causal() const { return window_right == 0; }
+    constexpr bool has_ids() const { return segments.q || images.q; }
+    // Full or causal, and nothing done to the scores.
+    constexpr bool plain() const {
+        return window_left < 0 && window_right <= 0 && !has_ids() && softcap == 0 && !bias.data;
+    }
 };
 
+// Rows of id_ranges for so many tokens.
+constexpr int64_t id_blocks(int64_t num_tokens) { return (num_tokens + kIdBlock - 1) / kIdBlock; }
+
 struct AttentionBackwardParams : AttentionParams {
-    HeadsView dout;     // as out
-    const float* dlse;  // as lse, or null
-    float* delta;       // workspace of twice the size of lse: rowsum(out dout) - dlse, and more
-    HeadsView dq;       // as q
-    HeadsView dk;       // as k
-    HeadsView dv;       // as v
+    HeadsView dout;            // as out
+    const float* dlse;         // as lse, or null
+    const float* given_delta;  // as lse: rowsum(out dout) - dlse; null: from out, dout and dlse
+    float* delta;              // workspace of twice the size of lse: delta, and more
+    HeadsView dq;              // as q
+    HeadsView dk;              // as k
+    HeadsView dv;              // as v
+    BiasView dbias;            // as bias, contiguous, each element written; or null
 };
 
 struct AttentionDecodeParams : AttentionParams {

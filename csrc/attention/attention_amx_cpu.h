@@ -100,7 +100,8 @@ class ForwardAmx {
         const int64_t depth = round_up(p.head_dim, kTileDepth);
         const int64_t out_rows = round_up(p.head_dim, kTile);
         return kAmxPanels * kMostLanes * (depth / 2 + out_rows) +
-               kAmxKeys * (depth / 2 + out_rows / 2 + kMostLanes + kMostLanes / 2);
+               kAmxKeys * (depth / 2 + out_rows / 2 + kMostLanes + kMostLanes / 2) +
+               Mask::memory_size(p, kAmxKeys);
     }
 
     ForwardAmx(const AttentionParams& p, float* memory)
@@ -115,6 +116,7 @@ class ForwardAmx {
         v_columns_ = reinterpret_cast<uint16_t*>(take(kAmxKeys * out_rows_ / 2));
         scores_ = take(kAmxKeys * kMostLanes);
         probabilities_ = take(kAmxKeys / 2 * kMostLanes);
+        mask_memory_ = at;
     }
 
     void run(const Item& item) {
@@ -122,14 +124,17 @@ class ForwardAmx {
         int64_t count = 0;
         for (int64_t begin = item.begin; begin < item.end; begin += kMostLanes)
             start(panels_[count++], problem, begin, std::min(begin + kMostLanes, item.end));
-        const int64_t most_keys = panels_[count - 1].most_keys;
-        for (int64_t key = 0; key < most_keys; key += kAmxKeys) {
-            const int64_t keys = std::min(kAmxKeys, most_keys - key);
-            load_keys(problem, key, keys);
-            for (int64_t i = 0; i < count; ++i)
-                if (key < panels_[i].most_keys)
-                    panels_[i].cols == 4 ? attend<4>(panels_[i], key, keys)
-                                         : attend<2>(panels_[i], key, keys);
+        const Span span = keys_of(panels_, count);
+        for (int64_t key = span.begin / kAmxKeys * kAmxKeys; key < span.end; key += kAmxKeys) {
+            const int64_t keys = std::min(kAmxKeys, span.end - key);
+            bool loaded = false;
+            for (int64_t i = 0; i < count; ++i) {
+                if (!panels_[i].mask.sees(key, keys)) continue;
+                if (!loaded) load_keys(problem, key, keys);
+                loaded = true;
+                panels_[i].cols == 4 ? attend<4>(panels_[i], key, keys)
+                                     : attend<2>(panels_[i], key, keys);
+            }
         }
         for (int64_t i = 0; i < count; ++i) finish_panel<BFloat16>(panels_[i], problem);
     }
@@ -153,11 +158,13 @@ class ForwardAmx {
 
     // k as rows and v as columns; zero up to multiples of 32 keys and of the tiles.
     void load_keys(const Problem& problem, int64_t first, int64_t keys) {
-        const BFloat16 *k = problem.key<const BFloat16>(p_.k, first),
-                       *v = problem.key<const BFloat16>(p_.v, first);
+        const BFloat16* v[kAmxKeys];
+        for (int64_t key = 0; key < keys; ++key)
+            v[key] = problem.key<const BFloat16>(p_.v, first + key);
         std::memset(k_, 0, round_up(keys, kTileDepth) * depth_ * 2);
         for (int64_t key = 0; key < keys; ++key)
-            std::memcpy(k_ + key * depth_, k + key * p_.k.token_stride, p_.head_dim * 2);
+            std::memcpy(k_ + key * depth_, problem.key<const BFloat16>(p_.k, first + key),
+                        p_.head_dim * 2);
         for (int64_t key = 0; key < keys; key += kTileDepth)
             for (int64_t d = 0; d < p_.head_dim; d += kTile) {
                 Vec m[kWidth];
@@ -165,9 +172,7 @@ class ForwardAmx {
                     Bits pair[2] = {};
                     for (int half = 0; half < 2; ++half) {
                         const int64_t row = key + 2 * i + half;
-                        if (row < keys)
-                            pair[half] =
-                                (Bits)load_first(v + row * p_.v.token_stride + d, p_.head_dim - d);
+                        if (row < keys) pair[half] = (Bits)load_first(v[row] + d, p_.head_dim - d);
                     }
                     m[i] = (Vec)(pair[0] >> 16 | pair[1]);
                 }
@@ -182,8 +187,7 @@ class ForwardAmx {
         constexpr int64_t lanes = kCols * kWidth;
         const int64_t padded = round_up(keys, kTileDepth);
         multiply_amx(k_, depth_, panel.q, lanes, scores_, padded, depth_, false);
-        if (first + keys > panel.fewest_keys)
-            mask_scores<kCols>(scores_, first, keys, panel.visible);
+        panel.mask.prepare<kCols>(scores_, nullptr, first, keys, mask_memory_);
         fill(scores_ + keys * lanes, scores_ + padded * lanes, -kInfinity);
         softmax<kCols>(panel, padded);
         if (panel.started)
@@ -199,7 +203,7 @@ class ForwardAmx {
 
     template <int kCols>
     void softmax(Panel& panel, int64_t keys) {
-        const float scale = p_.softmax_scale;
+        const float scale = Mask::unit(p_);
         Vec base[kCols], sums[kCols] = {};
         raise_max(panel, scores_, keys, scale, base);
         for (int64_t key = 0; key < keys; key += 2)
@@ -218,6 +222,7 @@ class ForwardAmx {
     Panel panels_[kAmxPanels];
     uint16_t *k_, *v_columns_;        // [keys, depth], [head_dim, kAmxKeys]
     float *scores_, *probabilities_;  // [keys, lanes], [keys / 2, lanes] pairs
+    float* mask_memory_;
 };
 
 // False where another kernel must do it.

@@ -3,9 +3,9 @@
 // there are too few heads for the threads, the rows of a head are cut into parts, each with its own
 // dk and dv, which are added up in order at the end: no atomics, and for a given number of threads
 // always the same result.
-//   p = exp(scale q k^T - lse),  ds = p (dout v^T - delta),  delta = rowsum(out dout) - dlse
+//   p = exp(scores - lse),  ds = p (dout v^T - delta),  delta = rowsum(out dout) - dlse
 //   dv = p^T dout,  dk = scale ds^T q,  dq = scale ds k
-#include "attention/attention_cpu.h"
+#include "attention/attention_dbias_cpu.h"
 
 namespace vlmkernels {
 namespace {
@@ -27,19 +27,17 @@ class Backward {
   public:
     static int64_t memory_size(const AttentionBackwardParams& p, int64_t most_keys) {
         const int64_t ld = round_up(p.head_dim, kWidth);
-        return 5 * kPanelRows * ld + 2 * kBlockKeys * kPanelRows + 4 * padded_keys(most_keys) * ld;
+        return Rows<T>::memory_size(p) + kPanelRows * ld + 3 * kBlockKeys * kPanelRows +
+               4 * padded_keys(most_keys) * ld;
     }
 
     Backward(const AttentionBackwardParams& p, float* memory)
-        : p_(p), ld_(round_up(p.head_dim, kWidth)) {
-        float* at = memory;
-        for (float** rows : {&q_, &dout_, &q_columns_, &dout_columns_, &dq_}) {
-            *rows = at;
-            at += kPanelRows * ld_;
-        }
-        p_scores_ = at;
+        : p_(p), ld_(round_up(p.head_dim, kWidth)), rows_(p, memory) {
+        dq_ = memory + Rows<T>::memory_size(p);
+        p_scores_ = dq_ + kPanelRows * ld_;
         ds_ = p_scores_ + kBlockKeys * kPanelRows;
-        k_ = ds_ + kBlockKeys * kPanelRows;
+        slopes_ = ds_ + kBlockKeys * kPanelRows;
+        k_ = slopes_ + kBlockKeys * kPanelRows;
     }
 
     void run(const Part& part) {
@@ -48,10 +46,8 @@ class Backward {
         v_ = k_ + size;
         dk_ = part.partial ? part.partial : v_ + size;
         dv_ = dk_ + size;
-        copy_rows(k_, ld_, problem.key<const T>(p_.k, 0), p_.k.token_stride, part.keys,
-                  p_.head_dim);
-        copy_rows(v_, ld_, problem.key<const T>(p_.v, 0), p_.v.token_stride, part.keys,
-                  p_.head_dim);
+        copy_keys<T>(k_, ld_, problem, p_.k, 0, part.keys);
+        copy_keys<T>(v_, ld_, problem, p_.v, 0, part.keys);
         fill(dk_, dk_ + 2 * size, 0.f);
         for (int64_t row = part.item.begin; row < part.item.end; row += kPanelRows)
             run_panel(problem, row, std::min(kPanelRows, part.item.end - row));
@@ -60,102 +56,49 @@ class Backward {
 
   private:
     void run_panel(const Problem& problem, int64_t begin, int64_t rows) {
-        begin_ = begin;
-        rows_ = rows;
-        load_panel(problem);
+        rows_.load(problem, begin, rows);
         fill(dq_, dq_ + kPanelRows * ld_, 0.f);
-        const int64_t most = problem.visible((begin + rows - 1) / problem.group);
-        const int64_t fewest = problem.visible(begin / problem.group);
-        for (int64_t key = 0; key < most; key += kBlockKeys) {
-            const int64_t keys = round_up(std::min(kBlockKeys, most - key), kTileRows);
-            dispatch_cols(ceil_div(rows, kWidth),
-                          [&]<int kCols>() { run_block<kCols>(key, keys, key + keys > fewest); });
+        const Span span = rows_.mask.keys();
+        for (int64_t key = span.begin / kBlockKeys * kBlockKeys; key < span.end;
+             key += kBlockKeys) {
+            const int64_t keys = round_up(std::min(kBlockKeys, span.end - key), kTileRows);
+            if (rows_.mask.sees(key, keys))
+                dispatch_cols(ceil_div(rows, kWidth),
+                              [&]<int kCols>() { run_block<kCols>(key, keys); });
         }
         problem.for_rows(begin, rows, [&](int64_t lane, int64_t token, int64_t head) {
-            store_row(problem.query<T>(p_.dq, token, head), dq_ + lane * ld_, p_.head_dim,
-                      p_.softmax_scale);
+            store_gradient<T>(p_, dq_ + lane * ld_, p_.softmax_scale,
+                              [&]<class U>() { return problem.query<U>(p_.dq, token, head); });
         });
-    }
-
-    // q and dout as rows and as columns, lse and delta.
-    void load_panel(const Problem& problem) {
-        const float *q[kPanelRows], *dout[kPanelRows];
-        fill(lse_, lse_ + kPanelRows, kInfinity);  // p = 0: of no row, or a blind one
-        fill(delta_, delta_ + kPanelRows, 0.f);
-        fill(visible_, visible_ + kPanelRows, int32_t(problem.seqlen_k));
-        problem.for_rows(begin_, rows_, [&](int64_t lane, int64_t token, int64_t head) {
-            q[lane] = q_ + lane * ld_;
-            dout[lane] = dout_ + lane * ld_;
-            copy_row(q_ + lane * ld_, problem.query<const T>(p_.q, token, head), p_.head_dim);
-            copy_row(dout_ + lane * ld_, problem.query<const T>(p_.dout, token, head), p_.head_dim);
-            const int64_t at = problem.lse_index(token, head);
-            visible_[lane] = int32_t(problem.visible(token));
-            if (p_.lse[at] == -kInfinity) return;  // sees no key: p = 0, whatever dlse is
-            lse_[lane] = p_.lse[at];
-            delta_[lane] = dot(dout[lane], problem.query<const T>(p_.out, token, head)) -
-                           (p_.dlse ? p_.dlse[at] : 0);
-        });
-        const int64_t lanes = round_up(rows_, kWidth);
-        transpose_in(q_columns_, lanes, rows_, p_.head_dim, q);
-        transpose_in(dout_columns_, lanes, rows_, p_.head_dim, dout);
-    }
-
-    float dot(const float* a, const T* b) const {
-        Vec total{};
-        for (int64_t d = 0; d < p_.head_dim; d += kWidth)
-            total += load(a + d) * load_first(b + d, p_.head_dim - d);
-        return sum(total);
     }
 
     template <int kCols>
-    void run_block(int64_t key, int64_t keys, bool masked) {
+    void run_block(int64_t key, int64_t keys) {
         constexpr int64_t lanes = kCols * kWidth;
         const int64_t at = key * ld_, vectors = ld_ / kWidth;
-        multiply_columns<kCols, false>(k_ + at, ld_, q_columns_, lanes, p_scores_, lanes, keys,
-                                       p_.head_dim, Assign{});
-        multiply_columns<kCols, false>(v_ + at, ld_, dout_columns_, lanes, ds_, lanes, keys,
-                                       p_.head_dim, Assign{});
-        if (masked) mask_scores<kCols>(p_scores_, key, keys, visible_);
-        differentiate_softmax<kCols>(keys);
-        multiply_add<false>(p_scores_, lanes, dout_, ld_, dv_ + at, ld_, keys, rows_, vectors);
-        multiply_add<false>(ds_, lanes, q_, ld_, dk_ + at, ld_, keys, rows_, vectors);
-        multiply_add<true>(ds_, lanes, k_ + at, ld_, dq_, ld_, rows_, keys, vectors);
-    }
-
-    // Scores become p, and dout v^T becomes ds.
-    template <int kCols>
-    void differentiate_softmax(int64_t keys) {
-        const float scale = p_.softmax_scale;
-        Vec lse[kCols], delta[kCols];
-        for (int c = 0; c < kCols; ++c) {
-            lse[c] = load(lse_ + c * kWidth);
-            delta[c] = load(delta_ + c * kWidth);
-        }
-        for (int64_t key = 0; key < keys; ++key)
-            for (int c = 0; c < kCols; ++c) {
-                const int64_t at = (key * kCols + c) * kWidth;
-                const Vec probability = exp(load(p_scores_ + at) * scale - lse[c]);
-                store(p_scores_ + at, probability);
-                store(ds_ + at, probability * (load(ds_ + at) - delta[c]));
-            }
+        rows_.template differentiate<kCols>(k_ + at, v_ + at, key, keys, p_scores_, ds_,
+                                            p_.softcap > 0 ? slopes_ : nullptr);
+        multiply_add<false>(p_scores_, lanes, rows_.dout, ld_, dv_ + at, ld_, keys, rows_.count,
+                            vectors);
+        multiply_add<false>(ds_, lanes, rows_.q, ld_, dk_ + at, ld_, keys, rows_.count, vectors);
+        multiply_add<true>(ds_, lanes, k_ + at, ld_, dq_, ld_, rows_.count, keys, vectors);
     }
 
     void store_keys(const Problem& problem, int64_t keys) {
         for (int64_t key = 0; key < keys; ++key) {
-            store_row(problem.key<T>(p_.dk, key), dk_ + key * ld_, p_.head_dim, p_.softmax_scale);
-            store_row(problem.key<T>(p_.dv, key), dv_ + key * ld_, p_.head_dim, 1);
+            store_gradient<T>(p_, dk_ + key * ld_, p_.softmax_scale,
+                              [&]<class U>() { return problem.key<U>(p_.dk, key); });
+            store_gradient<T>(p_, dv_ + key * ld_, 1,
+                              [&]<class U>() { return problem.key<U>(p_.dv, key); });
         }
     }
 
     const AttentionBackwardParams& p_;
     const int64_t ld_;
-    int64_t begin_ = 0, rows_ = 0;
-    float *q_, *dout_, *dq_;            // [rows, ld]
-    float *q_columns_, *dout_columns_;  // [head_dim, lanes]
-    float *p_scores_, *ds_;             // [keys of a block, lanes]
-    float *k_, *v_, *dk_, *dv_;         // [keys, ld]
-    alignas(64) float lse_[kPanelRows], delta_[kPanelRows];
-    alignas(64) int32_t visible_[kPanelRows];
+    Rows<T> rows_;
+    float* dq_;                        // [rows, ld]
+    float *p_scores_, *ds_, *slopes_;  // [keys of a block, lanes]
+    float *k_, *v_, *dk_, *dv_;        // [keys, ld]
 };
 
 // Cuts a problem whose cost is above the limit into parts of equal numbers of rows.
@@ -167,8 +110,7 @@ void cut(const Problem& problem, double limit, std::vector<Part>& parts) {
         std::max<int64_t>(1, ceil_div(panels, std::min(wanted, kMostParts))) * kPanelRows;
     for (int64_t begin = 0; begin == 0 || begin < rows; begin += step) {
         const int64_t end = std::min(begin + step, rows);
-        const int64_t keys =
-            end < rows ? problem.visible((end - 1) / problem.group) : problem.seqlen_k;
+        const int64_t keys = end < rows ? problem.keys_of(begin, end).end : problem.seqlen_k;
         parts.push_back({{int32_t(problem.sequence), int32_t(problem.head_k), begin, end,
                           double(end - begin) * double(keys)},
                          keys});
@@ -221,8 +163,9 @@ void add_partials(const AttentionBackwardParams& p, const Part* parts, int64_t c
                     const float* row = part->partial + (is_dv * padded_keys(part->keys) + key) * ld;
                     for (int64_t d = 0; d < ld; ++d) sum[d] += row[d];
                 }
-                store_row(problem.key<T>(is_dv ? p.dv : p.dk, key), sum, p.head_dim,
-                          is_dv ? 1 : p.softmax_scale);
+                store_gradient<T>(p, sum, is_dv ? 1 : p.softmax_scale, [&]<class U>() {
+                    return problem.key<U>(is_dv ? p.dv : p.dk, key);
+                });
             }
     });
 }
@@ -262,7 +205,10 @@ void backward(const AttentionBackwardParams& p) {
 
 template <class Isa>
 void attention_bwd_cpu(const AttentionBackwardParams& p) {
-    dispatch_float(p.dtype, [&]<class T>() { backward<T>(p); });
+    dispatch_float(p.dtype, [&]<class T>() {
+        backward<T>(p);
+        if (p.dbias.data) dbias<T>(p);
+    });
 }
 
 template void attention_bwd_cpu<VLMKERNELS_ISA>(const AttentionBackwardParams& p);

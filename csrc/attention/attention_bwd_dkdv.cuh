@@ -8,22 +8,26 @@
 
 #include <cuda_runtime.h>
 
-#include "attention/sequence.cuh"
+#include "attention/mask.cuh"
+#include "attention/store.cuh"
 #include "common/mma.cuh"
 
 namespace vlmkernels {
 
-template <class Element_, int kHeadDim_>
+template <class Element_, int kHeadDim_, class Scores_>
 struct AttentionDkdvTile {
     using Element = Element_;
+    using Scores = Scores_;
+    static constexpr bool kMasked = std::is_same_v<Scores, MaskedScores>;
     static constexpr int kHeadDim = kHeadDim_;
     static constexpr int kMTiles = 1;
-    static constexpr int kColumnWarps = kHeadDim <= 128 ? 1 : 2;
+    static constexpr int kColumnWarps = kHeadDim <= (kMasked ? 96 : 128) ? 1 : 2;
     static constexpr int kWarps = 4 * kColumnWarps;
     static constexpr int kThreads = kWarps * 32;
     static constexpr int kColumns = kHeadDim / kColumnWarps;  // of a warp
     static constexpr int kBlockN = kWarps / kColumnWarps * kMTiles * 16;
-    static constexpr int kBlockM = kHeadDim <= 96    ? 64
+    static constexpr int kBlockM = kMasked           ? (kHeadDim <= 128 ? 32 : 16)
+                                   : kHeadDim <= 96  ? 64
                                    : kHeadDim == 112 ? 48
                                    : kHeadDim <= 192 ? 32
                                                      : 16;
@@ -34,20 +38,24 @@ struct AttentionDkdvTile {
     static_assert(kSharedBytes <= 99 * 1024, "sm_86 and sm_89 have no more");
 };
 
-// The blocks of queries that a block of keys walks over: those of one head after the other.
+// The tiles of queries that a block of keys walks over: those of one head after the other.
 template <class Tile>
-struct QueryWalk {
-    int first_block, blocks_per_head, total;
+struct HeadTiles {
+    using Tiles = typename Tile::Scores::template QueryTiles<Tile::kBlockM>;
+    struct Step {
+        int head;
+        typename Tile::Scores::Tile tile;  // index < 0: the walk is over
+        __device__ int row0() const { return tile.index * Tile::kBlockM; }
+    };
+    Tiles tiles;
 
-    __device__ QueryWalk(const Sequence& sequence, int key0, int num_heads) {
-        first_block = sequence.first_query(key0) / Tile::kBlockM;
-        const int end = (sequence.seqlen_q + Tile::kBlockM - 1) / Tile::kBlockM;
-        blocks_per_head = max(0, end - first_block);
-        total = blocks_per_head * num_heads;
-    }
-    __device__ int head(int step) const { return step / blocks_per_head; }
-    __device__ int row0(int step) const {
-        return (first_block + step % blocks_per_head) * Tile::kBlockM;
+    __device__ HeadTiles(const AttentionParams& p, const Sequence& sequence, int key0)
+        : tiles(p, sequence, key0, Tile::kBlockN) {}
+    __device__ Step first() { return {0, tiles.first()}; }
+    __device__ Step next(Step step, int num_heads) {
+        step.tile = tiles.next(step.tile);
+        if (step.tile.index < 0 && ++step.head < num_heads) step.tile = tiles.first();
+        return step;
     }
 };
 
@@ -55,6 +63,7 @@ template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads)
     attention_dkdv_kernel(const AttentionBackwardParams p) {
     using Element = typename Tile::Element;
+    using Scores = typename Tile::Scores;
     constexpr int kBlockM = Tile::kBlockM, kBlockN = Tile::kBlockN, kHeadDim = Tile::kHeadDim;
     constexpr int kMTiles = Tile::kMTiles, kThreads = Tile::kThreads, kColumns = Tile::kColumns;
     extern __shared__ __align__(128) unsigned char shared[];
@@ -67,12 +76,13 @@ __global__ void __launch_bounds__(Tile::kThreads)
     const int warp_key = warp / Tile::kColumnWarps * kMTiles * 16;
     const int warp_chunk = warp % Tile::kColumnWarps * (kColumns / 8);
     const int heads_per_key_head = p.num_heads / p.num_heads_k;
-    const QueryWalk<Tile> walk(sequence, key0, heads_per_key_head);
+    HeadTiles<Tile> tiles(p, sequence, key0);
+    auto step = tiles.first();  // if it is the end, so it is for every head
 
     const uint32_t k_tile = shared_address(shared), v_tile = k_tile + Tile::kKeyBytes;
     auto q_tile = [&](int stage) { return v_tile + Tile::kKeyBytes + stage * Tile::kStageBytes; };
-    auto load_queries = [&](int stage, int step) {
-        const int head = work.head * heads_per_key_head + walk.head(step), row0 = walk.row0(step);
+    auto load_queries = [&](int stage, int head_of_group, int row0) {
+        const int head = work.head * heads_per_key_head + head_of_group;
         const int num_rows = sequence.seqlen_q - row0;
         load_tile<kBlockM, kHeadDim, kThreads>(q_tile(stage),
                                                sequence.queries<Element>(p.q, row0, head),
@@ -90,15 +100,16 @@ __global__ void __launch_bounds__(Tile::kThreads)
                                            p.k.token_stride, num_keys, p.head_dim, thread);
     load_tile<kBlockN, kHeadDim, kThreads>(v_tile, sequence.keys<Element>(p.v, key0, work.head),
                                            p.v.token_stride, num_keys, p.head_dim, thread);
-    if (walk.total > 0) load_queries(0, 0);
+    if (step.tile.index >= 0) load_queries(0, step.head, step.row0());
     cp_async_commit();
 
     float dk[kMTiles][kColumns / 8][4] = {}, dv[kMTiles][kColumns / 8][4] = {};
-    const float scale_log2 = p.softmax_scale * kLog2e;
-    for (int step = 0, stage = 0; step < walk.total; ++step, stage ^= 1) {
+    const float scale_log2 = Scores::unit(p) * kLog2e;
+    for (int stage = 0; step.tile.index >= 0; stage ^= 1) {
         cp_async_wait<0>();
         __syncthreads();  // this stage has landed, and all warps have left the other one
-        if (step + 1 < walk.total) load_queries(stage ^ 1, step + 1);
+        const auto next = tiles.next(step, heads_per_key_head);
+        if (next.tile.index >= 0) load_queries(stage ^ 1, next.head, next.row0());
         cp_async_commit();
 
         const uint32_t dout_tile = q_tile(stage) + Tile::kQueryBytes;
@@ -107,10 +118,14 @@ __global__ void __launch_bounds__(Tile::kThreads)
         float probs[kMTiles][kBlockM / 8][4], ds[kMTiles][kBlockM / 8][4];
         multiply_rows<Element, kMTiles, kBlockM / 8, kHeadDim>(probs, lane, k_tile, warp_key,
                                                                q_tile(stage), 0);
-        if (sequence.first_query(key0 + kBlockN - 1) > walk.row0(step))
-            mask_transposed(probs, sequence, key0 + warp_key, walk.row0(step), lane);
         multiply_rows<Element, kMTiles, kBlockM / 8, kHeadDim>(ds, lane, v_tile, warp_key,
                                                                dout_tile, 0);
+        auto delta = [&](int, int n, int e) {
+            return reinterpret_cast<const float2*>(stats)[n * 8 + lane % 4 * 2 + e % 2].y;
+        };
+        Scores::template prepare<true>(
+            probs, ds, delta, p, sequence, work.head * heads_per_key_head + step.head,
+            key0 + warp_key, step.row0(), thread_in_block() % 32, tiles.tiles.whole(step.tile));
 #pragma unroll
         for (int n = 0; n < kBlockM / 8; ++n) {
             const float4 two = stats[n * 4 + lane % 4];
@@ -125,6 +140,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
         }
         multiply_accumulators<Element, kHeadDim>(dv, probs, lane, dout_tile, 0, warp_chunk);
         multiply_accumulators<Element, kHeadDim>(dk, ds, lane, q_tile(stage), 0, warp_chunk);
+        step = next;
     }
     cp_async_wait<0>();
     __syncthreads();  // all warps have left k and v: dk and dv take their place
@@ -132,12 +148,13 @@ __global__ void __launch_bounds__(Tile::kThreads)
 #pragma unroll
     for (int i = 0; i < kMTiles * 2; ++i)
         one[i / 2][i % 2] = 1, scale[i / 2][i % 2] = p.softmax_scale;
-    store_accumulators<Element, kHeadDim>(dk, scale, lane, shared, warp_key, warp_chunk,
-                                          sequence.keys<Element>(p.dk, key0, work.head),
-                                          p.dk.token_stride, num_keys, p.head_dim);
-    store_accumulators<Element, kHeadDim>(dv, one, lane, shared + Tile::kKeyBytes, warp_key,
-                                          warp_chunk, sequence.keys<Element>(p.dv, key0, work.head),
-                                          p.dv.token_stride, num_keys, p.head_dim);
+    auto store = [&](const HeadsView& view, const auto& sum, const auto& factor, int offset) {
+        auto rows = [&]<class T>() { return sequence.keys<T>(view, key0, work.head); };
+        store_rows<Element, kHeadDim>(p.float32_out, sum, factor, lane, shared + offset, warp_key,
+                                      warp_chunk, rows, view.token_stride, num_keys, p.head_dim);
+    };
+    store(p.dk, dk, scale, 0);
+    store(p.dv, dv, one, Tile::kKeyBytes);
 }
 
 }  // namespace vlmkernels

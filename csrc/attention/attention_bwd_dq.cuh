@@ -4,20 +4,24 @@
 
 #include <cuda_runtime.h>
 
-#include "attention/sequence.cuh"
+#include "attention/mask.cuh"
+#include "attention/store.cuh"
 #include "common/mma.cuh"
 
 namespace vlmkernels {
 
-template <class Element_, int kHeadDim_>
+template <class Element_, int kHeadDim_, class Scores_>
 struct AttentionDqTile {
     using Element = Element_;
+    using Scores = Scores_;
     static constexpr int kHeadDim = kHeadDim_;
-    static constexpr int kMTiles = kHeadDim <= 128 ? 2 : 1;
+    static constexpr bool kMasked = std::is_same_v<Scores, MaskedScores>;
+    static constexpr int kMTiles = kHeadDim <= (kMasked ? 96 : 128) ? 2 : 1;
     static constexpr int kWarps = 4;
     static constexpr int kThreads = kWarps * 32;
     static constexpr int kBlockM = kWarps * kMTiles * 16;
-    static constexpr int kBlockN = kHeadDim <= 64                       ? 48
+    static constexpr int kBlockN = kMasked          ? (kHeadDim == 64 || kHeadDim == 128 ? 32 : 16)
+                                   : kHeadDim <= 64 ? 48
                                    : kHeadDim <= 112 || kHeadDim == 192 ? 32
                                                                         : 16;
     static constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
@@ -30,14 +34,15 @@ template <class Tile>
 __device__ void store_dq(const AttentionBackwardParams& p,
                          const float (&dq)[Tile::kMTiles][Tile::kHeadDim / 8][4],
                          unsigned char* shared) {
-    using Element = typename Tile::Element;
     const QueryBlock<Tile> queries(p);
     float factor[Tile::kMTiles][2];
 #pragma unroll
     for (int i = 0; i < Tile::kMTiles * 2; ++i) factor[i / 2][i % 2] = p.softmax_scale;
-    store_accumulators<Element, Tile::kHeadDim>(
-        dq, factor, queries.lane, shared, queries.warp_row, 0,
-        queries.sequence.template queries<Element>(p.dq, queries.row0, queries.head),
+    auto rows = [&]<class T>() {
+        return queries.sequence.template queries<T>(p.dq, queries.row0, queries.head);
+    };
+    store_rows<typename Tile::Element, Tile::kHeadDim>(
+        p.float32_out, dq, factor, queries.lane, shared, queries.warp_row, 0, rows,
         p.dq.token_stride, queries.num_rows(), p.head_dim);
 }
 
@@ -45,6 +50,7 @@ template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads)
     attention_dq_kernel(const AttentionBackwardParams p) {
     using Element = typename Tile::Element;
+    using Scores = typename Tile::Scores;
     constexpr int kBlockM = Tile::kBlockM, kBlockN = Tile::kBlockN, kHeadDim = Tile::kHeadDim;
     constexpr int kMTiles = Tile::kMTiles, kThreads = Tile::kThreads;
     extern __shared__ __align__(128) unsigned char shared[];
@@ -69,10 +75,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
                                                v + col0 * p.v.token_stride, p.v.token_stride,
                                                num_keys, p.head_dim, thread);
     };
-    // Some row of the block sees keys [0, most_keys), every row [0, all_keys).
-    const int most_keys = sequence.visible_keys(min(row0 + kBlockM, sequence.seqlen_q) - 1);
-    const int all_keys = sequence.visible_keys(row0);
-    const int num_key_blocks = (most_keys + kBlockN - 1) / kBlockN;
+    typename Scores::template KeyTiles<kBlockN> tiles(p, sequence, row0, kBlockM);
+    auto tile = tiles.first();
 
     load_tile<kBlockM, kHeadDim, kThreads>(q_tile,
                                            sequence.queries<Element>(p.q, row0, queries.head),
@@ -80,7 +84,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
     load_tile<kBlockM, kHeadDim, kThreads>(dout_tile,
                                            sequence.queries<Element>(p.dout, row0, queries.head),
                                            p.dout.token_stride, num_rows, p.head_dim, thread);
-    if (num_key_blocks > 0) load_keys(0, 0);
+    if (tile.index >= 0) load_keys(0, tile.index * kBlockN);
     cp_async_commit();
 
     float2 stats[kMTiles][2];  // of this lane's rows
@@ -95,20 +99,23 @@ __global__ void __launch_bounds__(Tile::kThreads)
                                  : make_float2(0, 0);
         }
 
-    const float scale_log2 = p.softmax_scale * kLog2e;
-    for (int block = 0, stage = 0; block < num_key_blocks; ++block, stage ^= 1) {
+    const float scale_log2 = Scores::unit(p) * kLog2e;
+    for (int stage = 0; tile.index >= 0; stage ^= 1) {
         cp_async_wait<0>();
         __syncthreads();  // this stage has landed, and all warps have left the other one
-        if (block + 1 < num_key_blocks) load_keys(stage ^ 1, (block + 1) * kBlockN);
+        const auto next = tiles.next(tile);
+        if (next.index >= 0) load_keys(stage ^ 1, next.index * kBlockN);
         cp_async_commit();
 
         float scores[kMTiles][kBlockN / 8][4], dp[kMTiles][kBlockN / 8][4];
         multiply_rows<Element, kMTiles, kBlockN / 8, kHeadDim>(scores, lane, q_tile, warp_row,
                                                                k_tile(stage), 0);
-        if ((block + 1) * kBlockN > all_keys)
-            mask_scores(scores, sequence, row0 + warp_row, block * kBlockN, lane);
         multiply_rows<Element, kMTiles, kBlockN / 8, kHeadDim>(dp, lane, dout_tile, warp_row,
                                                                k_tile(stage) + Tile::kKeyBytes, 0);
+        auto delta = [&](int m, int, int e) { return stats[m][e / 2].y; };
+        Scores::template prepare<false>(scores, dp, delta, p, sequence, queries.head,
+                                        row0 + warp_row, tile.index * kBlockN,
+                                        thread_in_block() % 32, tiles.whole(tile));
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m)
 #pragma unroll
@@ -120,6 +127,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
                         exp2_approx(scores[m][n][e] * scale_log2 - row.x) * (dp[m][n][e] - row.y);
                 }
         multiply_accumulators<Element, kHeadDim>(dq, dp, lane, k_tile(stage), 0);
+        tile = next;
     }
     cp_async_wait<0>();  // if there was no key, the queries may still be on their way
     __syncthreads();

@@ -21,6 +21,7 @@ namespace {
 typedef int32_t Ints __attribute__((vector_size(kWidth * 4)));
 
 constexpr int64_t kPanelRows = kTileCols * kWidth;  // query rows whose scores are one tile wide
+constexpr int64_t kMostLanes = 64;                  // of any panel
 constexpr int64_t kBlockKeys = 64;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -46,14 +47,25 @@ class Buffer {
     float* data_;
 };
 
-// The query rows of one sequence that see one key head, and the keys they see.
+// A run of keys, [begin, end); empty if end <= begin.
+struct Span {
+    int64_t begin, end;
+    int64_t size() const { return end > begin ? end - begin : 0; }
+};
+
+// The query rows of one sequence that see one key head, of all heads that share it or of some, and
+// the keys they see.
 struct Problem {
     const AttentionParams& p;
-    int64_t sequence, head_k, group;
+    int64_t sequence, head_k, group, first_head;
     int64_t q_begin, seqlen_q, k_begin, seqlen_k;
 
     Problem(const AttentionParams& p, int64_t sequence, int64_t head_k)
-        : p(p), sequence(sequence), head_k(head_k), group(p.num_heads / p.num_heads_k) {
+        : Problem(p, sequence, head_k, head_k * (p.num_heads / p.num_heads_k),
+                  p.num_heads / p.num_heads_k) {}
+    Problem(const AttentionParams& p, int64_t sequence, int64_t head_k, int64_t first_head,
+            int64_t heads)
+        : p(p), sequence(sequence), head_k(head_k), group(heads), first_head(first_head) {
         const bool packed = p.cu_seqlens_q;
         q_begin = packed ? p.cu_seqlens_q[sequence] : 0;
         k_begin = packed ? p.cu_seqlens_k[sequence] : 0;
@@ -75,22 +87,43 @@ struct Problem {
     template <class T>
     T* query(const HeadsView& view, int64_t token, int64_t head) const {
         return static_cast<T*>(view.data) + sequence * view.batch_stride +
-               (q_begin + token) * view.token_stride + (head_k * group + head) * view.head_stride;
+               (q_begin + token) * view.token_stride + (first_head + head) * view.head_stride;
     }
     template <class T>
     T* key(const HeadsView& view, int64_t token) const {
-        return static_cast<T*>(view.data) + sequence * view.batch_stride +
+        int64_t row = sequence;
+        if (p.block_table) {
+            row = p.block_table[sequence * p.block_table_stride + token / p.page_size];
+            token %= p.page_size;
+        }
+        return static_cast<T*>(view.data) + row * view.batch_stride +
                (k_begin + token) * view.token_stride + head_k * view.head_stride;
+    }
+    // How many of `keys` keys from `token` on lie token_stride apart.
+    int64_t keys_in_page(int64_t token, int64_t keys) const {
+        return p.block_table ? std::min(keys, p.page_size - token % p.page_size) : keys;
     }
     // Where lse, and what is laid out like it, holds a row.
     int64_t lse_index(int64_t token, int64_t head) const {
-        return sequence * p.lse_batch_stride + (head_k * group + head) * p.lse_head_stride +
-               q_begin + token;
+        return sequence * p.lse_batch_stride + (first_head + head) * p.lse_head_stride + q_begin +
+               token;
     }
-    // How many keys a token sees: always the first ones.
-    int64_t visible(int64_t token) const {
-        if (!p.causal) return seqlen_k;
-        return clamp(token + 1 + seqlen_k - seqlen_q, 0, seqlen_k);
+    // The keys in the window of a token.
+    Span window(int64_t token) const {
+        const int64_t diagonal = token + seqlen_k - seqlen_q;
+        return {p.window_left < 0 ? 0 : clamp(diagonal - p.window_left, 0, seqlen_k),
+                p.window_right < 0 ? seqlen_k : clamp(diagonal + p.window_right + 1, 0, seqlen_k)};
+    }
+    // Keys that rows [begin, end) may see: windows move on with the token, images are anywhere.
+    Span keys_of(int64_t begin, int64_t end) const {
+        if (p.images.q) return {0, seqlen_k};
+        return {window(begin / group).begin, window((end - 1) / group).end};
+    }
+    const int32_t* ids_q(const int32_t* ids) const {  // of the first token
+        return ids ? ids + (p.cu_seqlens_q ? q_begin : sequence * p.seqlen_q) : nullptr;
+    }
+    const int32_t* ids_k(const int32_t* ids) const {
+        return ids ? ids + (p.cu_seqlens_q ? k_begin : sequence * p.seqlen_k) : nullptr;
     }
 };
 
@@ -112,8 +145,8 @@ inline std::vector<Item> make_items(const AttentionParams& p, int64_t max_rows) 
         for (int head_k = 0; head_k < p.num_heads_k; ++head_k)
             for (int64_t begin = 0; begin < rows; begin += step) {
                 const int64_t end = std::min(begin + step, rows);
-                const int64_t keys = (problem.visible(begin / problem.group) +
-                                      problem.visible((end - 1) / problem.group)) /
+                const int64_t keys = (problem.keys_of(begin, begin + 1).size() +
+                                      problem.keys_of(end - 1, end).size()) /
                                      2;
                 items.push_back({sequence, head_k, begin, end, double(end - begin) * double(keys)});
             }
@@ -152,10 +185,16 @@ VLMKERNELS_INLINE void copy_row(float* to, const T* from, int64_t head_dim) {
     if (d < head_dim) store(to + d, load_first(from + d, head_dim - d));
 }
 
-// Rows of keys or values as floats, followed by rows of zeros up to a multiple of kTileRows.
+// Keys or values from `first` on as floats, then rows of zeros up to a multiple of kTileRows.
 template <class T>
-void copy_rows(float* to, int64_t ld, const T* from, int64_t stride, int64_t n, int64_t head_dim) {
-    for (int64_t i = 0; i < n; ++i) copy_row(to + i * ld, from + i * stride, head_dim);
+void copy_keys(float* to, int64_t ld, const Problem& problem, const HeadsView& view, int64_t first,
+               int64_t n) {
+    for (int64_t at = 0, end; at < n; at = end) {
+        end = at + problem.keys_in_page(first + at, n - at);
+        const T* from = problem.key<const T>(view, first + at);
+        for (int64_t i = at; i < end; ++i, from += view.token_stride)
+            copy_row(to + i * ld, from, problem.p.head_dim);
+    }
     fill(to + n * ld, to + round_up(n, kTileRows) * ld, 0.f);
 }
 
@@ -192,18 +231,6 @@ void transpose_out(const float* from, int64_t lanes, int64_t n, int64_t head_dim
             transpose(m);
             for (int i = 0; i < kWidth && lane + i < n; ++i)
                 store_first(rows[lane + i] + d, m[i], head_dim - d);
-        }
-}
-
-// Scores of keys [first_key, first_key + keys) that a row does not see become -inf.
-template <int kCols>
-void mask_scores(float* scores, int64_t first_key, int64_t keys, const int32_t* visible) {
-    for (int64_t key = 0; key < keys; ++key)
-        for (int col = 0; col < kCols; ++col) {
-            Ints limit;
-            std::memcpy(&limit, visible + col * kWidth, sizeof limit);
-            float* at = scores + (key * kCols + col) * kWidth;
-            store(at, Ints{} + int32_t(first_key + key) < limit ? load(at) : splat(-kInfinity));
         }
 }
 

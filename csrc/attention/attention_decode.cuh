@@ -7,7 +7,7 @@
 #include <cuda_runtime.h>
 
 #include "attention/instances.h"
-#include "attention/sequence.cuh"
+#include "attention/mask.cuh"
 #include "common/launch.cuh"
 #include "common/mma.cuh"
 #include "common/softmax.cuh"
@@ -65,18 +65,37 @@ __device__ void load_decode_queries(const AttentionDecodeParams& p, const Sequen
     }
 }
 
-// mask_scores where rows are not consecutive queries.
+// Hides keys outside of the windows, where rows are not consecutive queries.
 template <int kN>
 __device__ void mask_decode_scores(float (&scores)[1][kN][4], const Sequence& sequence,
                                    const DecodeRows& rows, int col0, int lane) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-        const int limit =
-            sequence.visible_keys(rows.query(e / 2 * 8 + lane / 4)) - col0 - lane % 4 * 2 - e % 2;
+        const Span window = sequence.keys_of(rows.query(e / 2 * 8 + lane / 4));
+        const int first = col0 + lane % 4 * 2 + e % 2;
 #pragma unroll
         for (int n = 0; n < kN; ++n)
-            if (n * 8 >= limit) scores[0][n][e] = negative_infinity();
+            if (first + n * 8 >= window.end || first + n * 8 < window.begin)
+                scores[0][n][e] = negative_infinity();
     }
+}
+
+// Softcap leaves scores that are scaled already.
+__device__ inline float decode_unit(const AttentionParams& p) {
+    return p.softcap > 0 ? 1 : p.softmax_scale;
+}
+
+// Keys from `token` on; those of one block are in one page.
+template <class T>
+__device__ const T* cache_rows(const AttentionParams& p, const HeadsView& view, int batch,
+                               int token, int head) {
+    int64_t row = batch;
+    if (p.block_table) {
+        row = p.block_table[batch * p.block_table_stride + token / int(p.page_size)];
+        token %= int(p.page_size);
+    }
+    return static_cast<const T*>(view.data) + row * view.batch_stride + token * view.token_stride +
+           head * view.head_stride;
 }
 
 // A warp's unnormalised rows, then max and sum of each.
@@ -103,7 +122,7 @@ __device__ void combine_warps(const AttentionDecodeParams& p, const Sequence& se
                               const DecodeRows& rows, const float* partial) {
     constexpr int kStride = Tile::kRows * (Tile::kHeadDim + 2), kDim = Tile::kHeadDim;
     using Element = typename Tile::Element;
-    const float scale_log2 = p.softmax_scale * kLog2e;
+    const float scale_log2 = decode_unit(p) * kLog2e;
     const int64_t num_rows = int64_t(p.batch) * p.seqlen_q * p.num_heads;  // of a split
     for (int i = threadIdx.x; i < rows.num_rows * kDim / 2; i += Tile::kThreads) {
         const int row = i / (kDim / 2), column = i % (kDim / 2) * 2;
@@ -123,7 +142,7 @@ __device__ void combine_warps(const AttentionDecodeParams& p, const Sequence& se
         }
         const int query = rows.query(row), head = rows.head(row);
         const float inverse = sum > 0 ? 1 / sum : sum;
-        const float lse = sum == 0 ? negative_infinity() : max * p.softmax_scale + logf(sum);
+        const float lse = sum == 0 ? negative_infinity() : max * decode_unit(p) + logf(sum);
         const int64_t at = sequence.lse_index(p, query, head);
         if (p.num_splits == 1) {
             *reinterpret_cast<uint32_t*>(sequence.queries<Element>(p.out, query, head) + column) =
@@ -141,7 +160,7 @@ __device__ void combine_warps(const AttentionDecodeParams& p, const Sequence& se
 }
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads)
+__global__ void __launch_bounds__(Tile::kThreads, 3)
     attention_decode_kernel(const AttentionDecodeParams p) {
     using Element = typename Tile::Element;
     constexpr int kKeys = Tile::kKeys, kHeadDim = Tile::kHeadDim, kStages = Tile::kStages;
@@ -154,16 +173,18 @@ __global__ void __launch_bounds__(Tile::kThreads)
         return q_tile + Tile::kQueryBytes + warp * Tile::kWarpBytes + stage * 2 * Tile::kKeyBytes;
     };
     // This split takes a run of the key blocks that some row sees; its warps take turns.
-    const int most_keys = sequence.visible_keys(rows.query(rows.num_rows - 1));
-    const int all_keys = sequence.visible_keys(rows.query(0));
-    const int num_blocks = (most_keys + kKeys - 1) / kKeys;
+    const Span first = sequence.keys_of(rows.query(0));
+    const Span last = sequence.keys_of(rows.query(rows.num_rows - 1));
+    const int first_block = first.begin / kKeys;
+    const int num_blocks = max(0, (last.end + kKeys - 1) / kKeys - first_block);
     const int per_split = (num_blocks + p.num_splits - 1) / p.num_splits;
-    const int end = min((rows.split + 1) * per_split, num_blocks);
+    const int end = first_block + min((rows.split + 1) * per_split, num_blocks);
     auto load_keys = [&](int stage, int block) {
         if (block < end) {
             const int num_keys = sequence.seqlen_k - block * kKeys;
-            const Element* k = sequence.keys<Element>(p.k, block * kKeys, rows.work.head);
-            const Element* v = sequence.keys<Element>(p.v, block * kKeys, rows.work.head);
+            const int token = block * kKeys, batch = sequence.batch, head = rows.work.head;
+            const Element* k = cache_rows<Element>(p, p.k, batch, token, head);
+            const Element* v = cache_rows<Element>(p, p.v, batch, token, head);
             load_tile<kKeys, kHeadDim, 32>(k_tile(stage), k, p.k.token_stride, num_keys, p.head_dim,
                                            lane);
             load_tile<kKeys, kHeadDim, 32>(k_tile(stage) + Tile::kKeyBytes, v, p.v.token_stride,
@@ -173,7 +194,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
     };
     load_decode_queries<Tile>(p, sequence, rows, q_tile);
     cp_async_commit();
-    const int begin = rows.split * per_split + warp;
+    const int begin = first_block + rows.split * per_split + warp;
     for (int i = 0; i < kStages; ++i) load_keys(i, begin + i * Tile::kWarps);
     cp_async_wait<kStages>();
     __syncthreads();  // the queries have landed
@@ -186,9 +207,13 @@ __global__ void __launch_bounds__(Tile::kThreads)
         __syncwarp();
         float scores[1][kKeys / 8][4];
         multiply_rows<Element, 1, kKeys / 8, kHeadDim>(scores, lane, q_tile, 0, k_tile(stage), 0);
-        if ((block + 1) * kKeys > all_keys)
+        if (p.softcap > 0)
+            for_scores(scores, 0, 0, lane, [&](float& x, auto...) {
+                x = MaskedScores::cap(x * p.softmax_scale, p.softcap);
+            });
+        if ((block + 1) * kKeys > first.end || block * kKeys < last.begin)
             mask_decode_scores(scores, sequence, rows, block * kKeys, lane);
-        softmax.update(scores, out, p.softmax_scale * kLog2e);
+        softmax.update(scores, out, decode_unit(p) * kLog2e);
         multiply_accumulators<Element, kHeadDim>(out, scores, lane, k_tile(stage) + Tile::kKeyBytes,
                                                  0);
         __syncwarp();

@@ -3,7 +3,7 @@
 // threads read; the slices of a problem are merged in order.
 #include <optional>
 
-#include "attention/attention_cpu.h"
+#include "attention/attention_mask_cpu.h"
 
 namespace vlmkernels {
 namespace {
@@ -91,12 +91,19 @@ void dispatch_rows(int64_t rows, F&& f) {
     if (first < rows) f.template operator()<1>(first);
 }
 
-// Scores of one row become probabilities relative to the maximum so far, those of keys from
-// `visible` on 0. Returns by what everything before must be multiplied.
-float softmax_row(float* scores, int64_t keys, int64_t visible, float scale, float& max_so_far,
+// softcap tanh(scale scores / softcap).
+void cap_row(float* scores, int64_t keys, float scale, float softcap) {
+    for (int64_t key = 0; key < keys; key += kWidth)
+        store(scores + key, tanh(load(scores + key) * (scale / softcap)) * softcap);
+}
+
+// Scores of one row become probabilities relative to the maximum so far, those of keys outside of
+// `visible` 0. Returns by what everything before must be multiplied.
+float softmax_row(float* scores, int64_t keys, Span visible, float scale, float& max_so_far,
                   float& total) {
     const int64_t end = round_up(keys, kWidth);
-    fill(scores + clamp(visible, 0, keys), scores + end, -kInfinity);
+    fill(scores, scores + clamp(visible.begin, 0, keys), -kInfinity);
+    fill(scores + clamp(visible.end, 0, keys), scores + end, -kInfinity);
     Vec most = splat(-kInfinity);
     for (int64_t key = 0; key < end; key += kWidth) most = max(most, load(scores + key));
     const float before = max_so_far;
@@ -133,7 +140,9 @@ class Decode {
                       });
         for (size_t first = 0, end; first < slices_.size(); first = end) {
             end = first + 1;
-            while (end < slices_.size() && slices_[end].begin > 0) ++end;
+            while (end < slices_.size() && slices_[end].sequence == slices_[first].sequence &&
+                   slices_[end].head_k == slices_[first].head_k)
+                ++end;
             finish(&slices_[first], &slices_[end]);
         }
     }
@@ -143,12 +152,13 @@ class Decode {
     // depends on its own length only, so that its result does, too.
     void make_slices() {
         for (int i = 0; i < p_.batch; ++i) {
-            const int64_t keys = p_.cache_seqlens[i];
-            const int64_t step =
-                round_up(std::max(ceil_div(keys, kMostSlices), kLeastSliceKeys), kBlockKeys);
+            const Span keys = Problem(p_, i, 0).keys_of(0, rows_);
+            const int64_t first = keys.begin / kBlockKeys * kBlockKeys;
+            const int64_t parts = ceil_div(keys.end - first, kMostSlices);
+            const int64_t step = round_up(std::max(parts, kLeastSliceKeys), kBlockKeys);
             for (int head_k = 0; head_k < p_.num_heads_k; ++head_k)
-                for (int64_t key = 0; key == 0 || key < keys; key += step)
-                    slices_.push_back({i, head_k, key, std::min(key + step, keys)});
+                for (int64_t key = first; key == first || key < keys.end; key += step)
+                    slices_.push_back({i, head_k, key, std::min(key + step, keys.end)});
         }
     }
 
@@ -161,8 +171,10 @@ class Decode {
         fill(slice.max, slice.max + rows_, -kInfinity);
         fill(slice.sum, slice.sum + rows_, 0.f);
         fill(slice.out, slice.out + rows_ * ld_, 0.f);
-        for (int64_t key = slice.begin; key < slice.end; key += kBlockKeys)
-            run_block(problem, slice, key, std::min(kBlockKeys, slice.end - key), q, scores);
+        for (int64_t key = slice.begin, keys; key < slice.end; key += keys) {
+            keys = problem.keys_in_page(key, std::min(kBlockKeys, slice.end - key));
+            run_block(problem, slice, key, keys, q, scores);
+        }
     }
 
     void run_block(const Problem& problem, Slice& slice, int64_t key, int64_t keys, const float* q,
@@ -174,9 +186,12 @@ class Decode {
                               scores + row * kBlockKeys);
         });
         problem.for_rows(0, rows_, [&](int64_t row, int64_t token, int64_t) {
+            float* of_row = scores + row * kBlockKeys;
+            if (p_.softcap > 0) cap_row(of_row, keys, p_.softmax_scale, p_.softcap);
+            const Span window = problem.window(token);
             rescale[row] =
-                softmax_row(scores + row * kBlockKeys, keys, problem.visible(token) - key,
-                            p_.softmax_scale, slice.max[row], slice.sum[row]);
+                softmax_row(of_row, keys, {window.begin - key, window.end - key},
+                            p_.softcap > 0 ? 1 : p_.softmax_scale, slice.max[row], slice.sum[row]);
         });
         dispatch_rows(rows_, [&]<int kRows>(int64_t row) {
             add_values<kRows>(v, p_.v.token_stride, keys, scores + row * kBlockKeys, rescale + row,

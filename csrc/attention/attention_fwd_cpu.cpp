@@ -24,14 +24,13 @@ void softmax(Panel& panel, float* scores, int64_t keys, float scale) {
 }
 
 template <int kCols>
-void attend(Panel& panel, const float* k, const float* v, int64_t first_key, int64_t keys,
-            int64_t head_dim, float scale, float* scores) {
-    const int64_t ld = round_up(head_dim, kWidth);
+void attend(const AttentionParams& p, Panel& panel, const float* k, const float* v,
+            int64_t first_key, int64_t keys, float* scores, float* memory) {
+    const int64_t head_dim = p.head_dim, ld = round_up(head_dim, kWidth);
     constexpr int64_t lanes = kCols * kWidth;
     multiply_columns<kCols, false>(k, ld, panel.q, lanes, scores, lanes, keys, head_dim, Assign{});
-    if (first_key + keys > panel.fewest_keys)
-        mask_scores<kCols>(scores, first_key, keys, panel.visible);
-    softmax<kCols>(panel, scores, keys, scale);
+    panel.mask.prepare<kCols>(scores, nullptr, first_key, keys, memory);
+    softmax<kCols>(panel, scores, keys, Mask::unit(p));
     auto accumulate = [&](auto finish) {
         multiply_columns<kCols, true>(v, ld, scores, lanes, panel.out, lanes, head_dim, keys,
                                       finish);
@@ -45,7 +44,8 @@ class Forward {
   public:
     static int64_t memory_size(const AttentionParams& p) {
         const int64_t ld = round_up(p.head_dim, kWidth);
-        return 2 * kPanels * kPanelRows * ld + 2 * kBlockKeys * ld + kBlockKeys * kPanelRows;
+        return 2 * kPanels * kPanelRows * ld + 2 * kBlockKeys * ld + kBlockKeys * kPanelRows +
+               Mask::memory_size(p, kBlockKeys);
     }
 
     Forward(const AttentionParams& p, float* memory) : p_(p), ld_(round_up(p.head_dim, kWidth)) {
@@ -58,6 +58,7 @@ class Forward {
         k_ = at;
         v_ = k_ + kBlockKeys * ld_;
         scores_ = v_ + kBlockKeys * ld_;
+        mask_memory_ = scores_ + kBlockKeys * kPanelRows;
     }
 
     void run(const Item& item) {
@@ -67,9 +68,9 @@ class Forward {
         int64_t count = 0;
         for (int64_t begin = item.begin; begin < item.end; begin += step)
             start(panels_[count++], problem, begin, std::min(begin + step, item.end));
-        const int64_t most_keys = panels_[count - 1].most_keys;
-        for (int64_t key = 0; key < most_keys; key += kBlockKeys)
-            attend_block(problem, count, key, std::min(kBlockKeys, most_keys - key));
+        const Span span = keys_of(panels_, count);
+        for (int64_t key = span.begin / kBlockKeys * kBlockKeys; key < span.end; key += kBlockKeys)
+            attend_block(problem, count, key, std::min(kBlockKeys, span.end - key));
         for (int64_t i = 0; i < count; ++i) finish_panel<T>(panels_[i], problem);
     }
 
@@ -82,20 +83,24 @@ class Forward {
     }
 
     void attend_block(const Problem& problem, int64_t count, int64_t key, int64_t keys) {
-        copy_rows(k_, ld_, problem.key<const T>(p_.k, key), p_.k.token_stride, keys, p_.head_dim);
-        copy_rows(v_, ld_, problem.key<const T>(p_.v, key), p_.v.token_stride, keys, p_.head_dim);
-        for (int64_t i = 0; i < count; ++i)
-            if (key < panels_[i].most_keys)
-                dispatch_cols(panels_[i].cols, [&]<int kCols>() {
-                    attend<kCols>(panels_[i], k_, v_, key, keys, p_.head_dim, p_.softmax_scale,
-                                  scores_);
-                });
+        bool copied = false;
+        for (int64_t i = 0; i < count; ++i) {
+            if (!panels_[i].mask.sees(key, keys)) continue;
+            if (!copied) {
+                copy_keys<T>(k_, ld_, problem, p_.k, key, keys);
+                copy_keys<T>(v_, ld_, problem, p_.v, key, keys);
+                copied = true;
+            }
+            dispatch_cols(panels_[i].cols, [&]<int kCols>() {
+                attend<kCols>(p_, panels_[i], k_, v_, key, keys, scores_, mask_memory_);
+            });
+        }
     }
 
     const AttentionParams& p_;
     const int64_t ld_;
     Panel panels_[kPanels];
-    float *k_, *v_, *scores_;
+    float *k_, *v_, *scores_, *mask_memory_;
 };
 
 }  // namespace

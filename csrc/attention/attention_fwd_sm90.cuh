@@ -325,8 +325,8 @@ Error attention_fwd_sm90(const AttentionParams& p, Stream stream) {
         return launch_fwd_sm90<AttentionFwdTile90<Element, kTileDim, kCase>>(p, num_sms, stream);
     };
     if (p.seqlen_q <= 64) return with.template operator()<FwdCase::kShort>();
-    return p.causal ? with.template operator()<FwdCase::kCausal>()
-                    : with.template operator()<FwdCase::kFull>();
+    return p.causal() ? with.template operator()<FwdCase::kCausal>()
+                      : with.template operator()<FwdCase::kFull>();
 }
 
 }  // namespace vlmkernels

@@ -1,23 +1,20 @@
 // A panel: query rows whose online softmax runs block of keys by block of keys.
 #pragma once
 
-#include "attention/attention_cpu.h"
+#include "attention/attention_mask_cpu.h"
 
 namespace vlmkernels {
 namespace {
 
-constexpr int64_t kMostLanes = 64;
-
 struct Panel {
     int64_t begin, rows, cols;          // first row of the problem, rows that exist, vectors
-    int64_t fewest_keys, most_keys;     // that a row sees
     float* q;                           // as columns: [head_dim, lanes]
     float* out;                         // [head_dim, lanes], to be divided by sum
     bool started = false;               // out holds something
     alignas(64) float max[kMostLanes];  // of the scaled scores so far
     alignas(64) float sum[kMostLanes];
     alignas(64) float rescale[kMostLanes];
-    alignas(64) int32_t visible[kMostLanes];
+    Mask mask;
 };
 
 // A panel of rows [begin, end) that has seen no key; fills rows with where they are in q.
@@ -25,16 +22,13 @@ template <class T>
 void start_panel(Panel& panel, const Problem& problem, int64_t begin, int64_t end, const T** rows) {
     panel.begin = begin;
     panel.rows = end - begin;
-    panel.fewest_keys = problem.visible(begin / problem.group);  // rows see ever more keys
-    panel.most_keys = problem.visible((end - 1) / problem.group);
+    panel.mask.start(problem, begin, end - begin);
     panel.started = false;
     fill(panel.max, panel.max + kMostLanes, -kInfinity);
     fill(panel.sum, panel.sum + kMostLanes, 0.f);
     problem.for_rows(begin, panel.rows, [&](int64_t lane, int64_t token, int64_t head) {
         rows[lane] = problem.query<const T>(problem.p.q, token, head);
-        panel.visible[lane] = int32_t(problem.visible(token));
     });
-    fill(panel.visible + panel.rows, panel.visible + kMostLanes, int32_t(panel.most_keys));
 }
 
 // Takes the scores of a block, times scale, into the maxima, and scales the sums to them. `base` is
@@ -64,8 +58,14 @@ void add_sums(Panel& panel, const Vec (&sums)[kCols]) {
     }
 }
 
+// The keys that some of the panels may see.
+inline Span keys_of(const Panel* panels, int64_t count) {
+    return {panels[0].mask.keys().begin, panels[count - 1].mask.keys().end};
+}
+
+// Writes rows of out as T.
 template <class T>
-void finish_panel(Panel& panel, const Problem& problem) {
+void finish_panel_as(Panel& panel, const Problem& problem) {
     const AttentionParams& p = problem.p;
     if (!panel.started) fill(panel.out, panel.out + p.head_dim * panel.cols * kWidth, 0.f);
     alignas(64) float scale[kMostLanes];
@@ -77,6 +77,12 @@ void finish_panel(Panel& panel, const Problem& problem) {
         p.lse[problem.lse_index(token, head)] = panel.max[lane] + std::log(sum);
     });
     transpose_out(panel.out, panel.cols * kWidth, panel.rows, p.head_dim, scale, rows);
+}
+
+template <class T>
+void finish_panel(Panel& panel, const Problem& problem) {
+    problem.p.float32_out ? finish_panel_as<float>(panel, problem)
+                          : finish_panel_as<T>(panel, problem);
 }
 
 }  // namespace

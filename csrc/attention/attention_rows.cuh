@@ -1,10 +1,10 @@
 // Kernels over rows, that is one head of one query each: what the backward needs to know of them,
-// and the combination of what the splits of a decoding found.
+// and the combination of what the splits of a decoding found. And one over tokens: their ids.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include "attention/sequence.cuh"
+#include "attention/mask.cuh"
 #include "common/launch.cuh"
 #include "common/mma.cuh"
 
@@ -13,7 +13,7 @@ namespace vlmkernels {
 // Writes row_stats: 8 lanes per row of out, heads of a token next to each other as in memory.
 template <class Element>
 __global__ void __launch_bounds__(256) attention_row_stats_kernel(const AttentionBackwardParams p) {
-    const int64_t num_tokens = p.cu_seqlens_q ? p.lse_head_stride : p.seqlen_q;
+    const int64_t num_tokens = p.cu_seqlens_q ? p.num_tokens_q : p.seqlen_q;
     const int64_t index = (int64_t(blockIdx.x) * 256 + threadIdx.x) / 8;
     const int64_t token = index / p.num_heads % num_tokens;
     const int64_t head = index % p.num_heads, batch = index / p.num_heads / num_tokens;
@@ -23,7 +23,8 @@ __global__ void __launch_bounds__(256) attention_row_stats_kernel(const Attentio
                token * view.token_stride + head * view.head_stride;
     };
     float sum = 0;
-    for (int chunk = threadIdx.x % 8; valid && chunk * 8 < p.head_dim; chunk += 8) {
+    const bool given = p.given_delta;
+    for (int chunk = threadIdx.x % 8; valid && !given && chunk * 8 < p.head_dim; chunk += 8) {
         const uint4 out = *reinterpret_cast<const uint4*>(row(p.out) + chunk * 8);
         const uint4 dout = *reinterpret_cast<const uint4*>(row(p.dout) + chunk * 8);
 #pragma unroll
@@ -35,15 +36,46 @@ __global__ void __launch_bounds__(256) attention_row_stats_kernel(const Attentio
     if (!valid || threadIdx.x % 8) return;
     const int64_t at = batch * p.lse_batch_stride + head * p.lse_head_stride + token;
     const bool blind = p.lse[at] == negative_infinity();  // sees no key: p = 0, whatever dlse is
-    row_stats(p)[at] = blind ? make_float2(-negative_infinity(), 0)
-                             : make_float2(p.lse[at] * kLog2e, sum - (p.dlse ? p.dlse[at] : 0));
+    row_stats(p)[at] =
+        blind ? make_float2(-negative_infinity(), 0)
+              : make_float2(p.lse[at] * kLog2e,
+                            given ? p.given_delta[at] : sum - (p.dlse ? p.dlse[at] : 0));
 }
 
 template <class Element>
 Error attention_row_stats(const AttentionBackwardParams& p, Stream stream) {
-    const int64_t tokens = p.cu_seqlens_q ? p.lse_head_stride : int64_t(p.batch) * p.seqlen_q;
-    return launch(attention_row_stats_kernel<Element>, (tokens * p.num_heads + 31) / 32, 256, 0,
-                  stream, p);
+    return launch(attention_row_stats_kernel<Element>, (p.num_tokens_q * p.num_heads + 31) / 32,
+                  256, 0, stream, p);
+}
+
+// Writes id_ranges: a warp per block of kIdBlock tokens, those of q before those of k. A token that
+// is in no image does not count for the images.
+__global__ void __launch_bounds__(128) attention_id_ranges_kernel(const AttentionParams p) {
+    const int64_t blocks_q = id_blocks(p.num_tokens_q),
+                  block = int64_t(blockIdx.x) * 4 + threadIdx.x / 32;
+    if (block >= blocks_q + id_blocks(p.num_tokens_k)) return;
+    const bool is_q = block < blocks_q;
+    const int64_t num_tokens = is_q ? p.num_tokens_q : p.num_tokens_k;
+    const int32_t* segments = is_q ? p.segments.q : p.segments.k;
+    const int32_t* images = is_q ? p.images.q : p.images.k;
+    IdRange range = IdRange::empty();
+    for (int i = threadIdx.x % 32; i < kIdBlock; i += 32) {
+        const int64_t token = (is_q ? block : block - blocks_q) * kIdBlock + i;
+        if (token >= num_tokens) break;
+        const int segment = segments ? segments[token] : 0, image = images ? images[token] : -1;
+        range.add({segment, segment, image < 0 ? INT32_MAX : image, image < 0 ? INT32_MIN : image});
+    }
+    range = {__reduce_min_sync(~0u, range.segment_min), __reduce_max_sync(~0u, range.segment_max),
+             __reduce_min_sync(~0u, range.image_min), __reduce_max_sync(~0u, range.image_max)};
+    if (threadIdx.x % 32 == 0)
+        reinterpret_cast<int4*>(p.id_ranges)[block] =
+            make_int4(range.segment_min, range.segment_max, range.image_min, range.image_max);
+}
+
+inline Error attention_id_ranges(const AttentionParams& p, Stream stream) {
+    if (!p.has_ids()) return cudaSuccess;
+    const int64_t blocks = id_blocks(p.num_tokens_q) + id_blocks(p.num_tokens_k);
+    return launch(attention_id_ranges_kernel, (blocks + 3) / 4, 128, 0, stream, p);
 }
 
 // out = sum_s exp(lse_s - lse) out_s over the splits: a warp per row.

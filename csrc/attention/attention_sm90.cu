@@ -29,7 +29,7 @@ static bool has_tensor_maps(const AttentionParams& p) {
 }
 
 bool takes_sm90(const AttentionParams& p) {
-    if (!hopper_tile_dim(p.head_dim) || !has_hopper()) return false;
+    if (!p.plain() || p.float32_out || !hopper_tile_dim(p.head_dim) || !has_hopper()) return false;
     if (p.seqlen_q == 0 || p.seqlen_k == 0 || p.num_tokens_q == 0 || p.num_tokens_k == 0)
         return false;
     const int64_t blocks = (int64_t(std::max(p.seqlen_q, p.seqlen_k)) + 63) / 64;

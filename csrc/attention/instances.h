@@ -7,15 +7,20 @@ namespace vlmkernels {
 
 inline constexpr int kDecodeRows = 16;  // of query heads times queries that one CTA takes
 
-template <class Element, int kTileDim>
+struct PlainScores;   // of mask.cuh: for kAttentionTileDims
+struct MaskedScores;  // for kMaskedTileDims
+
+template <class Element, int kTileDim, class Scores>
 Error attention_fwd(const AttentionParams& p, Stream stream);
-template <class Element, int kTileDim>
+template <class Element, int kTileDim, class Scores>
+Error attention_bwd(const AttentionBackwardParams& p, Stream stream);
+template <class Element, int kTileDim>  // for kMaskedTileDims
+Error attention_dbias(const AttentionBackwardParams& p, Stream stream);
+template <class Element, int kTileDim>  // for kHopperTileDims
 Error attention_fwd_sm90(const AttentionParams& p, Stream stream);
 template <class Element, int kTileDim>
-Error attention_bwd(const AttentionBackwardParams& p, Stream stream);
-template <class Element, int kTileDim>
 Error attention_bwd_sm90(const AttentionBackwardParams& p, Stream stream);
-template <class Element, int kTileDim>
+template <class Element, int kTileDim>  // for kAttentionTileDims
 Error attention_decode(const AttentionDecodeParams& p, Stream stream);
 
 }  // namespace vlmkernels

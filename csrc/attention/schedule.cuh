@@ -72,7 +72,7 @@ struct BwdSchedule : TileSchedule {
     const bool causal;
 
     __device__ explicit BwdSchedule(const AttentionParams& p)
-        : TileSchedule(num_blocks(p), num_heads(p), p.batch), causal(p.causal) {}
+        : TileSchedule(num_blocks(p), num_heads(p), p.batch), causal(p.causal()) {}
     __device__ int3 tile() const {  // causal: the first keys are seen by the most queries
         return TileSchedule::tile(!causal       ? LongestFirst::kNo
                                   : Tile::kKeys ? LongestFirst::kFirstBlock

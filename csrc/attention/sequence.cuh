@@ -21,15 +21,25 @@ struct BlockOfHead {
     }
 };
 
+// A run of tokens, or of tiles: [begin, end).
+struct Span {
+    int begin, end;
+};
+
 struct Sequence {
     int batch;
     int start_q, start_k;  // first token; 0 when dense
     int seqlen_q, seqlen_k;
-    bool causal;
+    const int &window_left, &window_right;  // of the params: no registers
 
     __device__ Sequence(const AttentionParams& p, int batch)
-        : batch(batch), start_q(0), start_k(0), seqlen_q(p.seqlen_q), seqlen_k(p.seqlen_k) {
-        causal = p.causal;
+        : batch(batch),
+          start_q(0),
+          start_k(0),
+          seqlen_q(p.seqlen_q),
+          seqlen_k(p.seqlen_k),
+          window_left(p.window_left),
+          window_right(p.window_right) {
         if (p.cu_seqlens_q) {
             start_q = p.cu_seqlens_q[batch];
             start_k = p.cu_seqlens_k[batch];
@@ -39,12 +49,21 @@ struct Sequence {
         if (p.cache_seqlens) seqlen_k = max(0, min(p.cache_seqlens[batch], p.seqlen_k));
     }
 
-    // Query i sees the keys [0, visible_keys(i)).
-    __device__ int visible_keys(int i) const {
-        return causal ? max(0, min(i + 1 + seqlen_k - seqlen_q, seqlen_k)) : seqlen_k;
+    // The keys in the window of query i.
+    __device__ Span keys_of(int i) const {
+        const int diagonal = i + seqlen_k - seqlen_q;
+        return {window_left < 0 ? 0 : max(0, diagonal - window_left),
+                window_right < 0 ? seqlen_k : max(0, min(diagonal + window_right + 1, seqlen_k))};
     }
-    // The first query that sees key j.
-    __device__ int first_query(int j) const { return causal ? max(0, j - seqlen_k + seqlen_q) : 0; }
+    // The queries in whose window key j is.
+    __device__ Span queries_of(int j) const {
+        const int diagonal = j - seqlen_k + seqlen_q;
+        return {window_right < 0 ? 0 : max(0, diagonal - window_right),
+                window_left < 0 ? seqlen_q : max(0, min(diagonal + window_left + 1, seqlen_q))};
+    }
+    // Of full and causal attention: query i sees the keys before visible_keys(i).
+    __device__ int visible_keys(int i) const { return keys_of(i).end; }
+    __device__ int first_query(int j) const { return queries_of(j).begin; }
 
     template <class T>
     __device__ T* queries(const HeadsView& view, int row, int head) const {
@@ -88,48 +107,11 @@ struct QueryBlock {
         : work(blocks, p.num_heads),
           sequence(p, work.batch),
           head(work.head),
-          row0((p.causal ? blocks - 1 - work.block : work.block) * Tile::kBlockM),
+          row0((p.causal() ? blocks - 1 - work.block : work.block) * Tile::kBlockM),
           thread(thread_in_block()),
           lane(thread % 32),
           warp_row(thread / 32 * Tile::kMTiles * 16) {}
 };
-
-// Sets the scores of keys that a query must not see to -inf. Rows are queries row0.., columns keys
-// col0.. of a warp's accumulators.
-template <int kM, int kN>
-__device__ void mask_scores(float (&scores)[kM][kN][4], const Sequence& sequence, int row0,
-                            int col0, int lane) {
-#pragma unroll
-    for (int m = 0; m < kM; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int limit =
-                sequence.visible_keys(row0 + m * 16 + half * 8 + lane / 4) - col0 - lane % 4 * 2;
-#pragma unroll
-            for (int n = 0; n < kN; ++n)
-#pragma unroll
-                for (int e = 0; e < 2; ++e)
-                    if (n * 8 + e >= limit) scores[m][n][half * 2 + e] = negative_infinity();
-        }
-}
-
-// The same with keys key0.. as rows and queries query0.. as columns.
-template <int kM, int kN>
-__device__ void mask_transposed(float (&scores)[kM][kN][4], const Sequence& sequence, int key0,
-                                int query0, int lane) {
-#pragma unroll
-    for (int m = 0; m < kM; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int first =
-                sequence.first_query(key0 + m * 16 + half * 8 + lane / 4) - query0 - lane % 4 * 2;
-#pragma unroll
-            for (int n = 0; n < kN; ++n)
-#pragma unroll
-                for (int e = 0; e < 2; ++e)
-                    if (n * 8 + e < first) scores[m][n][half * 2 + e] = negative_infinity();
-        }
-}
 
 // What the backward kernels need of each row of q, at its index in lse: lse log2(e), +inf where the
 // row sees no key (so that p = 0), and delta.

@@ -57,6 +57,15 @@ struct MatrixView {
     }
 };
 
+// Of a row and a column of a view; in two steps where both are offsets, so that the first stays.
+template <class T, class Row, class Column>
+__device__ T* element(T* data, const Row& row, const Column& column) {
+    if constexpr (std::is_integral_v<Row>)
+        return data + row + column;
+    else
+        return data + (row + column);
+}
+
 // Copies one row's chunk of 8 elements in runs of kRunBytes, zeros for those that aren't valid.
 // row, columns: the view's, of the runs; their sum is the place of an element. A view may bring its
 // own load_chunk.
@@ -67,15 +76,18 @@ __device__ void load_chunk(const View& view, uint32_t shared, const Row& row,
     constexpr int kRuns = 16 / kRunBytes;
     if constexpr (kRunBytes == 2) {  // too narrow for cp.async
         uint32_t pairs[4] = {};
-        const auto* source = reinterpret_cast<const uint16_t*>(view.data);
 #pragma unroll
         for (int i = 0; i < kRuns; ++i)
-            if (valid[i]) pairs[i / 2] |= uint32_t(source[row + columns[i]]) << i % 2 * 16;
+            if (valid[i])
+                pairs[i / 2] |= uint32_t(*reinterpret_cast<const uint16_t*>(
+                                    element(view.data, row, columns[i])))
+                                << i % 2 * 16;
         store_shared(shared, pairs);
     } else {
 #pragma unroll
         for (int i = 0; i < kRuns; ++i)
-            cp_async<kRunBytes>(shared + i * kRunBytes, view.data + (row + columns[i]), valid[i]);
+            cp_async<kRunBytes>(shared + i * kRunBytes, element(view.data, row, columns[i]),
+                                valid[i]);
     }
 }
 

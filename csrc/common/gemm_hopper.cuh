@@ -67,6 +67,9 @@ struct HopperGemmTile {
     // setmaxnreg, from 168 each; one consumer has enough without.
     static constexpr int kProducerRegisters = producer == Producer::kTma ? 40 : 56;
     static constexpr int kConsumerRegisters = producer == Producer::kTma ? 232 : 224;
+    // Producer::kThreads: stages whose cp.async are still under way; consumers keep one until they
+    // have the next. 0 where load() only stores.
+    static constexpr int kLag = stages - 2;
     static_assert(consumers == 1 || consumers == 2);
     static_assert(kRows % 64 == 0 && n % 8 == 0 && n <= 256 && stages >= 2);
     static_assert(kRows / 64 * n <= 256, "accumulators are registers: 128 per thread, at 64 x 256");
@@ -104,8 +107,7 @@ template <class Tile, class Steps, class Load>
 __device__ void produce_stages(uint32_t shared, PipelineBarriers<Tile::kStages> barriers,
                                int num_tiles, int thread, Steps&& steps, Load&& load) {
     constexpr bool kTma = Tile::kProducer == Producer::kTma;
-    // Stages whose cp.async are still under way; consumers keep one until they have the next.
-    constexpr int kLag = Tile::kStages - 2;
+    constexpr int kLag = Tile::kLag;
     PipelineState<Tile::kStages> at, landed;
     int in_flight = 0;
     auto announce = [&] {

@@ -29,25 +29,42 @@ struct ContrastiveGradient {
     float* sums;  // [2, num_sums], each added to by one thread alone
     int num_sums;
 
-    // 8 products of a row become ds; adds up ds * product, and ds.
+    // 8 products of a row, columns from a multiple of 8 on, become ds; adds up ds * product, and
+    // ds.
     __device__ void operator()(int row, int column, float (&x)[8], float (&total)[2]) const {
+        const int positive = row + first_positive - column;  // 0 to 7: it is among these
+        const bool here = positive >= 0 && positive < 8;
+        if (row < num_rows && column + 8 <= num_columns && !here)
+            return compute<false>(row, column, -1, x, total);
+        return compute<true>(row, column, positive, x, total);
+    }
+
+  private:
+    // kChecked: some of the 8 may be outside, or positive.
+    template <bool kChecked>
+    __device__ void compute(int row, int column, int positive, float (&x)[8],
+                            float (&total)[2]) const {
         const float scale = *logit_scale * kLog2e;
         const float offset = kSigmoid ? (logit_bias ? *logit_bias * kLog2e : 0.f)
                                       : -kLog2e * image_lse[min(row, num_rows - 1)];
+        float columns[8];
+        if constexpr (!kSigmoid)
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+                columns[i] = text_lse[kChecked ? min(column + i, num_columns - 1) : column + i];
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            float ds = 0;
-            if (row < num_rows && column + i < num_columns) {
-                const float s = x[i] * scale;  // in powers of two
-                const bool positive = column + i == row + first_positive;
-                if constexpr (kSigmoid)
-                    ds = 1 / (1 + exp2_approx(-s - offset)) - positive;
-                else
-                    ds = image_weight * (exp2_approx(s + offset) - positive) +
-                         text_weight * (exp2_approx(s - text_lse[column + i] * kLog2e) - positive);
-                total[0] += ds * x[i];
-                total[1] += ds;
-            }
+            const float s = x[i] * scale;  // in powers of two
+            const float one = kChecked && i == positive;
+            float ds;
+            if constexpr (kSigmoid)
+                ds = __fdividef(1, 1 + exp2_approx(-s - offset)) - one;
+            else
+                ds = image_weight * (exp2_approx(s + offset) - one) +
+                     text_weight * (exp2_approx(s - columns[i] * kLog2e) - one);
+            if (kChecked && (row >= num_rows || column + i >= num_columns)) ds = 0;
+            total[0] += ds * x[i];
+            total[1] += ds;
             x[i] = ds;
         }
     }

@@ -64,9 +64,14 @@ struct WarpLogits {
           inside(row + kI * 16 <= num_rows && column + kJ * 8 <= num_columns) {}
     __device__ int row(int m) const { return row0 + m * 8; }
     __device__ int column(int n) const { return column0 + n / 2 * 8 + n % 2; }
-    __device__ float at(int m, int n) const {
-        return products[m / 2][n / 2][m % 2 * 2 + n % 2] * scale + bias;
+    __device__ bool has_diagonal(int first_positive) const {  // false: surely not
+        const int first = row0 - column0 + first_positive;
+        return first >= -kI * 16 && first <= kJ * 8;
     }
+    __device__ float product(int m, int n) const {
+        return products[m / 2][n / 2][m % 2 * 2 + n % 2];
+    }
+    __device__ float at(int m, int n) const { return product(m, n) * scale + bias; }
     // From here on logits are computed anew: only products stay in registers.
     __device__ void forget() { asm volatile("" : "+f"(scale), "+r"(row0), "+r"(column0)); }
     __device__ float masked(int m, int n) const {  // -inf outside
@@ -95,9 +100,10 @@ __device__ int scatter_sums(float (&x)[kCount], int lane) {
 // s in powers of two. One exponential serves row and column: both are taken from the largest value
 // of the part. row(row, lse), column(column, lse) get log2(sum exp2).
 template <int kI, int kJ, class Row, class Column>
-__device__ void lse_from_one_max(const WarpLogits<kI, kJ>& s, float max, int lane, Row&& row,
+__device__ void lse_from_one_max(WarpLogits<kI, kJ> s, float max, int lane, Row&& row,
                                  Column&& column) {
-    constexpr int kAtOnce = kJ * 2 < 16 ? kJ * 2 : 16;  // columns
+    s.bias -= max;
+    constexpr int kAtOnce = 8;  // columns
     float row_sums[kI * 2] = {};
 #pragma unroll
     for (int n0 = 0; n0 < kJ * 2; n0 += kAtOnce) {
@@ -107,7 +113,7 @@ __device__ void lse_from_one_max(const WarpLogits<kI, kJ>& s, float max, int lan
             column_sums[n] = 0;
 #pragma unroll
             for (int m = 0; m < kI * 2; ++m) {
-                const float x = exp2_approx(s.at(m, n0 + n) - max);
+                const float x = exp2_approx(s.at(m, n0 + n));
                 row_sums[m] += x;
                 column_sums[n] += x;
             }
@@ -139,35 +145,51 @@ __device__ float lse2(F&& value) {
     return offset + log2f(lanes_sum<kFirst, kLast>(sum));
 }
 
+// The same from each row's and each column's own maximum.
+template <int kI, int kJ, class Row, class Column>
+__device__ void lse_from_all_max(WarpLogits<kI, kJ> s, int lane, Row&& row, Column&& column) {
+    constexpr int kAtOnce = 8;  // columns
+    float row_lse[kI * 2];
+#pragma unroll
+    for (int n0 = 0; n0 < kJ * 2; n0 += kAtOnce) {
+#pragma unroll
+        for (int m = 0; m < kI * 2; ++m) {
+            s.forget();
+            const float lse = lse2<1, 2, kAtOnce>([&](int n) { return s.masked(m, n0 + n); });
+            row_lse[m] = n0 ? lse2<1, 0, 2>([&](int n) { return n ? lse : row_lse[m]; }) : lse;
+        }
+#pragma unroll
+        for (int n = n0; n < n0 + kAtOnce; ++n) {
+            if (n % 4 == 0) s.forget();
+            const float lse = lse2<4, 16, kI * 2>([&](int m) { return s.masked(m, n); });
+            if (lane < 4 && s.column(n) < s.num_columns) column(s.column(n), lse);
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < kI * 2; ++m)
+        if (lane % 4 == 0 && s.row(m) < s.num_rows) row(s.row(m), row_lse[m]);
+}
+
 // Log-sum-exps of the rows and columns of a part, to row(row, lse) and column(column, lse).
 template <int kI, int kJ, class Row, class Column>
 __device__ void part_lse(WarpLogits<kI, kJ> s, int lane, Row&& row, Column&& column) {
     if (s.inside) {
-        float high = negative_infinity(), low = -negative_infinity();
+        float high = negative_infinity(), low = -negative_infinity();  // of products
 #pragma unroll
         for (int m = 0; m < kI * 2; ++m)
 #pragma unroll
             for (int n = 0; n < kJ * 2; ++n) {
-                high = fmaxf(high, s.at(m, n));
-                low = fminf(low, s.at(m, n));
+                high = fmaxf(high, s.product(m, n));
+                low = fminf(low, s.product(m, n));
             }
         high = lanes_max<1, 16>(high);
         low = -lanes_max<1, 16>(-low);
+        const float one = high * s.scale + s.bias, other = low * s.scale + s.bias;
+        high = fmaxf(one, other), low = fminf(one, other);
         s.forget();
         if (high - low <= kMaxSpread) return lse_from_one_max(s, high, lane, row, column);
     }
-#pragma unroll
-    for (int m = 0; m < kI * 2; ++m) {
-        s.forget();
-        const float lse = lse2<1, 2, kJ * 2>([&](int n) { return s.masked(m, n); });
-        if (lane % 4 == 0 && s.row(m) < s.num_rows) row(s.row(m), lse);
-    }
-#pragma unroll
-    for (int n = 0; n < kJ * 2; ++n) {
-        if (n % 8 == 0) s.forget();
-        const float lse = lse2<4, 16, kI * 2>([&](int m) { return s.masked(m, n); });
-        if (lane < 4 && s.column(n) < s.num_columns) column(s.column(n), lse);
-    }
+    lse_from_all_max(s, lane, row, column);
 }
 
 // Row sums of softplus(-z s), z = 1 for a positive and -1 for a negative, to row(row, sum).
@@ -206,8 +228,7 @@ struct ContrastiveParts {
     }
     template <int kI, int kJ>
     __device__ void store_positives(const WarpLogits<kI, kJ>& s) const {
-        const int first = s.row0 - s.column0 + first_positive;  // of this lane, about
-        if (first < -kI * 16 || first > kJ * 8) return;
+        if (!s.has_diagonal(first_positive)) return;
 #pragma unroll
         for (int m = 0; m < kI * 2; ++m)
 #pragma unroll

@@ -149,19 +149,19 @@ template <class T>
 float siglip_row(const ContrastiveProducts& p, int64_t row) {
     const T* x = static_cast<const T*>(p.products) + row * p.num_texts;
     const float scale = *p.logit_scale, bias = p.logit_bias ? *p.logit_bias : 0;
+    const int64_t positive = p.first_positive + row;
     double total = 0;
     for (int64_t first = 0; first < p.num_texts; first += kStrip) {
         const int64_t end = first + kStrip < p.num_texts ? first + kStrip : p.num_texts;
         Vec loss{};
         for (int64_t j = first; j < end; j += kWidth) {
-            const Vec s = logits(x + j, end - j, scale, bias, -kInfinity);
+            Vec s = logits(x + j, end - j, scale, bias, -kInfinity);
+            if (positive >= j && positive < j + kWidth && positive < end)
+                s[positive - j] = -s[positive - j];
             loss += max(Vec{}, s) + log1p_unit(exp(-abs(s)));  // softplus; a NaN stays
         }
         total += double(sum(loss));
     }
-    const int64_t positive = p.first_positive + row;
-    if (positive >= 0 && positive < p.num_texts)  // softplus(-s) = softplus(s) - s
-        total -= double(to_float(x[positive]) * scale + bias);
     return float(total);
 }
 

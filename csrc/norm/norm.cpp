@@ -55,13 +55,13 @@ static bool has_kernel(const Tensor& x) {
     return x.dtype != DType::kFloat64 && !(takes_cuda(x) && x.size(-1) > kMaxHiddenDimCuda);
 }
 
-// y, h and stats (rstd, and mean when centered: LayerNorm) come from ops/norm.py.
+// y, h and stats (rstd, and mean when centered: LayerNorm; None: not wanted) come from ops/norm.py.
 static bool norm(py::handle x_, py::handle residual_, py::handle weight_, py::handle bias_,
                  py::handle y_, py::handle h_, py::handle stats_, double eps, bool centered) {
     const char* op = centered ? "layer_norm" : "rms_norm";
     Tensor x(op, "x", x_), residual(op, "residual", residual_, true), weight(op, "weight", weight_),
         bias(op, "bias", bias_, true), y(op, "y", y_), h(op, "h", h_, true),
-        stats(op, "stats", stats_);
+        stats(op, "stats", stats_, true);
     check_x(x);
     check_like(residual, x);
     check_weight(weight, x);
@@ -71,17 +71,20 @@ static bool norm(py::handle x_, py::handle residual_, py::handle weight_, py::ha
     check_output(y, x);
     check_output(h, x);
     if (h.given != residual.given) value_error(op, "h and residual go together");
-    check_stats(stats, x);
-    if ((stats.size(0) == 2) != centered)
-        value_error(stats, "must fit the norm", shape_text(stats));
+    if (stats.given) {
+        check_stats(stats, x);
+        if ((stats.size(0) == 2) != centered)
+            value_error(stats, "must fit the norm", shape_text(stats));
+    }
     NormParams p{.x = x.data,
                  .residual = residual.data,
                  .weight = weight.data,
                  .bias = bias.data,
                  .y = y.data,
                  .h = h.data,
-                 .mean = centered ? stats.ptr<float>() + rows_of(x) : nullptr,
+                 .mean = stats.given && centered ? stats.ptr<float>() + rows_of(x) : nullptr,
                  .rstd = stats.ptr<float>(),
+                 .centered = centered,
                  .num_rows = rows_of(x),
                  .hidden_dim = int(x.size(-1)),
                  .x_stride = row_stride(x),
@@ -104,35 +107,38 @@ static int64_t norm_num_partials(py::handle h_) {
         1, takes_cuda(h) ? std::min<int64_t>(rows, 264) : std::min<int64_t>((rows + 31) / 32, 64));
 }
 
-// A gradient and its partial sums are given together, or neither is.
-static void check_gradient(const Tensor& gradient, const Tensor& partials, const Tensor& weight,
+// partials is (how many of dweight and dbias are given, num_partials, hidden_dim).
+static void check_partials(const Tensor& partials, const Tensor& h, int64_t wanted,
                            int64_t num_partials) {
-    check_output(gradient, weight);
-    if (gradient.given != partials.given)
-        value_error(gradient.op, std::string(gradient.name) + " and its partials go together");
+    if (partials.given != (wanted > 0)) value_error(h.op, "gradients and partials go together");
     if (!partials.given) return;
-    expect_shape(partials, {num_partials, weight.size(0)}, "(num_partials, hidden_dim)");
+    expect_shape(partials, {wanted, num_partials, h.size(-1)},
+                 "(gradients, num_partials, hidden_dim)");
     expect_dtype(partials, {DType::kFloat32});
-    expect_same_device(partials, weight);
+    expect_same_device(partials, h);
     expect_contiguous(partials);
 }
 
 static bool norm_backward(py::handle dy_, py::handle dh_, py::handle h_, py::handle weight_,
                           py::handle stats_, py::handle dx_, py::handle dweight_, py::handle dbias_,
-                          py::handle dweight_partials_, py::handle dbias_partials_) {
+                          py::handle partials_) {
     const char* op = "norm_backward";
     Tensor dy(op, "dy", dy_), dh(op, "dh", dh_, true), h(op, "h", h_),
         weight(op, "weight", weight_), stats(op, "stats", stats_), dx(op, "dx", dx_),
         dweight(op, "dweight", dweight_, true), dbias(op, "dbias", dbias_, true),
-        dweight_partials(op, "dweight_partials", dweight_partials_, true),
-        dbias_partials(op, "dbias_partials", dbias_partials_, true);
+        partials(op, "partials", partials_, true);
     check_x(h);
     check_weight(weight, h);
     for (const Tensor* t : {&dy, &dh, &dx}) check_output(*t, h);
     check_stats(stats, h);
     const int64_t num_partials = norm_num_partials(h_);
-    check_gradient(dweight, dweight_partials, weight, num_partials);
-    check_gradient(dbias, dbias_partials, weight, num_partials);
+    check_output(dweight, weight);
+    check_output(dbias, weight);
+    check_partials(partials, h, dweight.given + dbias.given, num_partials);
+    float* const dweight_partials = dweight.given ? partials.ptr<float>() : nullptr;
+    float* const dbias_partials =
+        !dbias.given ? nullptr
+                     : partials.ptr<float>() + (dweight.given ? num_partials * h.size(-1) : 0);
     if (!has_kernel(h)) return false;
     const int64_t num_rows = rows_of(h);
     const bool centered = stats.size(0) == 2;
@@ -145,8 +151,8 @@ static bool norm_backward(py::handle dy_, py::handle dh_, py::handle h_, py::han
                          .dx = dx.data,
                          .dweight = dweight.data,
                          .dbias = dbias.data,
-                         .dweight_partials = dweight_partials.ptr<float>(),
-                         .dbias_partials = dbias_partials.ptr<float>(),
+                         .dweight_partials = dweight_partials,
+                         .dbias_partials = dbias_partials,
                          .num_partials = int(num_partials),
                          .num_rows = num_rows,
                          .hidden_dim = int(h.size(-1)),

@@ -24,8 +24,9 @@ struct NormParams {
     const void* bias;      // [hidden_dim]; null: none
     void* y;               // [num_rows, hidden_dim], contiguous
     void* h;               // the same; null: no residual
-    float* mean;           // [num_rows]; null: RMSNorm
-    float* rstd;           // [num_rows]
+    float* mean;           // [num_rows]; null: not wanted
+    float* rstd;           // the same
+    bool centered;         // false: RMSNorm
     int64_t num_rows;
     int hidden_dim;
     int64_t x_stride, residual_stride;  // of rows, in elements

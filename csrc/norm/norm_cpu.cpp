@@ -104,12 +104,14 @@ void forward_rows(const NormParams& p, int64_t begin, int64_t end) {
             const Moments moments = moments_of(x, n);
             mean = moments.mean;
             variance = moments.variance;
-            p.mean[row] = mean;
         } else {
             variance = mean_square_of(x, n);
         }
         const float rstd = 1.0f / std::sqrt(variance + p.eps);
-        p.rstd[row] = rstd;
+        if (p.rstd) {
+            p.rstd[row] = rstd;
+            if (kCentered) p.mean[row] = mean;
+        }
         T* y = static_cast<T*>(p.y) + row * n;
         for_each_vector(0, n, [&](int64_t i, int count) VLMKERNELS_INLINED {
             __builtin_prefetch(ahead + i);
@@ -120,36 +122,48 @@ void forward_rows(const NormParams& p, int64_t begin, int64_t end) {
     }
 }
 
-template <class T, class W>
-void backward_row(const NormBackwardParams& p, int64_t row, float* dweight, float* dbias) {
+// kRows rows at once: what they add to the weight gradients is loaded and stored once.
+template <int kRows, class T, class W>
+void backward_some(const NormBackwardParams& p, int64_t row, float* dweight, float* dbias) {
     const int n = p.hidden_dim;
-    const T* h = static_cast<const T*>(p.h) + row * p.h_stride;
-    const T* dy = static_cast<const T*>(p.dy) + row * n;
-    const T* dh = p.dh ? static_cast<const T*>(p.dh) + row * n : nullptr;
+    const T *h[kRows], *dy[kRows], *dh = static_cast<const T*>(p.dh);
     const W* w = static_cast<const W*>(p.weight);
-    const float mean = p.mean ? p.mean[row] : 0, rstd = p.rstd[row];
-    Vec along[2] = {}, common[2] = {};  // sums of g xhat and g
+    float mean[kRows], rstd[kRows];
+    for (int r = 0; r < kRows; ++r) {
+        h[r] = static_cast<const T*>(p.h) + (row + r) * p.h_stride;
+        dy[r] = static_cast<const T*>(p.dy) + (row + r) * n;
+        mean[r] = p.mean ? p.mean[row + r] : 0;
+        rstd[r] = p.rstd[row + r];
+    }
+    Vec along[kRows] = {}, common[kRows] = {};  // sums of g xhat and g
     for_each_vector(0, n, [&](int64_t i, int count) VLMKERNELS_INLINED {
-        const Vec xhat = (load_first(h + i, count) - mean) * rstd, d = load_first(dy + i, count);
-        const Vec g = d * load_first(w + i, count);
-        const int which = i / kWidth % 2;
-        along[which] += g * xhat;
-        common[which] += g;
-        if (dweight) store_first(dweight + i, load_first(dweight + i, count) + d * xhat, count);
-        if (dbias) store_first(dbias + i, load_first(dbias + i, count) + d, count);
+        const Vec weight = load_first(w + i, count);
+        Vec dw{}, db{};
+        for (int r = 0; r < kRows; ++r) {
+            const Vec xhat = (load_first(h[r] + i, count) - mean[r]) * rstd[r];
+            const Vec d = load_first(dy[r] + i, count);
+            dw += d * xhat;
+            db += d;
+            along[r] += d * weight * xhat;
+            common[r] += d * weight;
+        }
+        if (dweight) store_first(dweight + i, load_first(dweight + i, count) + dw, count);
+        if (dbias) store_first(dbias + i, load_first(dbias + i, count) + db, count);
     });
-    const float a = sum(along[0] + along[1]) / n;
-    const float c = p.mean ? sum(common[0] + common[1]) / n : 0;
-    T* dx = static_cast<T*>(p.dx) + row * n;
-    for_each_vector(0, n, [&](int64_t i, int count) VLMKERNELS_INLINED {
-        __builtin_prefetch(h + p.h_stride + i);
-        __builtin_prefetch(dy + n + i);
-        const Vec xhat = (load_first(h + i, count) - mean) * rstd;
-        const Vec g = load_first(dy + i, count) * load_first(w + i, count);
-        Vec z = rstd * (g - c - xhat * a);
-        if (dh) z += load_first(dh + i, count);
-        store_first(dx + i, z, count);
-    });
+    for (int r = 0; r < kRows; ++r) {
+        const float a = sum(along[r]) / n, c = p.mean ? sum(common[r]) / n : 0;
+        const int64_t offset = (row + r) * n;
+        T* dx = static_cast<T*>(p.dx) + offset;
+        for_each_vector(0, n, [&](int64_t i, int count) VLMKERNELS_INLINED {
+            __builtin_prefetch(h[r] + kRows * p.h_stride + i);
+            __builtin_prefetch(dy[r] + kRows * n + i);
+            const Vec xhat = (load_first(h[r] + i, count) - mean[r]) * rstd[r];
+            const Vec g = load_first(dy[r] + i, count) * load_first(w + i, count);
+            Vec z = rstd[r] * (g - c - xhat * a);
+            if (dh) z += load_first(dh + offset + i, count);
+            store_first(dx + i, z, count);
+        });
+    }
 }
 
 // Rows begin..end, and their share of the weight gradients into one partial.
@@ -162,7 +176,9 @@ void backward_rows(const NormBackwardParams& p, int64_t begin, int64_t end, int6
     };
     float* dweight = p.dweight ? zeros(p.dweight_partials) : nullptr;
     float* dbias = p.dbias ? zeros(p.dbias_partials) : nullptr;
-    for (int64_t row = begin; row < end; ++row) backward_row<T, W>(p, row, dweight, dbias);
+    int64_t row = begin;
+    for (; row + 4 <= end; row += 4) backward_some<4, T, W>(p, row, dweight, dbias);
+    for (; row < end; ++row) backward_some<1, T, W>(p, row, dweight, dbias);
 }
 
 // Calls f.template operator()<T, W>() with the types of x and of the weight: T or float.
@@ -182,8 +198,8 @@ template <class Isa>
 void norm_cpu(const NormParams& p) {
     parallel_for(p.num_rows, 1 + (1 << 15) / p.hidden_dim, [&](int64_t begin, int64_t end) {
         dispatch(p.dtype, p.weight_dtype, [&]<class T, class W>() {
-            p.mean ? forward_rows<T, W, true>(p, begin, end)
-                   : forward_rows<T, W, false>(p, begin, end);
+            p.centered ? forward_rows<T, W, true>(p, begin, end)
+                       : forward_rows<T, W, false>(p, begin, end);
         });
     });
 }

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(Spread::kThreads)
         group_sum<Spread::kWidth>(sum, scratch);
         const float rstd = rsqrtf(sum[0] / p.hidden_dim + p.eps);
         if (row >= p.num_rows) continue;
-        if (Spread::lane() == 0) {
+        if (Spread::lane() == 0 && p.rstd) {
             p.rstd[row] = rstd;
             if constexpr (kCentered) p.mean[row] = mean;
         }
@@ -83,7 +83,7 @@ template <class T, int V>
 Error launch_norm_vectors(const NormParams& p, Stream stream) {
     auto launch = [&]<class Spread>(Spread) {
         const unsigned grid = grid_for(p.num_rows, Spread::kRows);
-        if (p.mean)
+        if (p.centered)
             norm_kernel<T, Spread, true><<<grid, Spread::kThreads, 0, stream>>>(p);
         else
             norm_kernel<T, Spread, false><<<grid, Spread::kThreads, 0, stream>>>(p);

@@ -139,6 +139,58 @@ __device__ void gather(uint32_t tile, int to, int chunk0, const View& x, const P
     }
 }
 
+// The epilogue of 64 rows from m and kBlocks * 8 columns from n, straight from the accumulators of a
+// warpgroup: neighbouring lanes exchange halves, so that a row gets 32 bytes at once. y has rows of
+// whole 16 bytes.
+template <class T, int kBlocks>
+__device__ void store_tokens(const PatchEmbedEpilogue<T>& e, const float (&c)[kBlocks][4], int m,
+                             int n) {
+    static_assert(kBlocks % 2 == 0);
+    const int lane = threadIdx.x % 32, pair = lane % 4 * 2;
+    const bool odd = lane % 2;
+    const int width = e.y.num_columns;
+    uint32_t rows[2];
+    const T* positions[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        rows[half] = m + threadIdx.x / 32 % 4 * 16 + lane / 4 + half * 8;
+        uint32_t position = rows[half];
+        e.positions(position);
+        positions[half] = e.pos_embed.data + e.pos_embed.row(position) + n + pair;
+    }
+    const bool has_positions = e.pos_embed.num_rows > 0;
+#pragma unroll
+    for (int block = 0; block < kBlocks; block += 2) {
+        const int column = n + block * 8;
+        float2 bias[2] = {};
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            if (e.float_bias && column + i * 8 < width)
+                bias[i] =
+                    *reinterpret_cast<const float2*>(e.float_bias + column + i * 8 + pair);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const bool inside = rows[half] < uint32_t(e.y.num_rows);
+            uint32_t packed[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                float low = c[block + i][half * 2] * e.scale + bias[i].x;
+                float high = c[block + i][half * 2 + 1] * e.scale + bias[i].y;
+                if (has_positions && inside && column + i * 8 < width) {
+                    low += float(positions[half][(block + i) * 8]);
+                    high += float(positions[half][(block + i) * 8 + 1]);
+                }
+                packed[i] = pack<T>(low, high);
+            }
+            const uint32_t other = __shfl_xor_sync(~0u, odd ? packed[0] : packed[1], 1);
+            const int to = column + (odd ? pair + 6 : pair);
+            if (inside && to < width)
+                *reinterpret_cast<uint2*>(e.y.data + e.y.row(int(rows[half])) + to) =
+                    odd ? make_uint2(other, packed[1]) : make_uint2(packed[0], other);
+        }
+    }
+}
+
 template <class Tile, class View, class T>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     patch_embed_hopper_kernel(const __grid_constant__ View x,
@@ -163,11 +215,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                 if (step == 0) row = x.row(patch);
                 gather<A, 8>(stage.a, stage.thread, 0, x, row, patch < x.num_rows, step * 64);
             },
-            [&](int tile, const auto& c, const auto& store) {
-                const int m = tile / tiles_n * Tile::kM, n = tile % tiles_n * Tile::kN;
-                store(c, [&](int row, int column, float (&values)[8]) {
-                    if (n + column < epilogue.y.num_columns) epilogue(m + row, n + column, values);
-                });
+            [&](int tile, const auto& c, const auto&) {
+                store_tokens(epilogue, c[0],
+                             tile / tiles_n * Tile::kM + (threadIdx.x / 128 - 1) * 64,
+                             tile % tiles_n * Tile::kN);
             });
     }
 }

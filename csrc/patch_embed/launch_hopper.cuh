@@ -5,6 +5,7 @@
 
 #include "patch_embed/hopper.cuh"
 #include "patch_embed/launch.cuh"
+#include "patch_embed/resident.cuh"
 
 namespace vlmkernels {
 
@@ -22,14 +23,46 @@ Error launch_persistent(void (*kernel)(Args...), int64_t tiles, Stream stream,
                   stream, args...);
 }
 
+// Gathering bytes takes registers, and no cp.async.
+template <class Tile>
+struct BytesTile : Tile {
+    static constexpr int kProducerRegisters = 88, kConsumerRegisters = 208, kLag = 0;
+};
+
+template <class Source, class Tile>
+using TileFor = std::conditional_t<sizeof(Source) == 1, BytesTile<Tile>, Tile>;
+
+// The tile for whole patches in shared memory: lines of 14 bytes, with which most models begin.
+template <class T>
+using Resident = ResidentTile<T, 14, 10, 256, 4>;
+
+template <class T>
+Error launch_resident(const PatchEmbedParams& p, Stream stream) {
+    using Tile = Resident<T>;
+    const Patches& s = p.patches;
+    const PixelView<const uint8_t, T> x(static_cast<const uint8_t*>(p.x), s);
+    CUtensorMap weight;
+    if (s.dtype != DType::kUInt8 || s.rows || s.patch_w != Tile::kPatchW || s.patch_dim > 588 ||
+        x.run_bytes < 4 ||
+        operand_map<typename Tile::B>(&weight, p.weight, p.dtype, p.hidden_dim, s.patch_dim,
+                                      p.weight_stride))
+        return cudaErrorNotSupported;
+    return launch_persistent<Tile>(patch_embed_resident_kernel<Tile>,
+                                   num_tiles<Tile>(s.num_patches, p.hidden_dim), stream, x, weight,
+                                   make_epilogue<T>(p));
+}
+
 template <class T>
 Error launch_hopper(const PatchEmbedParams& p, Stream stream) {
-    auto run = [&]<class Tile>() -> Error {
+    if (p.hidden_dim % 8) return cudaErrorNotSupported;  // y is stored in 8 bytes
+    if (Error error = launch_resident<T>(p, stream); error != cudaErrorNotSupported) return error;
+    auto run = [&]<class AnyTile>() -> Error {
         CUtensorMap weight;
-        if (operand_map<typename Tile::B>(&weight, p.weight, p.dtype, p.hidden_dim,
+        if (operand_map<typename AnyTile::B>(&weight, p.weight, p.dtype, p.hidden_dim,
                                           p.patches.patch_dim, p.weight_stride))
             return cudaErrorNotSupported;
         return with_view<T, true>(p.x, p.patches, [&]<class View>(const View& x) {
+            using Tile = TileFor<typename View::T, AnyTile>;
             return launch_persistent<Tile>(patch_embed_hopper_kernel<Tile, View, T>,
                                            num_tiles<Tile>(p.patches.num_patches, p.hidden_dim),
                                            stream, x, weight, make_epilogue<T>(p));
@@ -60,14 +93,15 @@ Error launch_hopper(const PatchEmbedDxParams& p, Stream stream) {
 
 template <class T>
 Error launch_hopper(const PatchEmbedDweightParams& p, Stream stream) {
-    using Tile =
+    using AnyTile =
         HopperGemmTile<T, 128, 128, 4, 2, Producer::kThreads, Major::kMN, Major::kMN>;
     CUtensorMap dy;
     const int64_t rows = p.patches.num_patches;
     if (p.dweight ||
-        operand_map<typename Tile::A>(&dy, p.dy, p.dtype, rows, p.hidden_dim, p.hidden_dim))
+        operand_map<typename AnyTile::A>(&dy, p.dy, p.dtype, rows, p.hidden_dim, p.hidden_dim))
         return cudaErrorNotSupported;
     return with_view<T, true>(p.x, p.patches, [&]<class View>(const View& x) {
+        using Tile = TileFor<typename View::T, AnyTile>;
         return launch_persistent<Tile>(
             patch_embed_dweight_hopper_kernel<Tile, View>,
             num_tiles<Tile>(p.hidden_dim, p.patches.patch_dim + 1) * p.num_splits, stream, dy, x,

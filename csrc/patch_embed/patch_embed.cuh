@@ -29,12 +29,24 @@ struct PatchEmbedEpilogue {
         uint32_t position = row;
         positions(position);
         add_values(bias, 0, column, values);
-        if (float_bias)
+        if (float_bias) add_float_bias(column, values);
+        add_values(pos_embed, int(position), column, values);
+        store_values(y, row, column, values);
+    }
+    // float_bias: 16-byte aligned.
+    __device__ void add_float_bias(int column, float (&values)[8]) const {
+        if (column + 8 <= y.num_columns) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float4 four = *reinterpret_cast<const float4*>(float_bias + column + half * 4);
+                values[half * 4] += four.x, values[half * 4 + 1] += four.y;
+                values[half * 4 + 2] += four.z, values[half * 4 + 3] += four.w;
+            }
+        } else {
 #pragma unroll
             for (int i = 0; i < 8; ++i)
                 if (column + i < y.num_columns) values[i] += float_bias[column + i];
-        add_values(pos_embed, int(position), column, values);
-        store_values(y, row, column, values);
+        }
     }
 };
 

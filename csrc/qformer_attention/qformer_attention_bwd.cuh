@@ -19,37 +19,39 @@
 
 namespace vlmkernels {
 
-// One image's rows of the two stacks, one stack after the other; or in turn, so many rows of the
-// second and so many of the first: then a warp that has scores also has their dp.
+// One image's rows of the two stacks, one stack after the other; or in turn, 2^turn rows of the
+// second and as many of the first: then a warp that has scores also has their dp.
 template <class Element>
 struct StackView {
     using T = Element;
     static constexpr bool kAffine = false;
     T* data;
     FastDivide num_queries;
-    int64_t head_stride, stack_stride;
-    int stack_rows, width, turn, num_rows, num_columns, run_bytes;
+    uint32_t row_stride, head_stride, stack_stride;  // of 8 elements
+    int stack_rows, turn, num_rows, num_columns, run_bytes;
 
     StackView(T* data, const QFormerAttentionBackwardParams& p, int turn = 0)
         : data(data),
           num_queries(p.num_queries),
-          head_stride(int64_t(p.batch) * p.num_queries * p.width),
+          row_stride(p.width / 8),
+          head_stride(row_stride * p.batch * p.num_queries),
           stack_stride(head_stride * p.num_heads),
           stack_rows(p.num_heads * p.num_queries),
-          width(p.width),
           turn(turn),
-          num_rows(2 * (turn ? (stack_rows + turn - 1) / turn * turn : stack_rows)),
+          num_rows(2 * (turn ? (stack_rows + (1 << turn) - 1) >> turn << turn : stack_rows)),
           num_columns(p.width),
           run_bytes(16) {}
     __device__ int64_t row(int row) const {
         int stack = row >= stack_rows;
         uint32_t query = row - stack * stack_rows;
         if (turn) {
-            stack = row / turn % 2 == 0;
-            query = min(row / (2 * turn) * turn + row % turn, stack_rows - 1);
+            stack = ~row >> turn & 1;
+            query = (row >> (turn + 1) << turn) + (row & ((1 << turn) - 1));
+            query = min(query, stack_rows - 1);
         }
         const uint32_t head = num_queries(query);
-        return stack * stack_stride + head * head_stride + int64_t(query) * width;
+        return int64_t(uint32_t(stack) * stack_stride + head * head_stride + query * row_stride) *
+               8;
     }
     __device__ int column(int column) const { return column; }
 };
@@ -93,12 +95,13 @@ struct QFormerOperands {
 };
 
 // Each product: c (m, n) = a b over depth(image, m0, n0); then store(), of 8 values of a row, or
-// store_pair(), of the scores and the dp that a thread has of a row.
+// store_pair(), of the scores and the dp that a thread has of a row. kTmaA: of the operands TMA can
+// bring a, otherwise b; the other one has rows of several heads, or padding that must not be read.
 template <class T>
 struct Probabilities : QFormerOperands<T> {
     using QFormerOperands<T>::p;
     static constexpr Major kMajorA = Major::kK, kMajorB = Major::kK;
-    static constexpr bool kPairs = true;
+    static constexpr bool kPairs = true, kTmaA = false;
 
     int m() const { return this->stacks.num_rows; }
     int n() const { return p.num_columns; }
@@ -141,7 +144,7 @@ template <class T>
 struct Rows : QFormerOperands<T> {
     using QFormerOperands<T>::p;
     static constexpr Major kMajorA = Major::kK, kMajorB = Major::kMN;
-    static constexpr bool kPairs = false;
+    static constexpr bool kPairs = false, kTmaA = true;
 
     int m() const { return 2 * this->num_rows(); }
     int n() const { return p.width; }
@@ -160,7 +163,7 @@ template <class T>
 struct Tokens : QFormerOperands<T> {
     using QFormerOperands<T>::p;
     static constexpr Major kMajorA = Major::kMN, kMajorB = Major::kMN;
-    static constexpr bool kPairs = false;
+    static constexpr bool kPairs = false, kTmaA = true;
 
     int m() const { return p.num_tokens; }
     int n() const { return p.width; }
@@ -219,7 +222,7 @@ Error launch_bwd(const Product& product, Stream stream) {
 template <class T>
 Error launch_sm80(const QFormerAttentionBackwardParams& p, Stream stream) {
     using Tile = GemmTile<T, 128, 128, 32, 2, 2, 4>;
-    Error error = launch_bwd<Tile>(Probabilities<T>{{p, 16}}, stream);
+    Error error = launch_bwd<Tile>(Probabilities<T>{{p, 4}}, stream);
     if (!error) error = launch_bwd<Tile>(Rows<T>{p}, stream);
     return error || !p.dx ? error : launch_bwd<Tile>(Tokens<T>{p}, stream);
 }

@@ -7,18 +7,22 @@
 
 namespace vlmkernels {
 
-// Copies rows row0.. and columns column0.. of a view, zeros outside; 128 threads.
+// Copies rows row0.. and columns column0.. of a view, zeros outside; 128 threads. A thread stays in
+// one chunk of the panels, and finds a row once for all of them.
 template <class SharedTile, class View>
 __device__ void load_view(uint32_t tile, const View& view, int row0, int column0, int thread) {
-    constexpr int kChunks = SharedTile::kColumns / 8, kRowsAtOnce = 128 / kChunks;
-    static_assert(128 % kChunks == 0 && SharedTile::kRows % kRowsAtOnce == 0);
-    const int chunk = thread % kChunks, column = column0 + chunk * 8;
-    const bool inside = column < view.num_columns;
-#pragma unroll 4
-    for (int row = thread / kChunks; row < SharedTile::kRows; row += kRowsAtOnce) {
-        const bool valid = inside && row0 + row < view.num_rows;
-        const auto* source = view.data + (valid ? view.row(row0 + row) + column : 0);
-        cp_async(tile + SharedTile::offset(row, chunk), source, valid);
+    static_assert(SharedTile::kPanelColumns == 64 && SharedTile::kRows % 16 == 0);
+    const int first = thread / 8, column = column0 + thread % 8 * 8;
+    tile += SharedTile::offset(first, thread % 8);
+#pragma unroll
+    for (int i = 0; i < SharedTile::kRows / 16; ++i) {
+        const int row = row0 + first + i * 16;
+        const auto* source = view.data + view.row(row) + column;
+#pragma unroll
+        for (int panel = 0; panel < SharedTile::kPanels; ++panel)
+            cp_async(tile + panel * SharedTile::kPanelBytes + i * 16 * SharedTile::kSpan,
+                     source + panel * 64,
+                     row < view.num_rows && column + panel * 64 < view.num_columns);
     }
 }
 
@@ -28,7 +32,8 @@ using QFormerBwdTile =
 
 template <class Tile, class Product>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
-    qformer_attention_bwd_hopper_kernel(const __grid_constant__ Product product, int tiles_m,
+    qformer_attention_bwd_hopper_kernel(const __grid_constant__ Product product,
+                                        const __grid_constant__ CUtensorMap map, int tiles_m,
                                         int tiles_n) {
     if constexpr (kHopperCode) {
         extern __shared__ __align__(1024) unsigned char shared[];
@@ -40,12 +45,22 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             shared, tiles_m * tiles_n * product.p.batch,
             [&](int tile) { return (product.depth(image(tile), m0(tile), n0(tile)) + 63) / 64; },
             [&](const HopperStage& stage, int tile, int step) {
-                load_view<typename Tile::A>(stage.a, product.a(image(tile)),
-                                            kKA ? m0(tile) : step * 64, kKA ? step * 64 : m0(tile),
-                                            stage.thread);
-                load_view<typename Tile::B>(stage.b, product.b(image(tile)),
-                                            kKB ? n0(tile) : step * 64, kKB ? step * 64 : n0(tile),
-                                            stage.thread);
+                using Whole =
+                    std::conditional_t<Product::kTmaA, typename Tile::A, typename Tile::B>;
+                const int k = step * 64, row_a = kKA ? m0(tile) : k, column_a = kKA ? k : m0(tile);
+                const int row_b = kKB ? n0(tile) : k, column_b = kKB ? k : n0(tile);
+                if (stage.thread == 0) {
+                    mbarrier_expect(stage.full, Whole::kBytes);
+                    load_operand<Whole>(Product::kTmaA ? stage.a : stage.b, &map, stage.full,
+                                        Product::kTmaA ? row_a : row_b,
+                                        Product::kTmaA ? column_a : column_b, image(tile));
+                }
+                if constexpr (Product::kTmaA)
+                    load_view<typename Tile::B>(stage.b, product.b(image(tile)), row_b, column_b,
+                                                stage.thread);
+                else
+                    load_view<typename Tile::A>(stage.a, product.a(image(tile)), row_a, column_a,
+                                                stage.thread);
             },
             [&](int tile, const typename Tile::Accumulators& c, const RowStore<Tile>& store) {
                 if constexpr (Product::kPairs) {
@@ -66,21 +81,40 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
 template <class Tile, class Product>
 Error launch_bwd_hopper(const Product& product, Stream stream) {
+    using Whole = std::conditional_t<Product::kTmaA, typename Tile::A, typename Tile::B>;
+    const QFormerAttentionBackwardParams& p = product.p;
+    const auto& view = [&]() -> const auto& {
+        if constexpr (Product::kTmaA)
+            return product.weights;
+        else
+            return product.x;
+    }();
+    const int64_t image_stride =
+        Product::kTmaA ? int64_t(view.num_rows) * view.num_columns : p.x_batch_stride;
+    CUtensorMap map;
+    if (Error error = encode_tensor_map(&map, view.data, p.dtype,
+                                        {{view.num_columns, 1, Whole::kPanelColumns},
+                                         {view.num_rows, view.stride, Whole::kRows},
+                                         {p.batch, image_stride, 1}},
+                                        Whole::kSwizzle))
+        return error;
     const int tiles_m = (product.m() + Tile::kM - 1) / Tile::kM;
     const int tiles_n = (product.n() + Tile::kN - 1) / Tile::kN;
     return launch(qformer_attention_bwd_hopper_kernel<Tile, Product>,
-                  int64_t(tiles_m) * tiles_n * product.p.batch, Tile::kThreads, Tile::kSharedBytes,
-                  stream, product, tiles_m, tiles_n);
+                  int64_t(tiles_m) * tiles_n * p.batch, Tile::kThreads, Tile::kSharedBytes, stream,
+                  product, map, tiles_m, tiles_n);
 }
 
 template <class T>
 Error launch(const QFormerAttentionBackwardParams& p, Stream stream) {
-    if (!has_hopper()) return launch_sm80<T>(p, stream);
+    // TMA knows no empty tensors, and no tokens or images that are one in memory (expand).
+    const bool for_tma = p.num_tokens && p.width && p.x_batch_stride && p.x_token_stride;
+    if (!has_hopper() || !for_tma) return launch_sm80<T>(p, stream);
     using P = Probabilities<T>;
     using R = Rows<T>;
     using X = Tokens<T>;
     // 96: 257 tokens leave little of three tiles idle.
-    Error error = launch_bwd_hopper<QFormerBwdTile<P, T, 256, 96>>(P{{p, 64}}, stream);
+    Error error = launch_bwd_hopper<QFormerBwdTile<P, T, 256, 96>>(P{{p, 6}}, stream);
     if (!error) error = launch_bwd_hopper<QFormerBwdTile<R, T, 128, 256>>(R{p}, stream);
     if (error || !p.dx) return error;
     return launch_bwd_hopper<QFormerBwdTile<X, T, 128, 256>>(X{p}, stream);

@@ -24,12 +24,68 @@ struct QFormerHopperTile {
     static constexpr int kSharedBytes = kBarrierStart + PipelineBarriers<kStages>::kBytes;
     static constexpr Producer kProducer = Producer::kThreads;
     // Scores of more tokens leave no registers for an output of blocks before.
-    static constexpr bool kOneBlock = kKeys > 208;
+    static constexpr bool kOneBlock = kKeys > 176;
     // wgmma takes up to 256 columns.
     static constexpr int kParts = kKeys > 256 ? 2 : 1, kPart = kKeys / kParts;
     static_assert(A::kPanels == 1 && kPart % 8 == 0 && kStageBytes % 1024 == 0);
     static_assert(kSharedBytes <= 227 * 1024);
 };
+
+// The heads whose rows a warpgroup holds, and the weights of the first within a stage.
+struct QFormerHeads {
+    int mine, count, weights;  // mine: the warp's own, from the warpgroup's first on
+
+    template <class Tile>
+    __device__ static QFormerHeads of(const QFormerAttentionParams& p, int warp) {
+        const QFormerRows first(p, Tile::kWarps, Tile::kHeads, warp & ~3);
+        const QFormerRows rows(p, Tile::kWarps, Tile::kHeads, warp);
+        const QFormerRows last(p, Tile::kWarps, Tile::kHeads, warp | 3);
+        return {rows.head - first.head, last.head - first.head + 1,
+                Tile::A::kBytes + (first.head - first.first_head) * Tile::kWeightBytes};
+    }
+    // c (+)= a b_h for the rows of each head h. load(a, mine): the warp's fragments of a, which are
+    // zero where the head is not the warp's own; b(weights of h, k): the descriptor.
+    template <class Tile, Major kMajorB, int kSteps, int kN, class Load, class B>
+    __device__ void multiply(float (&c)[kN][4], uint32_t stage, bool accumulate, Load&& load,
+                             B&& b) const {
+        for (int head = 0; head < count; ++head) {
+            uint32_t a[kSteps][4];
+            load(a, head == mine);
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < kSteps; ++k)
+                wgmma<typename Tile::Element, Major::kK, kMajorB>(
+                    c, a[k], b(stage + weights + head * Tile::kWeightBytes, k),
+                    accumulate || head > 0 || k > 0);
+            wgmma_commit();
+            wgmma_wait<0>();
+        }
+    }
+};
+
+// out += (factor y) weight_v[:, slab]^T, factor of each row
+template <class Tile>
+__device__ void add_output(float (&out)[Tile::kDim / 8][4], float (&y)[Tile::kSlab / 8][4],
+                           const float (&factor)[2], const QFormerHeads& heads, uint32_t stage) {
+    using W = typename Tile::Weight;
+    uint32_t a[Tile::kSlab / 16][4];
+#pragma unroll
+    for (int n = 0; n < Tile::kSlab / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) y[n][e] *= factor[e / 2];
+#pragma unroll
+    for (int k = 0; k < Tile::kSlab / 16; ++k)
+        pack_a<typename Tile::Element>(a[k], y[k * 2], y[k * 2 + 1]);
+    heads.multiply<Tile, Major::kK, Tile::kSlab / 16>(
+        out, stage, true,
+        [&](uint32_t (&rows)[Tile::kSlab / 16][4], bool mine) {
+#pragma unroll
+            for (int k = 0; k < Tile::kSlab / 16; ++k)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) rows[k][i] = mine ? a[k][i] : 0;
+        },
+        [](uint32_t weight, int k) { return W::k_major(weight) + W::k_step(k); });
+}
 
 // scores (+)= a x[:, slab]^T
 template <class Tile>
@@ -84,7 +140,7 @@ struct QFormerStages {
 
 template <class Tile>
 __device__ void consume(const QFormerAttentionParams& p, const QFormerRows& rows, uint32_t q,
-                        QFormerStages<Tile>& stages) {
+                        int warp, QFormerStages<Tile>& stages) {
     constexpr int kHalf = Tile::kSlab / 2;
     const int lane = stages.lane, num_keys = rows.num_keys(p);
     rows.template load_queries<Tile>(q, p, lane);
@@ -92,6 +148,7 @@ __device__ void consume(const QFormerAttentionParams& p, const QFormerRows& rows
     cp_async_wait<0>();
     __syncwarp();
     const int weight = Tile::A::kBytes + (rows.head - rows.first_head) * Tile::kWeightBytes;
+    const auto heads = QFormerHeads::of<Tile>(p, warp);
     float out[1][Tile::kDim / 8][4] = {};
     QFormerSoftmax<Tile> softmax;
     for (int key0 = 0; key0 < num_keys; key0 += Tile::kKeys) {
@@ -113,7 +170,7 @@ __device__ void consume(const QFormerAttentionParams& p, const QFormerRows& rows
             const uint32_t stage = stages.wait();
             float y[Tile::kSlab / 8][4];
             multiply_values<Tile>(y, probabilities, stage);
-            add_output<Tile>(out, y, softmax.inverse, stage + weight, lane);
+            add_output<Tile>(out[0], y, softmax.inverse, heads, stage);
             stages.release();
         }
         if (Tile::kOneBlock) break;
@@ -160,7 +217,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             increase_registers<224>();
             const uint32_t q = start + Tile::kQueryStart + warp * 16 * Tile::kDim * 2;
             QFormerStages<Tile> stages{start, barriers, int(threadIdx.x % 32), {}};
-            consume<Tile>(p, rows, q, stages);
+            consume<Tile>(p, rows, q, warp, stages);
         }
     }
 }
@@ -182,9 +239,9 @@ Error launch(const QFormerAttentionParams& p, Stream stream) {
     if (!has_hopper() || p.width == 0) return launch_sm80<T>(p, stream);
     if (p.head_dim > 64) return launch_hopper<QFormerHopperTile<T, 128, 144, 32, 4>>(p, stream);
     if (p.num_tokens <= 144 || p.num_tokens > 272)
-        return work_of_blocks(p, 144) <= work_of_blocks(p, 208)
+        return work_of_blocks(p, 144) <= work_of_blocks(p, 176)
                    ? launch_hopper<QFormerHopperTile<T, 64, 144, 64, 4>>(p, stream)
-                   : launch_hopper<QFormerHopperTile<T, 64, 208, 32, 5>>(p, stream);
+                   : launch_hopper<QFormerHopperTile<T, 64, 176, 64, 3>>(p, stream);
     return launch_hopper<QFormerHopperTile<T, 64, 272, 64, 3>>(p, stream);
 }
 

@@ -17,6 +17,7 @@ template <int kM, int kSlots>
 class VqCandidates {
   public:
     static constexpr int kTokens = 16 * kM, kN = VqPrepared::kTileCodes / 8;
+    static constexpr int kParts = 4;          // of a tile, to find a score sooner
     static constexpr int kMost = kSlots;      // a higher count: some did not fit
     static constexpr int kInvalid = 1 << 30;  // the count of a token that isn't valid
     static_assert(kSlots % 4 == 0);
@@ -39,32 +40,27 @@ class VqCandidates {
     // Takes a tile of products with the codes from first_code on.
     __device__ void add(float (&scores)[kM][kN][4], const VqTile& tile, const float* half_norms,
                         int first_code) {
-        float best[2 * kM];
-        to_scores(scores, best, tile, half_norms);
+        float part_best[2 * kM][kParts];
+        to_scores(scores, part_best, tile, half_norms);
 #pragma unroll
         for (int i = 0; i < 2 * kM; ++i) {
+            float best = part_best[i][0];
+#pragma unroll
+            for (int part = 1; part < kParts; ++part) best = fmaxf(best, part_best[i][part]);
             const float unit = scale_[i] * tile.scale;
             const float bound =
                 fmaf(tile.per_norm, norm_[i], fmaf(tile.per_scale, scale_[i], tile.constant));
-            if (!__any_sync(0xffffffffu, best[i] > fmaf(lower_[i], unit, -bound))) continue;
+            if (!__any_sync(0xffffffffu, best > fmaf(lower_[i], unit, -bound))) continue;
             const float inverse_unit = inverse_power_of_two(unit);
-            const float of_quad = quad_max(best[i]);
+            const float of_quad = quad_max(best);
             lower_[i] = fmaxf(lower_[i], (of_quad - bound) * inverse_unit);
             drop(i, kSlots / 2);
             const float limit = fmaf(lower_[i], unit, -bound);
 #pragma unroll
-            for (int n = 0; n < kN; n += 2) {
-                float (&pair)[2][4] = reinterpret_cast<float (&)[2][4]>(scores[i / 2][n]);
-                const int e = i % 2 * 2;
-                if (!(fmaxf(fmaxf(pair[0][e], pair[0][e + 1]), fmaxf(pair[1][e], pair[1][e + 1])) >
-                      limit))
-                    continue;
-#pragma unroll
-                for (int j = 0; j < 4; ++j)
-                    if (pair[j / 2][e + j % 2] > limit)
-                        push(i, {(pair[j / 2][e + j % 2] + bound) * inverse_unit,
-                                 first_code + (n + j / 2) * 8 + lane_ % 4 * 2 + j % 2});
-            }
+            for (int part = 0; part < kParts; ++part)
+                if (part_best[i][part] > limit)
+                    push(i, above(scores, i, part, limit), (best + bound) * inverse_unit,
+                         first_code + part * kN / kParts * 8 + lane_ % 4 * 2);
             __syncwarp();
         }
     }
@@ -79,13 +75,14 @@ class VqCandidates {
   private:
     __device__ int token(int i) const { return i / 2 * 16 + i % 2 * 8 + lane_ / 4; }
 
-    // Products to scores, and the largest of this thread's for each token.
-    __device__ void to_scores(float (&scores)[kM][kN][4], float (&best)[2 * kM], const VqTile& tile,
-                              const float* half_norms) const {
+    // Products to scores, and the largest of this thread's for each token and part.
+    __device__ void to_scores(float (&scores)[kM][kN][4], float (&best)[2 * kM][kParts],
+                              const VqTile& tile, const float* half_norms) const {
         float factor[2 * kM];
 #pragma unroll
         for (int i = 0; i < 2 * kM; ++i) {
-            best[i] = -INFINITY;
+#pragma unroll
+            for (int part = 0; part < kParts; ++part) best[i][part] = -INFINITY;
             factor[i] = -scale_[i] * tile.inverse_scale;
         }
 #pragma unroll
@@ -98,7 +95,8 @@ class VqCandidates {
                 for (int j = 0; j < 2; ++j) {
                     float& score = scores[i / 2][n][i % 2 * 2 + j];
                     score = fmaf(factor[i], j ? half_norm.y : half_norm.x, score);
-                    best[i] = fmaxf(best[i], score);
+                    float& part_best = best[i][n * kParts / kN];
+                    part_best = fmaxf(part_best, score);
                 }
         }
     }
@@ -112,9 +110,24 @@ class VqCandidates {
         return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
     }
 
-    __device__ void push(int i, VqCandidate candidate) {
-        const int slot = atomicAdd(&shared_.count[token(i)], 1);
-        if (slot < kSlots) shared_.list[token(i)][slot] = candidate;
+    // Which of this thread's scores of a token, in one part of the tile, are above the limit.
+    __device__ static uint32_t above(const float (&scores)[kM][kN][4], int i, int part,
+                                     float limit) {
+        uint32_t mask = 0;
+#pragma unroll
+        for (int bit = 0; bit < 2 * kN / kParts; ++bit)
+            if (scores[i / 2][part * kN / kParts + bit / 2][i % 2 * 2 + bit % 2] > limit)
+                mask |= 1u << bit;
+        return mask;
+    }
+
+    // upper: of this thread's best score, and so of all of them.
+    __device__ void push(int i, uint32_t mask, float upper, int code) {
+        for (; mask; mask &= mask - 1) {
+            const int bit = __ffs(mask) - 1;
+            const int slot = atomicAdd(&shared_.count[token(i)], 1);
+            if (slot < kSlots) shared_.list[token(i)][slot] = {upper, code + bit / 2 * 8 + bit % 2};
+        }
     }
 
     // Drops those that are out by now, from lists longer than `most`.

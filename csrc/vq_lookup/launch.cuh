@@ -14,11 +14,11 @@ Error launch_block(void (*kernel)(VqLookupParams, VqCodebook<T>, VqPrepared),
                   Block::shared_bytes(prepared.num_chunks), stream, p, codebook, prepared);
 }
 
-// Whether all rows of the tensors start at 16 bytes.
+// Whether all rows of the tensors start at 16 bytes and have a multiple of 8 elements.
 inline bool has_vectors(const VqLookupParams& p) {
     const auto bits = reinterpret_cast<uintptr_t>(p.z) | reinterpret_cast<uintptr_t>(p.codebook) |
                       reinterpret_cast<uintptr_t>(p.quantized);
-    return (bits | uintptr_t(p.dim) * size_of(p.dtype)) % 16 == 0;
+    return bits % 16 == 0 && p.dim % 8 == 0;
 }
 
 template <class T>
@@ -39,6 +39,8 @@ Error launch(const VqLookupParams& p, Stream stream) {
         return launch_block<Block>(vq_lookup_kernel<Block, T>, p, codebook, prepared, stream);
     };
     if (has_hopper()) {
+        // Narrow rows: comparing takes as long as multiplying, and more warps hide its latency.
+        if (p.dim <= 128) return hopper.template operator()<VqHopperBlock<1, 4, 128>>();
         if (p.dim <= 256) return hopper.template operator()<VqHopperBlock<2, 2, 256>>();
         if (p.dim <= 512) return hopper.template operator()<VqHopperBlock<1, 2, 512>>();
         return hopper.template operator()<VqHopperBlock<1, 1, 1024>>();

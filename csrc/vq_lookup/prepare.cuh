@@ -48,8 +48,8 @@ struct VqPrepared {
         codes = static_cast<__half*>(workspace);
         half_norms =
             reinterpret_cast<float*>(codes + int64_t(num_tiles) * num_chunks * kTileCodes * kChunk);
-        tiles = reinterpret_cast<VqTile*>(half_norms + num_tiles * kTileCodes);
-        shift = reinterpret_cast<float*>(tiles + num_tiles);
+        shift = half_norms + num_tiles * kTileCodes;
+        tiles = reinterpret_cast<VqTile*>(shift + dim);
     }
 };
 
@@ -92,20 +92,46 @@ __device__ inline float warp_max(float x) {
     return x;
 }
 
-// 8 elements of a row from `column` on, zeros beyond its end. vectors: rows start at 16 bytes.
+// 8 elements of a row from `column` on, zeros beyond its end. vectors: rows start at 16 bytes and
+// have a multiple of 8 elements.
 template <class T>
 __device__ void load_eight(const T* row, int column, int dim, bool vectors, float (&x)[8]) {
-    if (vectors && column + 8 <= dim) return load(row + column, x);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = column + i < dim ? to_float(row[column + i]) : 0.0f;
+    for (int i = 0; i < 8; ++i) x[i] = 0.0f;
+    if (vectors) {
+        if (column < dim) load(row + column, x);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            if (column + i < dim) x[i] = to_float(row[column + i]);
+    }
+}
+inline constexpr int kVqAtOnce = 4;  // such loads, by each of eight lanes
+
+// kBlocks times 8 elements, 64 apart from column + lane * 8 on: all on their way at once.
+template <int kBlocks, class T>
+__device__ void load_blocks(const T* row, int column, int dim, bool vectors, int lane,
+                            float (&x)[kBlocks][8]) {
+    if (vectors) {
+#pragma unroll
+        for (int j = 0; j < kBlocks; ++j)
+            load_eight(row, column + j * 64 + lane * 8, dim, true, x[j]);
+    } else {
+#pragma unroll
+        for (int j = 0; j < kBlocks; ++j)
+            load_eight(row, column + j * 64 + lane * 8, dim, false, x[j]);
+    }
 }
 
 template <class T>
 __device__ void store_eight(T* row, int column, int dim, bool vectors, const float (&x)[8]) {
-    if (vectors && column + 8 <= dim) return store(row + column, x);
+    if (vectors) {
+        if (column < dim) store(row + column, x);
+    } else {
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-        if (column + i < dim) row[column + i] = from_float<T>(x[i]);
+        for (int i = 0; i < 8; ++i)
+            if (column + i < dim) row[column + i] = from_float<T>(x[i]);
+    }
 }
 
 // Column `column` of a prepared row whose operands are split; element(i): element i, scaled.

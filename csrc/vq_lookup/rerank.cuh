@@ -11,19 +11,21 @@ __device__ double vq_distance(const VqCodebook<T>& codebook, const T* token, con
                               int lane) {
     double dot = 0, square = 0, token_square = 0;
     bool valid = true;
-    for (int column = lane * 8; column < dim; column += 64) {
-        float x[8], y[8];
-        load_eight(token, column, dim, codebook.vectors, x);
-        load_eight(code, column, dim, codebook.vectors, y);
+    for (int column = 0; column < dim; column += kVqAtOnce * 64) {
+        float x[kVqAtOnce][8], y[kVqAtOnce][8];
+        load_blocks(code, column, dim, codebook.vectors, lane, y);
+        load_blocks(token, column, dim, codebook.vectors, lane, x);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            valid = valid && vq_valid(y[i]);
+        for (int i = 0; i < kVqAtOnce * 8; ++i) {
+            if (column + i / 8 * 64 >= dim) break;
+            const float a = x[i / 8][i % 8], b = y[i / 8][i % 8];
+            valid &= vq_valid(b);
             if (codebook.cosine) {
-                dot += double(x[i]) * y[i];
-                token_square += double(x[i]) * x[i];
-                square += double(y[i]) * y[i];
+                dot += double(a) * b;
+                token_square += double(a) * a;
+                square += double(b) * b;
             } else {
-                square += (double(x[i]) - y[i]) * (double(x[i]) - y[i]);
+                square += (double(a) - b) * (double(a) - b);
             }
         }
     }
@@ -66,10 +68,12 @@ __device__ void vq_rerank(const VqLookupParams& p, const VqCodebook<T>& codebook
         p.distance[token] = nearest < 0 ? NAN : float(best);
     }
     T* to = static_cast<T*>(p.quantized) + token * p.dim;
-    for (int column = lane * 8; column < p.dim; column += 64) {
-        float x[8];  // and back: exact
-        load_eight(codebook.row(index), column, p.dim, codebook.vectors, x);
-        store_eight(to, column, p.dim, codebook.vectors, x);
+    for (int column = 0; column < p.dim; column += kVqAtOnce * 64) {
+        float x[kVqAtOnce][8];  // and back: exact
+        load_blocks(codebook.row(index), column, p.dim, codebook.vectors, lane, x);
+#pragma unroll
+        for (int j = 0; j < kVqAtOnce; ++j)
+            store_eight(to, column + j * 64 + lane * 8, p.dim, codebook.vectors, x[j]);
     }
 }
 

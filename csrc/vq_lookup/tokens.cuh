@@ -15,19 +15,29 @@ __device__ void vq_load_token(const VqLookupParams& p, const VqPrepared& prepare
     const bool there = token < p.num_tokens;
     const T* z = static_cast<const T*>(p.z) + (there ? token * p.dim : 0);
     const int columns = prepared.num_chunks * Block::kChunk;
-    float x[Block::kMostDim / 64][8], largest = 0, square = 0;
+    float x[kVqAtOnce][8], largest = 0, square = 0;
     bool valid = there;
+    auto load_shifted = [&](int column) {
+        load_blocks(z, column, p.dim, vectors, lane, x);
 #pragma unroll
-    for (int j = 0; j < Block::kMostDim / 64; ++j) {
-        const int column = j * 64 + lane * 8;
-        if (column >= p.dim) continue;
-        load_eight(z, column, p.dim, vectors, x[j]);
+        for (int j = 0; j < kVqAtOnce; ++j) {
+            if (column + j * 64 >= p.dim) break;
+            float shift[8];
+            load_eight(prepared.shift, column + j * 64 + lane * 8, p.dim, vectors, shift);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            valid = valid && vq_valid(x[j][i]);
-            if (column + i < p.dim) x[j][i] -= prepared.shift[column + i];
-            largest = fmaxf(largest, fabsf(x[j][i]));
-            square = fmaf(x[j][i], x[j][i], square);
+            for (int i = 0; i < 8; ++i) {
+                valid &= vq_valid(x[j][i]);
+                x[j][i] -= shift[i];
+            }
+        }
+    };
+    for (int column = 0; column < p.dim; column += kVqAtOnce * 64) {
+        load_shifted(column);
+#pragma unroll
+        for (int i = 0; i < kVqAtOnce * 8; ++i) {
+            if (column + i / 8 * 64 >= p.dim) break;
+            largest = fmaxf(largest, fabsf(x[i / 8][i % 8]));
+            square = fmaf(x[i / 8][i % 8], x[i / 8][i % 8], square);
         }
     }
     valid = VqGroup::all(valid);
@@ -37,19 +47,21 @@ __device__ void vq_load_token(const VqLookupParams& p, const VqPrepared& prepare
     auto element = [&](int i) {
         return valid ? (to_float(z[i]) - prepared.shift[i]) * scale : 0.0f;
     };
+    for (int column0 = 0; column0 < columns; column0 += kVqAtOnce * 64) {
+        if (p.dim > kVqAtOnce * 64) load_shifted(column0);  // otherwise x still is
 #pragma unroll
-    for (int j = 0; j < Block::kMostDim / 64; ++j) {
-        const int column = j * 64 + lane * 8;
-        if (column >= columns) continue;
-        Vector<__half, 8> eight;
+        for (int j = 0; j < kVqAtOnce; ++j) {
+            const int column = column0 + j * 64 + lane * 8;
+            if (column >= columns) break;
+            Vector<__half, 8> eight;
 #pragma unroll
-        for (int i = 0; i < 8; ++i)
-            eight.x[i] = prepared.split
-                             ? split_column<true>(column + i, p.dim, element)
-                             : __float2half_rn(valid && column < p.dim ? x[j][i] * scale : 0.0f);
-        *reinterpret_cast<Vector<__half, 8>*>(
-            tokens + column / Block::kChunk * Block::kTokenChunkBytes +
-            Layout::offset(row, column % Block::kChunk / 8)) = eight;
+            for (int i = 0; i < 8; ++i)
+                eight.x[i] = prepared.split ? split_column<true>(column + i, p.dim, element)
+                                            : __float2half_rn(valid ? x[j][i] * scale : 0.0f);
+            *reinterpret_cast<Vector<__half, 8>*>(
+                tokens + column / Block::kChunk * Block::kTokenChunkBytes +
+                Layout::offset(row, column % Block::kChunk / 8)) = eight;
+        }
     }
     if (lane == 0) {
         shared.count[list] = valid ? 0 : Block::Candidates::kInvalid;

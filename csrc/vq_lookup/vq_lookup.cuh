@@ -64,7 +64,7 @@ __device__ void vq_multiply(float (&scores)[Block::kM][Block::kTileCodes / 8][4]
 }
 
 template <class Block, class T>
-__global__ void __launch_bounds__(Block::kThreads)
+__global__ void __launch_bounds__(Block::kThreads, 1)
     vq_lookup_kernel(const VqLookupParams p, const VqCodebook<T> codebook,
                      const VqPrepared prepared) {
     using Candidates = typename Block::Candidates;

@@ -18,6 +18,9 @@ struct VqHopperBlock {
     static constexpr int kChunk = VqPrepared::kChunk, kTileCodes = VqPrepared::kTileCodes;
     static constexpr int kTokenChunkBytes = kTokens * kChunk * 2, kNormBytes = kTileCodes * 4;
     static constexpr int kChunkBytes = VqPrepared::kChunkBytes;
+    // setmaxnreg, from 168 each (two groups) or 96 (four); one has enough without.
+    static constexpr int kProducerRegisters = kGroups == 4 ? 24 : 40;
+    static constexpr int kConsumerRegisters = kGroups == 4 ? 112 : 232;
     using Candidates = VqCandidates<kM, 12>;
     using Tokens = SharedTile<kTokens, kChunk>;
     using Codes = SharedTile<kTileCodes, kChunk>;
@@ -128,10 +131,10 @@ __global__ void __launch_bounds__(Block::kThreads, 1)
         __syncthreads();
         const int warpgroup = warp_uniform(threadIdx.x / 128);
         if (warpgroup == 0) {
-            if constexpr (Block::kGroups == 2) decrease_registers<40>();
+            if constexpr (Block::kGroups > 1) decrease_registers<Block::kProducerRegisters>();
             if (threadIdx.x == 0) vq_produce<Block>(prepared, shared_address(stages), barriers);
         } else {
-            if constexpr (Block::kGroups == 2) increase_registers<232>();
+            if constexpr (Block::kGroups > 1) increase_registers<Block::kConsumerRegisters>();
             vq_consume<Block>(p, codebook, prepared, shared, stages, barriers, warpgroup - 1);
         }
     }

@@ -32,6 +32,7 @@ def inputs_of(function: str) -> list[dict[str, Any]]:
     x, w = rand(6, 64), rand(64)
     cache = {"k_cache": k, "v_cache": k.flip(1)}
     seqlens = torch.tensor([20, 7], dtype=torch.int32)
+    kv = {"weight_k": rand(16, 24), "weight_v": rand(16, 24)}
     features = {"image_features": x[:, :32] / 8, "text_features": x[:, 32:] / 8}
     return {
         "attention": [{"q": q, "k": k, "v": k.flip(1), "causal": True}, packed],
@@ -58,6 +59,14 @@ def inputs_of(function: str) -> list[dict[str, Any]]:
             {"x": rand(2, 3, 28, 42), "weight": rand(8, 3, 14, 14), "bias": rand(8)},
             {"x": rand(5, 24), "weight": rand(8, 3, 2, 2, 2), "pos_embed": rand(5, 8)},
             {"x": rand(1, 3, 4, 6, 6), "weight": rand(8, 3, 2, 2, 2)},
+        ],
+        "vq_lookup": [
+            {"z": x, "codebook": rand(9, 64)},
+            {"z": x, "codebook": rand(9, 64), "metric": "cosine"},
+        ],
+        "qformer_attention": [
+            {"q": rand(2, 3, 2, 8), "x": rand(2, 9, 24), **kv},
+            {"q": rand(1, 3, 2, 8), "x": rand(2, 9, 24), **kv, "bias_k": w[:16], "bias_v": w[:16]},
         ],
         "clip_loss": [{**features, "logit_scale": torch.tensor(10.0)}],
         "siglip_loss": [

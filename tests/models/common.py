@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,6 +76,26 @@ def run_command(
         code = int(stop.code or 0)
     out, err = capsys.readouterr()
     return code, out, err
+
+
+def assert_compiles_and_recomputes(
+    model: torch.nn.Module,
+    loss: Callable[[Callable[..., Any]], torch.Tensor],
+    *,
+    backend: str = "aot_eager",
+    fullgraph: bool = True,
+) -> None:
+    """loss(model) has the same gradients compiled, and with gradient checkpointing."""
+    compiled = torch.compile(model, backend=backend, fullgraph=fullgraph)
+    grads = []
+    for run in (model, compiled, model):
+        model.zero_grad()
+        loss(run).backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+        model.gradient_checkpointing_enable(run is compiled)
+    for other in grads[1:]:
+        for name, grad in grads[0].items():
+            torch.testing.assert_close(other[name], grad, msg=name)
 
 
 def template_names(templates: str, num_layers: int) -> set[str]:

@@ -15,18 +15,34 @@ Attention = Callable[..., tuple[Tensor, Tensor]]
 
 
 def eager(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool = False, softmax_scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T) v and lse, dense, all in the dtype of q: what people write by hand."""
+    """softmax(q k^T) v and lse, dense, all in the dtype of q: what people write by hand.
+
+    mask: (batch or 1, seqlen_q, seqlen_k), True where a query sees a key.
+    """
     seqlen_q, seqlen_k, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * (softmax_scale or q.shape[-1] ** -0.5)
-    seen = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=q.device)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    seen = torch.ones(1, seqlen_q, seqlen_k, dtype=torch.bool, device=q.device)
     if causal:
         seen = seen.tril(seqlen_k - seqlen_q)
+    seen = (seen if mask is None else seen & mask)[:, None]
     blind = ~seen.any(-1)  # queries that see no key
-    scores = scores.masked_fill(~seen, -torch.inf).masked_fill(blind[:, None], 0)
-    probabilities = scores.softmax(-1).masked_fill(blind[:, None], 0)
+    scores = scores.masked_fill(~seen, -torch.inf).masked_fill(blind[..., None], 0)
+    probabilities = scores.softmax(-1).masked_fill(blind[..., None], 0)
     out = torch.einsum("bhqk,bkhd->bqhd", probabilities, v)
     lse = scores.logsumexp(-1) if seqlen_k else scores.sum(-1)
     return out, lse.masked_fill(blind, -torch.inf)
@@ -54,14 +70,17 @@ class Problem:
     v: Tensor
     dout: Tensor
     dlse: Tensor
+    bias: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> "Problem":
         q, k, v, dout = (x.to(dtype) for x in (self.q, self.k, self.v, self.dout))
-        return replace(self, q=q, k=k, v=v, dout=dout)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return replace(self, q=q, k=k, v=v, dout=dout, bias=bias)
 
     def results(self, attention: Attention) -> list[Tensor]:
-        """out, lse, dq, dk, dv."""
-        leaves = [x.detach().requires_grad_() for x in (self.q, self.k, self.v)]
+        """out, lse, dq, dk, dv, and dbias if there is one; attention takes (q, k, v[, bias])."""
+        inputs = (self.q, self.k, self.v, self.bias)
+        leaves = [x.detach().requires_grad_() for x in inputs if x is not None]
         out, lse = attention(*leaves)
         # Of a row that sees no key anything may come back: exp(lse - lse) is NaN there.
         dlse = self.dlse.to(lse.dtype).masked_fill(lse == -torch.inf, torch.nan)
@@ -89,15 +108,18 @@ def problem(
     )
 
 
-def check(p: Problem, attention: Attention, by_hand: Attention, name: str = "") -> None:
+def check(
+    p: Problem, attention: Attention, by_hand: Attention, name: str = "", *, factor: float = 2.0
+) -> None:
     """Against float64, with eager PyTorch in the same dtype (lse: float32) as the yardstick."""
     got, same = p.results(attention), p.results(by_hand)
     exact = p.to(torch.float64).results(by_hand)
     same[1] = p.to(torch.float32).results(by_hand)[1]
-    for part, *values in zip(("out", "lse", "dq", "dk", "dv"), got, same, exact, strict=True):
+    parts = ("out", "lse", "dq", "dk", "dv", "dbias")[: len(got)]
+    for part, *values in zip(parts, got, same, exact, strict=True):
         assert values[0].is_contiguous()
         if not (part.startswith("d") and max_error(values[0], values[2]) <= cancellation(p)):
-            assert_as_accurate(f"{name} {part}", *values)
+            assert_as_accurate(f"{name} {part}", *values, factor=factor)
 
 
 def cancellation(p: Problem) -> float:
@@ -129,3 +151,52 @@ def check_dense(
         return ops.attention(q, k, v, causal=causal, softmax_scale=softmax_scale, return_lse=True)
 
     check(p, ours, lambda *qkv: eager(*qkv, causal, softmax_scale), f"{shape} {causal} {dtype}")
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What restricts or shifts scores, as `ops.attention` takes it, and by definition."""
+
+    window_size: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    segment_ids: tuple[Tensor, Tensor] | None = None
+    image_ids: tuple[Tensor, Tensor] | None = None
+
+    def options(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def seen(self, p: Problem) -> Tensor:
+        """(batch, seqlen_q, seqlen_k), pair by pair."""
+        batch, seqlen_q, seqlen_k = len(p.q), p.q.shape[1], p.k.shape[1]
+        left, right = self.window_size
+        rows = []
+        for b in range(batch):
+            of_q, of_k = self.of_row(self.segment_ids, b), self.of_row(self.image_ids, b)
+            for i in range(seqlen_q):
+                for j in range(seqlen_k):
+                    distance = j - (i + seqlen_k - seqlen_q)
+                    window = (left < 0 or distance >= -left) and (right < 0 or distance <= right)
+                    image = bool(of_k) and of_k[0][i] == of_k[1][j] >= 0
+                    segment = not of_q or of_q[0][i] == of_q[1][j]
+                    rows.append(segment and (window or image))
+        return torch.tensor(rows, device=p.q.device).view(batch, seqlen_q, seqlen_k)
+
+    @staticmethod
+    def of_row(ids: tuple[Tensor, Tensor] | None, row: int) -> list[list[int]]:
+        return [] if ids is None else [x[row].tolist() for x in ids]
+
+
+def check_masked(
+    p: Problem, masks: Masks, name: str = "", *, softmax_scale: float | None = None
+) -> None:
+    seen, softcap = masks.seen(p), masks.softcap
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Any:
+        return ops.attention(
+            q, k, v, bias=bias, softmax_scale=softmax_scale, return_lse=True, **masks.options()
+        )
+
+    def by_hand(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Any:
+        return eager(q, k, v, False, softmax_scale, mask=seen, bias=bias, softcap=softcap)
+
+    check(p, ours, by_hand, name, factor=3.0 if softcap else 2.0)

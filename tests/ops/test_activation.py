@@ -67,6 +67,7 @@ def test_exact(backend: Backend) -> None:
             leaf = x.clone().requires_grad_()
             y = function(leaf)
             assert torch.equal(y[:3], x[:3]) and not y[3:5].any() and y[5].isnan(), name
+            assert function(x[1:2] / 0).item() == math.inf, name
             (dx,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
             assert dx[[0, 1, 3]].tolist() == [0.5, 1, 0], name
         up = torch.full_like(x, 2)

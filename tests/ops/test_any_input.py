@@ -87,8 +87,15 @@ def valid_arguments(dtype: torch.dtype, device: str) -> dict[str, tuple[Callable
             [ones(3, 16), ones(16), ones(3, 16)],
         ),
         "layer_norm": (ops.layer_norm, [ones(3, 16), ones(16), ones(16)]),
+        "qformer_attention": (
+            lambda q, x, weight_k, weight_v, bias_v, key_lengths: ops.qformer_attention(
+                *(q, x, weight_k, weight_v, None, bias_v), key_lengths=key_lengths, form="absorbed"
+            ),
+            [ones(2, 3, 2, 8), ones(2, 4, 16), *[ones(16, 16)] * 2, ones(16), ints(4, 3)],
+        ),
         "patch_embed rows": (ops.patch_embed, [ones(4, 16), ones(8, 16), ones(8), ones(4, 8)]),
         "patch_embed": (ops.patch_embed, [ones(2, 1, 8, 8), ones(8, 1, 4, 4), ones(8), ones(4, 8)]),
+        "vq_lookup": (ops.vq_lookup, [ones(4, 16), ones(8, 16)]),
     }
 
 

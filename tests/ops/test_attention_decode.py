@@ -124,7 +124,7 @@ def test_compile_and_opcheck(backend: Backend) -> None:
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(q, k, v, lengths), function(q, k, v, lengths))
     torch.library.opcheck(
-        torch.ops.vlmkernels.attention_decode.default, (q, k, v, lengths, True, 0.2)
+        torch.ops.vlmkernels.attention_decode.default, (q, k, v, lengths, None, -1, 0, 0.2, 0.0)
     )
 
 
@@ -177,8 +177,8 @@ def test_bad_workspace(backend: Backend) -> None:
     lse = torch.zeros(2, 4, 1, device=backend.device)
 
     def call(partial_out: Tensor, partial_lse: Tensor) -> None:
-        tensors = (q, k, v, lengths, torch.empty_like(q), lse, partial_out, partial_lse)
-        assert _core.C.attention_decode(*tensors, True, 0.125)
+        tensors = (q, k, v, lengths, None, torch.empty_like(q), lse, partial_out, partial_lse)
+        assert _core.C.attention_decode(*tensors, -1, 0, 0.125, 0.0)
 
     call(partial_out, partial_lse)
     for arguments, error, message in [
@@ -212,3 +212,133 @@ def test_bad_input(backend: Backend) -> None:
     for wrong in ([9, 3], [-1, 3]):
         with pytest.raises(ValueError, match=r"cache_seqlens must be from 0 to max_seqlen \(8\)"):
             ops.attention_decode(q, cache, cache, torch.tensor(wrong, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("window", [(0, -1), (70, -1), (200, 0)], ids=str)
+@pytest.mark.parametrize("case", CASES[:4] + CASES[5:], ids=str)
+def test_window_and_softcap(backend: Backend, case: tuple, window: tuple[int, int]) -> None:
+    """Keys before the window of the first query are not read: whole blocks of them are NaN."""
+    batch, seqlen_q, num_heads, num_heads_k, head_dim, max_seqlen, lengths = case
+    dtype = backend.dtypes[-1]
+    q = trapped((batch, seqlen_q, num_heads, head_dim), dtype, backend.device)
+    heads = (num_heads_k, head_dim)
+    k, v, cache_seqlens = caches(dtype, backend, batch, max_seqlen, *heads, lengths=lengths)
+    options = {"window_size": window, "softcap": 3.0}
+    for row, n in enumerate(lengths):
+        first = max(0, n - seqlen_q - window[0]) // 384 * 384
+        k[row, :first] = v[row, :first] = torch.nan
+    found = ops.attention_decode(q, k, v, cache_seqlens, return_lse=True, **options)
+    results = []
+    for kind in (dtype, torch.float32, torch.float64):
+        rows = []
+        for b, n in enumerate(lengths):
+            i = torch.arange(seqlen_q, device=q.device)[:, None] + n - seqlen_q
+            j = torch.arange(n, device=q.device)
+            seen = ((j >= i - window[0]) & (j <= i))[None]
+            part = (x[b : b + 1, :n].nan_to_num(0).to(kind) for x in (k, v))
+            rows.append(eager(q[b : b + 1].to(kind), *part, mask=seen, softcap=3.0))
+        results.append([torch.cat(x) for x in zip(*rows, strict=True)])
+    same, single, exact = results
+    assert_as_accurate("out", found[0], same[0], exact[0], factor=3)
+    # float32, but tanh from ex2.approx and a fast division: a few roundings of the softcap.
+    assert_as_accurate("lse", found[1], single[1], exact[1], factor=6)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_pages(backend: Backend, case: tuple) -> None:
+    """The bits of a cache in one piece, from pages in any order; unused ones are NaN."""
+    batch, seqlen_q, num_heads, num_heads_k, head_dim, max_seqlen, lengths = case
+    dtype, page = backend.dtypes[-1], 32
+    pages = -(-max_seqlen // page)
+    q = trapped((batch, seqlen_q, num_heads, head_dim), dtype, backend.device)
+    heads = (num_heads_k, head_dim)
+    *whole, cache_seqlens = caches(dtype, backend, batch, pages * page, *heads, lengths=lengths)
+    table = torch.randperm(batch * pages + 3, device=q.device)[: batch * pages].int()
+    table = table.view(batch, pages)
+    paged = []
+    for x in whole:
+        shape = (batch * pages + 3, page, *heads)
+        paged.append(torch.full(shape, torch.nan, dtype=dtype, device=q.device))
+        paged[-1][table.flatten().long()] = x.reshape(batch * pages, page, *heads)
+    for row, n in enumerate(lengths):
+        table[row, -(-n // page) :] = 2**30  # never looked up
+    found = ops.attention_decode(q, *paged, cache_seqlens, block_table=table, return_lse=True)
+    wanted = ops.attention_decode(q, *whole, cache_seqlens, return_lse=True)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=2e-3)
+
+
+def test_append(backend: Backend) -> None:
+    """In place, rotated as rope does it; nothing but the new tokens changes."""
+    for dtype in backend.dtypes:
+        k, v = (torch.randn(2, 3, 2, 64, device=backend.device).to(dtype) for _ in range(2))
+        q = torch.randn(2, 3, 4, 64, device=backend.device).to(dtype)
+        k_cache, v_cache, lengths = caches(dtype, backend, 2, 40, 2, 64, lengths=[37, 5])
+        before = k_cache.clone()
+        angles = torch.rand(40, 32, device=q.device) * 6
+        tables = {"cos": angles.cos(), "sin": angles.sin()}
+        rotated = ops.kv_cache_append(k, v, k_cache, v_cache, lengths, q=q, **tables)
+        with reference_ops():
+            caches_too = [torch.zeros_like(x) for x in (k_cache, v_cache)]
+            wanted = ops.kv_cache_append(k, v, *caches_too, lengths, q=q, **tables)
+        torch.testing.assert_close(rotated, wanted)
+        for row, n in enumerate((37, 5)):
+            torch.testing.assert_close(k_cache[row, n : n + 3], caches_too[0][row, n : n + 3])
+            assert torch.equal(v_cache[row, n : n + 3], v[row])
+            for rest in (slice(n), slice(n + 3, None)):
+                assert torch.equal(k_cache[row, rest].isnan(), before[row, rest].isnan())
+        assert ops.kv_cache_append(k, v, k_cache, v_cache, lengths, q=q) is q
+        assert torch.equal(k_cache[1, 5:8], k[1])
+
+
+def test_append_compile_and_opcheck(backend: Backend) -> None:
+    k = torch.randn(2, 1, 2, 32, device=backend.device).half()
+    cache, _, lengths = caches(torch.float16, backend, 2, 16, 2, 32, lengths=[3, 9])
+    cos = torch.rand(16, 16, device=k.device)
+
+    def function(k: Tensor, cache: Tensor, lengths: Tensor) -> Tensor:
+        q = ops.kv_cache_append(k, k, cache, cache.clone(), lengths, q=k * 2, cos=cos, sin=cos)
+        return q + cache[:, :3].sum(1, keepdim=True)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    results = [f(k, cache.clone(), lengths) for f in (function, compiled)]
+    assert torch.equal(*results)
+    torch.library.opcheck(
+        torch.ops.vlmkernels.kv_cache_append.default,
+        (k, k, k, cache.clone(), cache.clone(), lengths, None, cos, cos, True, False),
+    )
+
+
+def test_append_bad_input(backend: Backend) -> None:
+    k = torch.zeros(2, 3, 2, 64, device=backend.device).half()
+    cache = torch.zeros(2, 16, 2, 64, device=backend.device).half()
+    lengths = torch.tensor([13, 3], dtype=torch.int32, device=backend.device)
+    cos = torch.zeros(16, 32, device=backend.device)
+    table = torch.zeros(2, 1, dtype=torch.int32, device=backend.device)
+
+    def call(**changed: object) -> None:
+        inputs = {"k": k, "v": k, "k_cache": cache, "v_cache": cache, "cache_seqlens": lengths}
+        ops.kv_cache_append(**(inputs | changed))
+
+    call()
+    for changed, error, message in [
+        ({"v": k[:, :2]}, ValueError, "v must have the shape of k"),
+        ({"k_cache": cache[:, :, :1], "v_cache": cache[:, :, :1]}, ValueError, "num_heads_k of k"),
+        ({"k_cache": cache.float()}, TypeError, "k_cache must have the dtype"),
+        ({"cache_seqlens": lengths.long()}, TypeError, "cache_seqlens must be int32"),
+        ({"cos": cos[:15], "sin": cos[:15]}, ValueError, "cos must have shape"),
+        ({"cos": cos[:, :5], "sin": cos[:, :5]}, ValueError, "rotary_dim a multiple of 16"),
+        ({"cos": cos, "sin": cos.half()}, TypeError, "sin must have the dtype of cos"),
+        ({"block_table": table[:1]}, ValueError, "block_table must have shape"),
+    ]:
+        with pytest.raises(error, match=message):
+            call(**changed)
+    pages = {"k_cache": cache[:, :9], "v_cache": cache[:, :9], "block_table": table}
+    with pytest.raises(ValueError, match="pages of a multiple of 16 keys"):
+        call(**pages)
+    if backend.device == "cuda":
+        return
+    with pytest.raises(ValueError, match="cache_seqlens must be from 0 to max_seqlen"):
+        call(cache_seqlens=lengths + 1)
+    with pytest.raises(ValueError, match="block_table must hold pages from 0 to 1, got 7"):
+        call(block_table=table + 7, cache_seqlens=lengths - 3)

@@ -107,7 +107,10 @@ def test_compile(backend: Backend) -> None:
 def test_opcheck(backend: Backend) -> None:
     qkv = [torch.randn(9, 2, 16, device=backend.device).half().requires_grad_() for _ in range(3)]
     cu = cu_seqlens([3, 6], backend.device)
-    torch.library.opcheck(torch.ops.vlmkernels.attention.default, (*qkv, cu, cu, 6, 6, False, 0.25))
+    torch.library.opcheck(
+        torch.ops.vlmkernels.attention.default,
+        (*qkv, None, cu, cu, None, None, None, None, 6, 6, -1, -1, 0.25, 0.0),
+    )
 
 
 def test_gradcheck() -> None:

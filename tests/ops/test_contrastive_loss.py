@@ -94,7 +94,9 @@ def test_accurate(backend: Backend, kind: str, size: tuple[int, int]) -> None:
         assert got[0].dtype == torch.float32
         names = ("loss", "dimage", "dtext", "dscale", "dbias")
         for name, a, b, want in zip(names, got, plain, exact, strict=False):
-            assert_as_accurate(name, a.to(b.dtype), b, want)
+            # One rounded log-sum-exp, where PyTorch keeps maximum and sum apart: seen in fp32 only.
+            factor = 4 if dtype == torch.float32 else 2
+            assert_as_accurate(name, a.to(dtype), b.to(dtype), want, factor=factor)
 
 
 def test_one_pair(backend: Backend) -> None:
@@ -213,20 +215,22 @@ def test_opcheck(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize("offset", [3, 8])  # whole 16 bytes, as TMA wants them, or not
 @pytest.mark.parametrize("size", [(40, 16), (70, 27)], ids=lambda s: f"{s[0]}x{s[1]}")
-def test_memory(backend: Backend, kind: str, size: tuple[int, int]) -> None:
-    """Features among NaN, at an odd place: nothing around them is read."""
+def test_memory(backend: Backend, kind: str, offset: int, size: tuple[int, int]) -> None:
+    """Features among NaN: nothing around them is read."""
     ours, _ = PAIRS[kind]
     batch, dim = size
     image, text, *scalars = to(backend, inputs(kind, *size), backend.dtypes[0])
     inside = []
     for features in (image, text):
-        around = features.new_full((batch * dim + 3 + dim,), torch.nan)
-        inside.append(around[3 : 3 + batch * dim].view(batch, dim).copy_(features))
+        around = features.new_full((batch * dim + offset + dim,), torch.nan)
+        part = around[offset : offset + batch * dim]
+        inside.append(part.view(batch, dim).copy_(features))
     for got, want in zip(
         gradients(ours, [*inside, *scalars]), gradients(ours, [image, text, *scalars]), strict=True
     ):
-        assert torch.equal(got, want)
+        torch.testing.assert_close(got, want)
     strided = [x.repeat_interleave(2, dim=1)[:, ::2] for x in (image, text)]
     assert torch.equal(ours(*strided, *scalars), ours(image, text, *scalars))
 
@@ -241,6 +245,20 @@ def test_peak_memory(backend: Backend, kind: str) -> None:
     tensors = to(backend, inputs(kind, batch, dim), backend.dtypes[0])
     peak = peak_bytes(lambda: gradients(ours, tensors), backend.device)
     assert peak < batch * batch * 4 / 3
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_ampere(backend: Backend, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels for sm_80, which on Hopper only see features that TMA does not take."""
+    if backend.name == "cpu":
+        pytest.skip("CPU kernels know no GPU architecture")
+    monkeypatch.setenv("VLMKERNELS_ARCH", "80")
+    test_exact(backend, kind)
+    for size in SIZES:
+        test_accurate(backend, kind, size)
+    for scale in (100.0, -30.0, 3000.0):
+        test_safe(backend, kind, scale)
+    test_panels(backend, kind, monkeypatch)
 
 
 def test_deterministic(backend: Backend) -> None:

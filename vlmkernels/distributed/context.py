@@ -21,6 +21,7 @@ class _Context:
 
 
 _active: ContextVar[_Context | None] = ContextVar("context_parallel", default=None)
+_open = 0  # how many are entered: torch.compile can look at this, not at a ContextVar
 
 
 @contextmanager
@@ -43,10 +44,13 @@ def context_parallel(
         group, layout, exchange, ulysses: see `ContextPlan`.
     """
     options = {"group": group, "layout": layout, "exchange": exchange, "ulysses": ulysses}
+    global _open
     token = _active.set(_Context(options))
+    _open += 1
     try:
         yield
     finally:
+        _open -= 1
         _active.reset(token)
 
 
@@ -55,7 +59,7 @@ def active_plan(cu_seqlens: Tensor) -> ContextPlan | None:
 
     The plan of the same documents is used again.
     """
-    context = _active.get()
+    context = _active.get() if _open else None
     if context is None:
         return None
     documents = tuple(cu_seqlens.tolist())

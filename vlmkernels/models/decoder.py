@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vlmkernels.distributed import ContextPlan, ring_attention
 from vlmkernels.models.cache import KVCache, LayerCache
-from vlmkernels.models.layers import activation, add_norm, run_layer
+from vlmkernels.models.layers import GatedMlp, add_norm, run_layer
 from vlmkernels.nn import RMSNorm
 from vlmkernels.ops import attention, attention_decode
 
@@ -79,21 +79,6 @@ class Attention(nn.Module):
         return y
 
 
-class Mlp(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.act = activation(config.hidden_act)
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
-        return y
-
-
 class DecoderLayer(nn.Module):
     """Pre-norm layer. Takes and returns (x, residual): the next norm adds them in its kernel."""
 
@@ -102,7 +87,9 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config, rotary, bias)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = Mlp(config)
+        self.mlp = GatedMlp(
+            config.hidden_size, config.intermediate_size, config.hidden_act, bias=False
+        )
 
     def forward(
         self,

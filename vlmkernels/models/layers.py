@@ -41,6 +41,34 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     return ACTIVATIONS[name]
 
 
+class Mlp(nn.Module):
+    """fc2(act(fc1(x)))"""
+
+    def __init__(self, dim: int, mlp_dim: int, act: str) -> None:
+        super().__init__()
+        self.act = activation(act)
+        self.fc1, self.fc2 = nn.Linear(dim, mlp_dim), nn.Linear(mlp_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc2(self.act(self.fc1(x)))
+        return y
+
+
+class GatedMlp(nn.Module):
+    """down(act(gate(x)) * up(x)): SwiGLU with act silu."""
+
+    def __init__(self, dim: int, mlp_dim: int, act: str, *, bias: bool) -> None:
+        super().__init__()
+        self.act = activation(act)
+        self.gate_proj = nn.Linear(dim, mlp_dim, bias=bias)
+        self.up_proj = nn.Linear(dim, mlp_dim, bias=bias)
+        self.down_proj = nn.Linear(mlp_dim, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return y
+
+
 def run_layer(layer: nn.Module, *args: Any, recompute: bool) -> tuple[Tensor, Tensor]:
     """Call `layer`; with `recompute` keep only its inputs and run it again in the backward pass."""
     if recompute and torch.is_grad_enabled():

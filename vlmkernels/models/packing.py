@@ -51,6 +51,8 @@ def make_packing(
     (batch, seqlen), the running index of every token; a row holds several documents where it
     does not go up by one, and attention then stays inside a document.
     """
+    if attention_mask is not None and bool((attention_mask != 0).all()):
+        attention_mask = None  # no padding: nothing to gather
     if attention_mask is None and text_positions is None:
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * seqlen
         return Packing(batch, seqlen, cu_seqlens, seqlen, None)

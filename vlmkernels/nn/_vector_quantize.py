@@ -61,7 +61,7 @@ def rotate_to(x: Tensor, codes: Tensor) -> Tensor:
     def along(direction: Tensor) -> Tensor:
         return (x * direction).sum(-1, keepdim=True)
 
-    turned = x - 2 * along(w) * w + 2 * along(u) * q
+    turned: Tensor = x - 2 * along(w) * w + 2 * along(u) * q
     return turned * (code_length / length.clamp(min=1e-6))
 
 

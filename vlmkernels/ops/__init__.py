@@ -1,7 +1,10 @@
 """The ops: functions of tensors, forward and backward. One file is one room."""
 
+from vlmkernels.ops._attention_append import kv_cache_append
+from vlmkernels.ops._attention_decode import attention_decode
+from vlmkernels.ops._attention_partial import attention_partial, attention_partial_backward
 from vlmkernels.ops.activation import geglu, gelu, quick_gelu, swiglu
-from vlmkernels.ops.attention import attention, attention_decode
+from vlmkernels.ops.attention import attention
 from vlmkernels.ops.contrastive_loss import clip_loss, siglip_loss
 from vlmkernels.ops.norm import layer_norm, rms_norm
 from vlmkernels.ops.null import null
@@ -14,9 +17,12 @@ from vlmkernels.ops.vq_lookup import vq_lookup
 __all__ = [
     "attention",
     "attention_decode",
+    "attention_partial",
+    "attention_partial_backward",
     "clip_loss",
     "geglu",
     "gelu",
+    "kv_cache_append",
     "layer_norm",
     "mrope",
     "null",

@@ -41,6 +41,7 @@ def define(
     setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
     backward: Callable[..., Any] | None = None,
     eager: Callable[..., Any] | None = None,
+    inference: Callable[..., Any] | None = None,
     cpu: str = "C++",
 ) -> Callable[..., Any]:
     """Registers `vlmkernels::<schema>`; returns the function that runs it on positional arguments.
@@ -49,7 +50,8 @@ def define(
     reference: the same in plain differentiable PyTorch. setup_context, backward: as in
     torch.library.register_autograd; without them the op has no gradient.
     eager: the kernel of calls that the dispatcher need not see, where it differs: its outputs may
-    be views of the inputs.
+    be views of the inputs. inference: the same for calls that need no gradient: it may return None
+    for what only the backward reads.
     cpu: what `vlmkernels info` says runs it on the CPU.
     """
     name = schema.split("(")[0]
@@ -66,15 +68,16 @@ def define(
         )
         function = _autograd_function(name, eager or kernel, setup_context, backward)
     overload = getattr(torch.ops.vlmkernels, name).default
-    direct = eager or kernel
+    direct = inference or eager or kernel
 
     def call(*args: Any) -> Any:
         # Kernels know no tangents and no torch.func transforms; plain PyTorch does.
         if _references_only or forward_ad._current_level >= 0 or _transforms_active():
             return reference(*args)
-        if not _is_plain(args):
+        kind = _kind_of_call(args)
+        if kind == _DISPATCHED:
             return overload(*args)
-        if function is not None and torch.is_grad_enabled() and _requires_grad(args):
+        if kind == _DIFFERENTIABLE and function is not None and _is_grad_enabled():
             return function.apply(*args)
         return direct(*args)
 
@@ -94,10 +97,13 @@ def _autograd_function(
         setup_context(ctx, args, output)
         return output
 
-    members = {
-        "forward": staticmethod(forward),
-        "backward": staticmethod(once_differentiable(backward)),
-    }
+    once = once_differentiable(backward)
+
+    def gradient(ctx: Any, *grads: Any) -> Any:
+        # once_differentiable costs a microsecond, and matters for create_graph=True only.
+        return (once if _is_grad_enabled() else backward)(ctx, *grads)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(gradient)}
     return type(name, (torch.autograd.Function,), members)
 
 
@@ -170,25 +176,33 @@ def rows(x: Tensor) -> Tensor:
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transforms_active = torch._C._are_functorch_transforms_active
+_is_grad_enabled = torch.is_grad_enabled
 _Parameter = torch.nn.Parameter
+_NO_TENSORS = frozenset((int, float, bool, str, list, type(None)))
+_DISPATCHED, _PLAIN, _DIFFERENTIABLE = range(3)
+
+
+def _kind_of_call(args: Sequence[Any]) -> int:
+    """_DISPATCHED when more than the kernel must see this call; else whether an input requires a
+    gradient. One pass: every microsecond is paid in each call."""
+    if _is_compiling() or _dispatch_modes():
+        return _DISPATCHED
+    kind = _PLAIN
+    for arg in args:
+        type_ = type(arg)
+        if type_ is Tensor or type_ is _Parameter:
+            if arg.is_meta or arg.is_neg():  # a lazy sign, which the dispatcher resolves
+                return _DISPATCHED
+            if arg.requires_grad:
+                kind = _DIFFERENTIABLE
+        elif type_ not in _NO_TENSORS and isinstance(arg, Tensor):
+            return _DISPATCHED
+    return kind
 
 
 def _is_plain(args: Sequence[Any]) -> bool:
     """True when nothing but the kernel needs to see this call."""
-    if _is_compiling() or _dispatch_modes():
-        return False
-    for arg in args:
-        kind = type(arg)
-        if kind is Tensor or kind is _Parameter:
-            if arg.is_meta or arg.is_neg():  # a lazy sign, which the dispatcher resolves
-                return False
-        elif isinstance(arg, Tensor):
-            return False
-    return True
-
-
-def _requires_grad(args: Sequence[Any]) -> bool:
-    return any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+    return _kind_of_call(args) != _DISPATCHED
 
 
 def reference_gradients(

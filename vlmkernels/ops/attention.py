@@ -1,5 +1,6 @@
-"""attention: exact softmax attention, dense or packed, and decoding against a KV cache."""
+"""attention: exact softmax attention, dense or packed, with the masks and biases of VLMs."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,6 +8,9 @@ from torch import Tensor
 
 from vlmkernels import _core
 from vlmkernels.ops import _library
+from vlmkernels.ops._attention_reference import lse_dtype, lse_shape, reference
+
+TokenIds = Tensor | tuple[Tensor, Tensor] | None
 
 
 @_library.public
@@ -17,18 +21,28 @@ def attention(
     *,
     causal: bool = False,
     softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    bias: Tensor | None = None,
+    segment_ids: TokenIds = None,
+    image_ids: TokenIds = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """out = softmax(softmax_scale q k^T + mask) v;  lse = log sum exp(softmax_scale q k^T + mask).
+    """out = softmax(s) v;  lse = log sum exp(s);  s = cap(softmax_scale q k^T) + bias + mask.
 
     Dense, or packed when cu_seqlens_q is given: sequence b is then the tokens cu_seqlens[b] to
-    cu_seqlens[b + 1], and sees itself only. `causal` is aligned bottom-right: query i of a sequence
-    sees the keys j <= i + seqlen_k - seqlen_q. A query that sees no key gets out 0 and lse -inf,
-    and passes no gradient. Sequences may be empty.
+    cu_seqlens[b + 1], and sees itself only. Query i sees key j when
+
+        segment[i] == segment[j]  and  (j is in the window of i  or  image[i] == image[j] >= 0)
+
+    where the window is -left <= j - (i + seqlen_k - seqlen_q) <= right: bottom-right. So a VLM's
+    text is causal and its images see all of themselves with causal=True and image_ids, also
+    beyond a sliding window. Tiles in which nobody sees anybody are skipped. A query that sees no
+    key gets out 0 and lse -inf, and passes no gradient. Sequences may be empty.
 
     Args:
         q: (batch, seqlen_q, num_heads, head_dim), packed (num_tokens_q, num_heads, head_dim);
@@ -36,7 +50,15 @@ def attention(
             fused qkv); on CUDA rows start at multiples of 16 bytes.
         k, v: (batch, seqlen_k, num_heads_k, head_dim), packed (num_tokens_k, num_heads_k,
             head_dim); num_heads_k divides num_heads (GQA, MQA).
+        causal: right = 0, whatever window_size says.
         softmax_scale: positive; 1 / sqrt(head_dim) by default.
+        window_size: (left, right), each -1 (unbounded) or the number of keys on that side.
+        softcap: cap(s) = softcap tanh(s / softcap); 0: no cap.
+        bias: (1 or batch, 1 or num_heads, seqlen_q, seqlen_k), packed by position in the sequence
+            (1 or batch, 1 or num_heads, max_seqlen_q, max_seqlen_k) or longer; float32 or the
+            dtype of q. Its gradient is summed over what is broadcast.
+        segment_ids, image_ids: int32 (batch, seqlen), packed (num_tokens,), contiguous; a pair
+            (of q, of k) where these differ. A negative image is none.
         cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,) on the device of q, from 0 up to num_tokens.
             cu_seqlens_k is cu_seqlens_q by default. On the CPU the values are checked; on CUDA,
             where that would wait for the GPU, they are the caller's responsibility.
@@ -48,16 +70,40 @@ def attention(
         out as q, contiguous; lse float32 (float64 for float64), differentiable,
         (batch, num_heads, seqlen_q), packed (num_heads, num_tokens_q).
         float16 and bfloat16 run through tensor cores and accumulate in float32; float32 on CUDA and
-        float64 run through PyTorch. The gradient is deterministic. Under autocast q, k and v are
-        cast first, as by scaled_dot_product_attention.
+        float64 run through PyTorch. The gradient is deterministic, that of bias too. Under autocast
+        q, k and v are cast first, as by scaled_dot_product_attention.
 
     Raises:
-        ValueError: shapes, strides, head_dim, softmax_scale or lengths are not as above.
-        TypeError: dtypes or devices differ, or cu_seqlens is not int32.
+        ValueError: shapes, strides, head_dim, softmax_scale, window or lengths are not as above.
+        TypeError: dtypes or devices differ, or lengths or ids are not int32.
 
-    Source: FlashAttention-2 (arXiv 2307.08691).
+    Source: FlashAttention-2 (arXiv 2307.08691); softcap: Gemma 2 (arXiv 2408.00118).
     """
     q, k, v = _library.autocast(q, k, v)
+    masks, options = arguments(
+        q, k, bias, cu_seqlens_q, cu_seqlens_k, segment_ids, image_ids, max_seqlen_q, max_seqlen_k,
+        causal, window_size, softmax_scale, softcap,
+    )  # fmt: skip
+    out, lse = _op(q, k, v, *masks, *options)
+    return (out, lse) if return_lse else out
+
+
+def arguments(
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    segment_ids: TokenIds,
+    image_ids: TokenIds,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    softmax_scale: float | None,
+    softcap: float,
+) -> tuple[tuple[Tensor | None, ...], tuple[float, ...]]:
+    """What the ops take after q, k and v: tensors, and numbers."""
     if cu_seqlens_q is None:
         if cu_seqlens_k is not None:
             raise ValueError("attention: cu_seqlens_k is given, cu_seqlens_q is not")
@@ -72,61 +118,32 @@ def attention(
                 max_seqlen_k = max_seqlen_q
         if max_seqlen_k is None:
             max_seqlen_k = _max_seqlen(cu_seqlens_k, k)
-    out, lse = _op(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal,
-        _scale(q, softmax_scale),
-    )  # fmt: skip
-    return (out, lse) if return_lse else out
+    if bias is not None and bias.dtype != torch.float32:
+        (bias,) = _library.autocast(bias)
+    ids = (*_pair("segment_ids", segment_ids), *_pair("image_ids", image_ids))
+    lengths, sides = (max_seqlen_q, max_seqlen_k), window(causal, window_size)
+    masks = (bias, cu_seqlens_q, cu_seqlens_k, *ids)
+    return masks, (*lengths, *sides, scale(q, softmax_scale), softcap)
 
 
-@_library.public
-def attention_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_seqlens: Tensor,
-    *,
-    causal: bool = True,
-    softmax_scale: float | None = None,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` of the newest tokens of each sequence against its KV cache; without gradient.
-
-    Row b sees the keys 0 to cache_seqlens[b] of its cache, the new tokens included (write them to
-    the cache first); nothing beyond them is read. Few queries are split over the keys, so that one
-    long sequence occupies the whole GPU.
-
-    Args:
-        q: (batch, seqlen_q, num_heads, head_dim), the last seqlen_q tokens of each sequence.
-        k_cache, v_cache: (batch, max_seqlen, num_heads_k, head_dim).
-        cache_seqlens: int32 (batch,), from 0 to max_seqlen (checked on the CPU, clamped on CUDA).
-            float32 and float64 on CUDA run through PyTorch, which waits for the GPU to read them.
-        causal: bottom-right: query i sees the keys j <= i + cache_seqlens[b] - seqlen_q.
-        softmax_scale, return_lse: as in `attention`.
-
-    Returns:
-        out as q, or (out, lse) with lse (batch, num_heads, seqlen_q).
-
-    Raises:
-        ValueError, TypeError: as `attention`.
-        ValueError: a gradient would be needed.
-
-    Source: Flash-Decoding (pytorch.org/blog/flash-decoding), FlashAttention-2 (arXiv 2307.08691).
-    """
-    if torch.is_grad_enabled():
-        for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-            if x.requires_grad:
-                raise ValueError(
-                    f"attention_decode: {name} has no gradient here, expected torch.no_grad() or "
-                    "tensors that do not require one, got requires_grad=True (attention has one)"
-                )
-    q, k_cache, v_cache = _library.autocast(q, k_cache, v_cache)
-    out, lse = _decode_op(q, k_cache, v_cache, cache_seqlens, causal, _scale(q, softmax_scale))
-    return (out, lse) if return_lse else out
-
-
-def _scale(q: Tensor, softmax_scale: float | None) -> float:
+def scale(q: Tensor, softmax_scale: float | None) -> float:
     return max(q.shape[-1], 1) ** -0.5 if softmax_scale is None else softmax_scale
+
+
+def window(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
+    left, right = window_size
+    return left, 0 if causal else right
+
+
+def _pair(name: str, ids: TokenIds) -> tuple[Tensor | None, Tensor | None]:
+    if ids is None or isinstance(ids, Tensor):
+        return ids, ids
+    if not isinstance(ids, (tuple, list)) or len(ids) != 2:
+        raise TypeError(
+            f"attention: {name} must be a torch.Tensor or a pair (of q, of k) of them, got "
+            f"{type(ids).__name__}"
+        )
+    return ids[0], ids[1]
 
 
 def _max_seqlen(cu_seqlens: Tensor, tokens: Tensor) -> int:
@@ -137,92 +154,19 @@ def _max_seqlen(cu_seqlens: Tensor, tokens: Tensor) -> int:
     return int(cu_seqlens.diff().max())
 
 
-def reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    causal: bool,
-    softmax_scale: float,
-) -> tuple[Tensor, Tensor]:
-    if cu_seqlens_q is None or cu_seqlens_k is None:
-        return _dense(q, k, v, causal, softmax_scale)
-    ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    parts = [
-        _dense(q[None, a:b], k[None, c:d], v[None, c:d], causal, softmax_scale)
-        for a, b, c, d in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False)
-    ]
-    if not parts:  # no sequence at all, hence no token
-        return q * 1, q.new_empty((q.shape[1], 0), dtype=_lse_dtype(q))
-    outs, lses = zip(*parts, strict=True)
-    return torch.cat(outs, dim=1)[0], torch.cat(lses, dim=2)[0]
-
-
-def _dense(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float
-) -> tuple[Tensor, Tensor]:
-    # Autocast would make halves of the sums that dtype is for.
-    with torch.autocast(q.device.type, enabled=False):
-        dtype = _lse_dtype(q)
-        heads_per_key_head = q.shape[2] // k.shape[2]
-        qt = q.transpose(1, 2).to(dtype)
-        kt = k.transpose(1, 2).to(dtype).repeat_interleave(heads_per_key_head, dim=1)
-        vt = v.transpose(1, 2).to(dtype).repeat_interleave(heads_per_key_head, dim=1)
-        scores = qt @ kt.transpose(2, 3) * softmax_scale
-        if causal:
-            scores = scores.masked_fill(_future(scores), -torch.inf)
-        lse = _logsumexp(scores)
-        probabilities = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
-        return (probabilities @ vt).transpose(1, 2).to(q.dtype).contiguous(), lse
-
-
-def _logsumexp(scores: Tensor) -> Tensor:
-    if scores.shape[-1] == 0:  # torch.logsumexp wants at least one
-        return scores.sum(-1) - torch.inf
-    return scores.logsumexp(-1)
-
-
-def _future(scores: Tensor) -> Tensor:
-    """True where query i of the last two dimensions must not see key j."""
-    seqlen_q, seqlen_k = scores.shape[-2:]
-    i = torch.arange(seqlen_q, device=scores.device)[:, None]
-    return torch.arange(seqlen_k, device=scores.device) > i + (seqlen_k - seqlen_q)
-
-
-def _lse_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
-def _lse_shape(q: Tensor) -> tuple[int, ...]:
-    return (*q.shape[:-3], q.shape[-2], q.shape[-3])
-
-
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    causal: bool,
-    softmax_scale: float,
-) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(_lse_shape(q), dtype=_lse_dtype(q))
+def fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(lse_shape(q), dtype=lse_dtype(q))
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    _expect_heads(q)
-    out, lse = _fake(q, k, v, *rest)
-    if not _core.C.attention(q, k, v, out, lse, *rest):
+    expect_heads(q)
+    out, lse = fake(q, k, v)
+    if not _core.C.attention(q, k, v, out, lse, *for_core(q, k, *rest)):
         return reference(q, k, v, *rest)
     return out, lse
 
 
-def _expect_heads(q: Tensor) -> None:
+def expect_heads(q: Tensor) -> None:
     if q.dim() < 3:  # no lse shape: let the core say what is wrong
         raise ValueError(
             "attention: q must have shape (batch, seqlen, num_heads, head_dim) or "
@@ -230,124 +174,101 @@ def _expect_heads(q: Tensor) -> None:
         )
 
 
+def for_core(q: Tensor, k: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Any, ...]:
+    """The arguments after q, k, v as the core takes them: the tensors as one tuple, with a
+    workspace for the range of ids of each 64 tokens."""
+    ranges = None
+    if rest[2] is not None or rest[4] is not None:
+        blocks = sum(-(-math.prod(x.shape[:-2]) // 64) for x in (q, k))
+        ranges = q.new_empty((blocks, 4), dtype=torch.int32)
+    if bias is not None and bias.ndim and bias.stride(-1) != 1:
+        bias = bias.contiguous()
+    return (ranges, bias, *rest[:6]), *rest[6:]
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k)
+    q, k, v, *rest = inputs
+    ctx.save_for_backward(q, k, v, *output, *rest[:7])
+    ctx.options = rest[7:]
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+    q, k, v, out, lse, *masks = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    gradients = _backward_op(
-        dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *ctx.options
+    with_dbias = masks[0] is not None and ctx.needs_input_grad[3]
+    *gradients, dbias = _backward_op(
+        dout, dlse, q, k, v, out, lse, with_dbias, *masks, *ctx.options
     )
-    return *gradients, *(None for _ in range(6))
+    return *gradients, dbias if with_dbias else None, *(None for _ in range(12))
 
 
 def _backward_reference(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    gradients = _library.reference_gradients(
-        lambda q, k, v: reference(q, k, v, *options), (q, k, v), (dout, dlse)
+    with_dbias: bool, bias: Tensor | None, *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    inputs = (q, k, v, bias)
+    found = _library.reference_gradients(
+        lambda q, k, v, bias: reference(q, k, v, bias, *rest), inputs, (dout, dlse)
     )
-    dq, dk, dv = (
+    gradients = [
         torch.zeros_like(x) if dx is None else dx
-        for x, dx in zip((q, k, v), gradients, strict=True)
-    )
-    return dq, dk, dv
+        for x, dx in zip(inputs, found, strict=True)
+        if x is not None
+    ]
+    if not with_dbias:
+        gradients[3:] = [q.new_empty(0)]
+    dq, dk, dv, dbias = gradients
+    return dq, dk, dv, dbias
 
 
 def _backward_fake(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    with_dbias: bool, bias: Tensor | None, *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dbias = bias.new_empty(bias.shape) if bias is not None and with_dbias else q.new_empty(0)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
 
 def _backward_kernel(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    with_dbias: bool, *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dout, dlse = aligned(dout), None if dlse is None else dlse.contiguous()
+    *gradients, dbias = _backward_fake(dout, dlse, q, k, v, out, lse, with_dbias, *rest)
+    workspace = lse.new_empty((2, *lse.shape))
+    tensors = (dout, dlse, q, k, v, out, lse, None, workspace, *gradients)
+    if not _core.C.attention_backward(
+        *tensors, dbias if with_dbias else None, *for_core(q, k, *rest)
+    ):
+        return _backward_reference(dout, dlse, q, k, v, out, lse, with_dbias, *rest)
+    dq, dk, dv = gradients
+    return dq, dk, dv, dbias
+
+
+def aligned(dout: Tensor) -> Tensor:
+    """Contiguous; a view at an odd offset is copied, as nobody could align it for the kernel."""
     dout = dout.contiguous()
-    if dout.data_ptr() % 16:  # a view at an odd offset: nobody could align it for the kernel
-        dout = dout.clone()
-    dlse = None if dlse is None else dlse.contiguous()
-    gradients = _backward_fake(dout, dlse, q, k, v)
-    delta = lse.new_empty((2, *lse.shape))
-    if not _core.C.attention_backward(dout, dlse, q, k, v, out, lse, delta, *gradients, *options):
-        return _backward_reference(dout, dlse, q, k, v, out, lse, *options)
-    return gradients
+    return dout.clone() if dout.data_ptr() % 16 else dout
 
 
-def decode_reference(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_seqlens: Tensor,
-    causal: bool,
-    softmax_scale: float,
-) -> tuple[Tensor, Tensor]:
-    lengths = cache_seqlens.clamp(0, k_cache.shape[1]).tolist()
-    parts = [
-        _dense(q[b : b + 1], k_cache[b : b + 1, :n], v_cache[b : b + 1, :n], causal, softmax_scale)
-        for b, n in enumerate(lengths)
-    ]
-    if not parts:
-        return _decode_fake(q, k_cache, v_cache, cache_seqlens, causal, softmax_scale)
-    outs, lses = zip(*parts, strict=True)
-    return torch.cat(outs), torch.cat(lses)
-
-
-def _decode_fake(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_seqlens: Tensor,
-    causal: bool,
-    softmax_scale: float,
-) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(_lse_shape(q), dtype=_lse_dtype(q))
-
-
-def _decode_kernel(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, *options: Any
-) -> tuple[Tensor, Tensor]:
-    num_splits = _core.C.attention_decode_splits(q, k_cache, v_cache)
-    out, lse = _decode_fake(q, k_cache, v_cache, cache_seqlens, *options)
-    partial_out = partial_lse = None
-    if num_splits > 1:
-        partial_out = q.new_empty((num_splits, *q.shape), dtype=torch.float32)
-        partial_lse = q.new_empty((num_splits, *lse.shape), dtype=torch.float32)
-    tensors = (q, k_cache, v_cache, cache_seqlens, out, lse, partial_out, partial_lse)
-    if not _core.C.attention_decode(*tensors, *options):
-        return decode_reference(q, k_cache, v_cache, cache_seqlens, *options)
-    return out, lse
-
-
-_OPTIONS = (
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
-    "bool causal, float softmax_scale"
+OPTIONS = (
+    "Tensor? bias, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? segments_q, "
+    "Tensor? segments_k, Tensor? images_q, Tensor? images_k, SymInt max_seqlen_q, "
+    "SymInt max_seqlen_k, int window_left, int window_right, float softmax_scale, float softcap"
 )
 _op = _library.define(
-    f"attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"attention(Tensor q, Tensor k, Tensor v, {OPTIONS}) -> (Tensor, Tensor)",
     kernel=_kernel,
-    fake=_fake,
+    fake=fake,
     reference=reference,
     setup_context=_setup_context,
     backward=_backward,
 )
 _backward_op = _library.define(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
-    f"Tensor lse, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"Tensor lse, bool with_dbias, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     kernel=_backward_kernel,
     fake=_backward_fake,
     reference=_backward_reference,
-)
-_decode_op = _library.define(
-    "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, "
-    "bool causal, float softmax_scale) -> (Tensor, Tensor)",
-    kernel=_decode_kernel,
-    fake=_decode_fake,
-    reference=decode_reference,
 )

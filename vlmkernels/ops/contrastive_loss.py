@@ -383,7 +383,6 @@ def _siglip_backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-_CPU = "its own matrix product, C++ statistics"
 _gradients_op = _library.define(
     "contrastive_gradients(Tensor image, Tensor text, Tensor scale, Tensor? bias, "
     "Tensor? image_lse, Tensor? text_lse, Tensor factor, bool positives, float[] weights, "
@@ -391,7 +390,6 @@ _gradients_op = _library.define(
     kernel=gradients,
     fake=_gradients_fake,
     reference=gradients,
-    cpu=_CPU,
 )
 _clip_op = _library.define(
     "clip_loss(Tensor image, Tensor text, Tensor logit_scale) -> (Tensor, Tensor, Tensor)",
@@ -400,7 +398,6 @@ _clip_op = _library.define(
     reference=reference,
     setup_context=_clip_setup_context,
     backward=_clip_backward,
-    cpu=_CPU,
 )
 _siglip_op = _library.define(
     "siglip_loss(Tensor image, Tensor text, Tensor logit_scale, Tensor? logit_bias) -> Tensor",
@@ -409,5 +406,4 @@ _siglip_op = _library.define(
     reference=siglip_reference,
     setup_context=_siglip_setup_context,
     backward=_siglip_backward,
-    cpu=_CPU,
 )

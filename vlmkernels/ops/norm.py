@@ -118,6 +118,22 @@ def _kernel(
     return y, h, stats
 
 
+def _kernel_inference(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    centered: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    x, residual = _library.rows(x), None if residual is None else _library.rows(residual)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    h = None if residual is None else torch.empty_like(y)
+    if not _core.C.norm(x, residual, weight, bias, y, h, None, eps, centered):
+        return reference(x, residual, weight, bias, eps, centered)
+    return y, h, None
+
+
 def _kernel_backward(
     dy: Tensor,
     dh: Tensor | None,
@@ -130,13 +146,12 @@ def _kernel_backward(
     h = _library.rows(h)
     args = (dy, dh, h, weight, stats)
     dx, dweight, dbias = _fake_backward(*args, weight_grad, bias_grad)
-    outputs: list[Tensor | None] = [None] * 4
-    for i, (wanted, gradient) in enumerate(((weight_grad, dweight), (bias_grad, dbias))):
-        if wanted:
-            shape = (_core.C.norm_num_partials(h), h.shape[-1])
-            outputs[i] = gradient
-            outputs[i + 2] = torch.empty(shape, dtype=torch.float32, device=h.device)
-    if not _core.C.norm_backward(*args, dx, *outputs):
+    partials = None
+    if weight_grad or bias_grad:
+        shape = (weight_grad + bias_grad, _core.C.norm_num_partials(h), h.shape[-1])
+        partials = torch.empty(shape, dtype=torch.float32, device=h.device)
+    wanted = (dweight if weight_grad else None, dbias if bias_grad else None, partials)
+    if not _core.C.norm_backward(*args, dx, *wanted):
         return reference_backward(*args, weight_grad, bias_grad)
     return dx, dweight, dbias
 
@@ -165,8 +180,9 @@ def _fake_backward(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = torch.empty_like(h, memory_format=torch.contiguous_format)
-    dweight = weight.new_empty(weight.shape if weight_grad else 0)
-    return dx, dweight, weight.new_empty(weight.shape if bias_grad else 0)
+    dweight = torch.empty_like(weight) if weight_grad else weight.new_empty(0)
+    dbias = torch.empty_like(weight) if bias_grad else weight.new_empty(0)
+    return dx, dweight, dbias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -204,6 +220,7 @@ _norm = _library.define(
     "norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool centered)"
     " -> (Tensor y, Tensor h, Tensor stats)",
     kernel=_kernel,
+    inference=_kernel_inference,
     fake=_fake,
     reference=reference,
     setup_context=_setup_context,

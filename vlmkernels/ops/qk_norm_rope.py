@@ -93,7 +93,7 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     normed = _rms_norm(q, q_weight, eps), _rms_norm(k, k_weight, eps)
     by = rotate if len(angles) == 5 else rotate_by_tables
-    rotated = by(*normed, *angles, False)
+    rotated = by(*normed, *(*angles, False))
     return rotated[0].to(q.dtype), rotated[1].to(k.dtype)
 
 
@@ -176,8 +176,9 @@ def _fake_backward(
     eps: float,
     *angles: Any,
 ) -> _Four:
-    dweights = (w.new_empty(w.shape if weight_grad else 0) for w in (q_weight, k_weight))
-    return _rotation.empty(q), _rotation.empty(k), *dweights  # type: ignore[return-value]
+    dq_weight = torch.empty_like(q_weight) if weight_grad else q_weight.new_empty(0)
+    dk_weight = torch.empty_like(k_weight) if weight_grad else k_weight.new_empty(0)
+    return _rotation.empty(q), _rotation.empty(k), dq_weight, dk_weight
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -212,13 +212,13 @@ def reference_qkv(
     qkv: Tensor, position_ids: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = qkv.unbind(-3)
-    return *reference(q, k, position_ids, *options, False), v.clone()  # type: ignore[return-value]
+    return *reference(q, k, position_ids, *(*options, False)), v.clone()
 
 
 def reference_qkv_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, position_ids: Tensor, *options: Any
 ) -> Tensor:
-    return torch.stack([*reference(dq, dk, position_ids, *options, True), dv], dim=-3)
+    return torch.stack([*reference(dq, dk, position_ids, *(*options, True)), dv], dim=-3)
 
 
 def _reference_(*args: Any) -> None:

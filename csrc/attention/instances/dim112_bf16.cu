@@ -4,8 +4,9 @@
 
 namespace vlmkernels {
 
-template Error attention_fwd<__nv_bfloat16, 112>(const AttentionParams&, Stream);
-template Error attention_bwd<__nv_bfloat16, 112>(const AttentionBackwardParams&, Stream);
+template Error attention_fwd<__nv_bfloat16, 112, PlainScores>(const AttentionParams&, Stream);
+template Error attention_bwd<__nv_bfloat16, 112, PlainScores>(const AttentionBackwardParams&,
+                                                              Stream);
 template Error attention_decode<__nv_bfloat16, 112>(const AttentionDecodeParams&, Stream);
 
 }  // namespace vlmkernels

@@ -4,8 +4,8 @@
 
 namespace vlmkernels {
 
-template Error attention_fwd<__half, 112>(const AttentionParams&, Stream);
-template Error attention_bwd<__half, 112>(const AttentionBackwardParams&, Stream);
+template Error attention_fwd<__half, 112, PlainScores>(const AttentionParams&, Stream);
+template Error attention_bwd<__half, 112, PlainScores>(const AttentionBackwardParams&, Stream);
 template Error attention_decode<__half, 112>(const AttentionDecodeParams&, Stream);
 
 }  // namespace vlmkernels

@@ -4,8 +4,9 @@
 
 namespace vlmkernels {
 
-template Error attention_fwd<__nv_bfloat16, 256>(const AttentionParams&, Stream);
-template Error attention_bwd<__nv_bfloat16, 256>(const AttentionBackwardParams&, Stream);
+template Error attention_fwd<__nv_bfloat16, 256, PlainScores>(const AttentionParams&, Stream);
+template Error attention_bwd<__nv_bfloat16, 256, PlainScores>(const AttentionBackwardParams&,
+                                                              Stream);
 template Error attention_decode<__nv_bfloat16, 256>(const AttentionDecodeParams&, Stream);
 
 }  // namespace vlmkernels

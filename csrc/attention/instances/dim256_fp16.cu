@@ -4,8 +4,8 @@
 
 namespace vlmkernels {
 
-template Error attention_fwd<__half, 256>(const AttentionParams&, Stream);
-template Error attention_bwd<__half, 256>(const AttentionBackwardParams&, Stream);
+template Error attention_fwd<__half, 256, PlainScores>(const AttentionParams&, Stream);
+template Error attention_bwd<__half, 256, PlainScores>(const AttentionBackwardParams&, Stream);
 template Error attention_decode<__half, 256>(const AttentionDecodeParams&, Stream);
 
 }  // namespace vlmkernels

@@ -4,8 +4,9 @@
 
 namespace vlmkernels {
 
-template Error attention_fwd<__nv_bfloat16, 32>(const AttentionParams&, Stream);
-template Error attention_bwd<__nv_bfloat16, 32>(const AttentionBackwardParams&, Stream);
+template Error attention_fwd<__nv_bfloat16, 32, PlainScores>(const AttentionParams&, Stream);
+template Error attention_bwd<__nv_bfloat16, 32, PlainScores>(const AttentionBackwardParams&,
+                                                             Stream);
 template Error attention_decode<__nv_bfloat16, 32>(const AttentionDecodeParams&, Stream);
 
 }  // namespace vlmkernels

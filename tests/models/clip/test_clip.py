@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from tests.models.clip.conftest import write
 from tests.models.common import (
+    assert_compiles_and_recomputes,
     assert_grads_match,
     num_parameters,
     picture,
@@ -168,19 +169,23 @@ def test_halves_stay_close_to_float32(dtype: torch.dtype, checkpoint_dir: Path) 
         assert (a - b).norm() < 0.03 * b.norm(), name
 
 
-def test_compiled_and_recomputed_gradients_are_the_same(checkpoint_dir: Path) -> None:
-    model, inputs = load(checkpoint_dir), make_inputs(checkpoint_dir)
-    del inputs["attention_mask"]
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    grads = []
-    for run in (model, compiled, model):
+def test_autocast_trains_close_to_float32(checkpoint_dir: Path) -> None:
+    model, inputs, grads = load(checkpoint_dir), make_inputs(checkpoint_dir), []
+    for enabled in (False, True):
         model.zero_grad()
-        run(**inputs, return_loss=True).loss.backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            model(**inputs, return_loss=True).loss.backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
-        model.gradient_checkpointing_enable(run is compiled)
-    for other in grads[1:]:
-        for name, grad in grads[0].items():
-            torch.testing.assert_close(other[name], grad, msg=name)
+    for name, expected in grads[0].items():
+        if not name.endswith("k_proj.bias"):  # rounding noise
+            assert (grads[1][name] - expected).norm() < 0.1 * expected.norm(), name
+
+
+def test_compiled_and_recomputed_gradients_are_the_same(checkpoint_dir: Path) -> None:
+    inputs = make_inputs(checkpoint_dir)
+    del inputs["attention_mask"]
+    model = load(checkpoint_dir)
+    assert_compiles_and_recomputes(model, lambda run: run(**inputs, return_loss=True).loss)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (37, 91), (200, 33), (20, 25), (31, 90)], ids=str)

@@ -12,7 +12,7 @@ import transformers
 from PIL import Image
 
 from tests.models.common import picture, run_command
-from vlmkernels.models import load, load_processor
+from vlmkernels.models import MODELS, load, load_processor
 from vlmkernels.models.classify import classify
 from vlmkernels.models.clip import ZeroShotClassifier
 
@@ -73,6 +73,25 @@ def test_classify_on_the_command_line(
     assert code == 0 and out.splitlines() == [images[0], "100.00%  cat", images[1], "100.00%  cat"]
     code, out, err = run_command([*args, "--image", images[0]], monkeypatch, capsys)
     assert (code, out) == (2, "") and "labels: expected at least one label" in err
+
+
+def test_what_does_not_answer_in_text_is_not_asked(
+    checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["ask", "--model", str(checkpoint_dir), "--device", "cpu", "What is it?"]
+    code, out, err = run_command(args, monkeypatch, capsys)
+    assert (code, out) == (2, "") and "model: expected one that answers in text" in err
+
+
+def test_every_model_is_listed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run_command(["models"], monkeypatch, capsys)
+    assert code == 0
+    assert [line.split("  ")[0] for line in out.splitlines()[1:]] == [
+        entry.title for entry in MODELS.values()
+    ]
+    assert "B/32, B/16, L/14, L/14-336, H/14, bigG/14" in out
 
 
 def test_a_vit_classifies_by_its_own_labels(tmp_path: Path) -> None:

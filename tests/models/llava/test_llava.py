@@ -14,7 +14,13 @@ import transformers
 from safetensors.torch import save_file
 
 from tests.conftest import Backend
-from tests.models.common import assert_grads_match, num_parameters, picture, state_of
+from tests.models.common import (
+    assert_compiles_and_recomputes,
+    assert_grads_match,
+    num_parameters,
+    picture,
+    state_of,
+)
 from tests.models.llava.conftest import write
 from vlmkernels.models import load
 from vlmkernels.models.generation import stream_text
@@ -146,16 +152,7 @@ def test_gradients_recomputed_and_compiled_are_the_same(
     model, inputs = load(checkpoint_dir), make("one image", processor)
     labels = labels_for(inputs)
     del inputs["attention_mask"]
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    grads = []
-    for run in (model, compiled, model):
-        model.zero_grad()
-        run(**inputs, labels=labels).loss.backward()
-        grads.append({name: p.grad for name, p in model.named_parameters()})
-        model.gradient_checkpointing_enable(run is compiled)
-    for other in grads[1:]:
-        for name, grad in grads[0].items():
-            torch.testing.assert_close(other[name], grad, msg=name)
+    assert_compiles_and_recomputes(model, lambda run: run(**inputs, labels=labels).loss)
 
 
 def test_every_backend_computes_the_same_model(

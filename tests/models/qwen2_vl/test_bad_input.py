@@ -107,6 +107,12 @@ MODEL_INPUTS: list[tuple[str, Callable[[Inputs], Inputs], type[Exception], str]]
         "logits_to_keep: expected 0 with labels",
     ),
     (
+        "seconds",
+        lambda x: x | {"second_per_grid_ts": torch.ones(1)},
+        ValueError,
+        "second_per_grid_ts: expected None, Qwen2-VL counts steps",
+    ),
+    (
         "unknown",
         lambda x: x | {"pixel_value": x["pixel_values"]},
         TypeError,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vlmkernels.models.pretrained import Pretrained
 from vlmkernels.models.vlm import expect_ids
+from vlmkernels.nn import ClipLoss
 
 from . import open_clip
 from .config import ClipConfig, ClipTextConfig
@@ -43,6 +44,7 @@ class Clip(Pretrained):
         self.visual_projection = nn.Linear(config.vision.hidden_size, dim, bias=False)
         self.text_projection = nn.Linear(config.text.hidden_size, dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        self.loss = ClipLoss()
         self.reset_parameters()
 
     def forward(
@@ -60,7 +62,8 @@ class Clip(Pretrained):
             pixel_values: (num_images, channels, height, width).
             attention_mask: (num_texts, seqlen), 0 on padding.
             return_loss: the contrastive loss (mean cross entropy of images over texts and of texts
-                over images).
+                over images), by the module `loss`; `nn.ClipLoss(rank=..., world_size=...)` in its
+                place goes over all processes.
             interpolate_pos_encoding: take images of another size than the config's.
 
         Raises:
@@ -68,8 +71,14 @@ class Clip(Pretrained):
         """
         image = self.encode_image(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         text = self.encode_text(input_ids, attention_mask)
-        per_text = self.logit_scale.exp() * text @ image.T
-        loss = contrastive_loss(per_text) if return_loss else None
+        scale = self.logit_scale.exp()
+        per_text = scale * text @ image.T
+        if return_loss and len(image) != len(text):
+            raise ValueError(
+                f"return_loss: expected a text for every image, got {len(text)} texts and "
+                f"{len(image)} images"
+            )
+        loss = self.loss(image, text, scale) if return_loss else None
         return ClipOutput(per_text.T, per_text, image, text, loss)
 
     def encode_image(
@@ -150,18 +159,6 @@ def _init_std(name: str, tower: TowerConfig) -> float | None:
         "fc2": (2 * tower.num_hidden_layers * width) ** -0.5,
     }
     return float(stds.get(kind[0], width**-0.5))  # q, k, v
-
-
-def contrastive_loss(logits: Tensor) -> Tensor:
-    """Mean of the cross entropies of rows and of columns of logits (n, n), the diagonal true."""
-    if logits.shape[0] != logits.shape[1]:
-        raise ValueError(
-            f"return_loss: expected a text for every image, got {logits.shape[0]} texts and "
-            f"{logits.shape[1]} images"
-        )
-    targets = torch.arange(len(logits), device=logits.device)
-    rows, columns = (nn.functional.cross_entropy(x.float(), targets) for x in (logits, logits.T))
-    return (rows + columns) / 2
 
 
 def unit(x: Tensor) -> Tensor:

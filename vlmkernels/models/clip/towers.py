@@ -13,7 +13,7 @@ from vlmkernels.models.encoder import (
     pre_norm_block,
     prepend,
 )
-from vlmkernels.models.layers import activation, add_norm, run_layer
+from vlmkernels.models.layers import Mlp, add_norm, run_layer
 from vlmkernels.models.packing import expect_grid, make_packing
 from vlmkernels.nn import LayerNorm, PatchEmbed2d
 
@@ -36,18 +36,6 @@ class Attention(nn.Module):
         return y
 
 
-class Mlp(nn.Module):
-    def __init__(self, config: TowerConfig) -> None:
-        super().__init__()
-        self.act = activation(config.hidden_act)
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.fc2(self.act(self.fc1(x)))
-        return y
-
-
 class Layer(nn.Module):
     """Pre-norm block. Takes and returns (x, residual): the next norm adds them in its kernel."""
 
@@ -56,7 +44,7 @@ class Layer(nn.Module):
         self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = Attention(config)
-        self.mlp = Mlp(config)
+        self.mlp = Mlp(config.hidden_size, config.intermediate_size, config.hidden_act)
 
     def forward(self, x: Tensor, residual: Tensor | None, span: Span) -> tuple[Tensor, Tensor]:
         norms = (self.layer_norm1, self.layer_norm2)

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from vlmkernels.models.fields import INDICES, expect_fields
+from vlmkernels.models.qwen2_vl.config import PRESETS as QWEN2_VL
 from vlmkernels.models.qwen2_vl.config import Qwen2VLConfig, VisionFields
 
 Json = dict[str, Any]
 
 # Published sizes (hub config.json files): name -> fields that differ from the defaults below.
+# 7B and 72B have the language models of Qwen2-VL.
 PRESETS: dict[str, Json] = {
     "3B": {
         "hidden_size": 2048,
@@ -22,13 +24,7 @@ PRESETS: dict[str, Json] = {
         "vocab_size": 151936,
         "tie_word_embeddings": True,
     },
-    "7B": {
-        "hidden_size": 3584,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "intermediate_size": 18944,
-    },
+    "7B": QWEN2_VL["7B"],
     "32B": {
         "hidden_size": 5120,
         "num_hidden_layers": 64,
@@ -37,14 +33,7 @@ PRESETS: dict[str, Json] = {
         "intermediate_size": 27648,
         "vision": {"intermediate_size": 3456},
     },
-    "72B": {
-        "hidden_size": 8192,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "intermediate_size": 29568,
-        "vision": {"intermediate_size": 3456},
-    },
+    "72B": QWEN2_VL["72B"] | {"vision": {"intermediate_size": 3456}},
 }
 
 

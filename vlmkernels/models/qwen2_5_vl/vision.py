@@ -9,57 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vlmkernels.models.layers import activation, add_norm, run_layer
+from vlmkernels.models.layers import GatedMlp, run_layer
 from vlmkernels.models.qwen2_vl.projector import PatchMerger
 from vlmkernels.models.qwen2_vl.vision import (
     Grids,
     PatchEmbed,
-    VisionAttention,
+    VisionBlock,
     check_grid,
     patch_positions,
 )
 from vlmkernels.nn import RMSNorm
 
 from .config import Qwen25VLVisionConfig
-
-
-class VisionMlp(nn.Module):
-    """SwiGLU with biases: down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, config: Qwen25VLVisionConfig) -> None:
-        super().__init__()
-        self.act = activation(config.hidden_act)
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
-        return y
-
-
-class VisionBlock(nn.Module):
-    """Pre-norm block. Takes and returns (x, residual): the next norm adds them in its kernel."""
-
-    def __init__(self, config: Qwen25VLVisionConfig) -> None:
-        super().__init__()
-        self.norm1 = RMSNorm(config.hidden_size)
-        self.norm2 = RMSNorm(config.hidden_size)
-        self.attn = VisionAttention(config)
-        self.mlp = VisionMlp(config)
-
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        positions: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-    ) -> tuple[Tensor, Tensor]:
-        y, residual = add_norm(self.norm1, x, residual)
-        y = self.attn(y, positions, cu_seqlens, max_seqlen)
-        y, residual = add_norm(self.norm2, y, residual)
-        return self.mlp(y), residual
 
 
 class Qwen25VLVision(nn.Module):
@@ -73,7 +34,10 @@ class Qwen25VLVision(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.patch_embed = PatchEmbed(config)
-        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
+        sizes = (config.hidden_size, config.intermediate_size, config.hidden_act)
+        self.blocks = nn.ModuleList(
+            VisionBlock(config, RMSNorm, GatedMlp(*sizes, bias=True)) for _ in range(config.depth)
+        )
         self.merger = PatchMerger(config, RMSNorm(config.hidden_size))
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:

@@ -11,14 +11,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from vlmkernels.models.layers import activation, add_norm, run_layer
-from vlmkernels.nn import LayerNorm, PatchEmbed3d
+from vlmkernels.models.layers import Mlp, add_norm, run_layer
+from vlmkernels.nn import LayerNorm, PatchEmbed3d, RMSNorm
 from vlmkernels.ops import attention, vision_rope
 
 from .config import Qwen2VLVisionConfig, VisionFields
 from .projector import PatchMerger
 
 Grids = list[tuple[int, int, int]]
+Norm = type[LayerNorm] | type[RMSNorm]
 
 
 class PatchEmbed(nn.Module):
@@ -51,28 +52,14 @@ class VisionAttention(nn.Module):
         return y
 
 
-class VisionMlp(nn.Module):
-    def __init__(self, config: Qwen2VLVisionConfig) -> None:
-        super().__init__()
-        mlp_dim = int(config.embed_dim * config.mlp_ratio)
-        self.act = activation(config.hidden_act)
-        self.fc1 = nn.Linear(config.embed_dim, mlp_dim)
-        self.fc2 = nn.Linear(mlp_dim, config.embed_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.fc2(self.act(self.fc1(x)))
-        return y
-
-
 class VisionBlock(nn.Module):
     """Pre-norm block. Takes and returns (x, residual): the next norm adds them in its kernel."""
 
-    def __init__(self, config: Qwen2VLVisionConfig) -> None:
+    def __init__(self, config: VisionFields, norm: Norm, mlp: nn.Module) -> None:
         super().__init__()
-        self.norm1 = LayerNorm(config.embed_dim, eps=1e-6)
-        self.norm2 = LayerNorm(config.embed_dim, eps=1e-6)
+        self.norm1, self.norm2 = (norm(config.embed_dim, eps=1e-6) for _ in range(2))
         self.attn = VisionAttention(config)
-        self.mlp = VisionMlp(config)
+        self.mlp = mlp
 
     def forward(
         self,
@@ -101,7 +88,11 @@ class Qwen2VLVision(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.patch_embed = PatchEmbed(config)
-        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
+        dim, act = config.embed_dim, config.hidden_act
+        self.blocks = nn.ModuleList(
+            VisionBlock(config, LayerNorm, Mlp(dim, int(dim * config.mlp_ratio), act))
+            for _ in range(config.depth)
+        )
         self.merger = PatchMerger(config, LayerNorm(config.embed_dim, eps=1e-6))
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:

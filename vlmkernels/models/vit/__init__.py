@@ -2,7 +2,7 @@
 
 from .config import ViTConfig
 from .model import ViT, ViTOutput
-from .processor import ViTProcessor
+from .processor import ViTImageSettings, ViTProcessor
 from .vision import ViTVision
 
-__all__ = ["ViT", "ViTConfig", "ViTOutput", "ViTProcessor", "ViTVision"]
+__all__ = ["ViT", "ViTConfig", "ViTImageSettings", "ViTOutput", "ViTProcessor", "ViTVision"]

@@ -1,0 +1,10 @@
+#include "attention/attention_bwd.cuh"
+#include "attention/attention_fwd.cuh"
+
+namespace vlmkernels {
+
+template Error attention_fwd<__half, 256, MaskedScores>(const AttentionParams&, Stream);
+template Error attention_bwd<__half, 256, MaskedScores>(const AttentionBackwardParams&, Stream);
+template Error attention_dbias<__half, 256>(const AttentionBackwardParams&, Stream);
+
+}  // namespace vlmkernels

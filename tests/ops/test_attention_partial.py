@@ -1,0 +1,115 @@
+"""attention_partial: parts over disjoint keys combine to the whole, forward and backward."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.conftest import Backend
+from tests.ops.attention_cases import Problem, cu_seqlens, problem
+from vlmkernels import ops
+from vlmkernels.testing import assert_as_accurate, max_error
+
+CUTS = (0, 70, 75, 150)
+
+
+def parts(p: Problem, options: list[dict[str, Any]]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """out, lse, and dq, dk, dv of attention over all keys, from parts of them."""
+    keys = [(p.k[:, a:b], p.v[:, a:b]) for a, b in pairwise(CUTS)]
+    found = [ops.attention_partial(p.q, *kv, **o) for kv, o in zip(keys, options, strict=True)]
+    lse = torch.stack([x for _, x in found]).logsumexp(0)
+    weights = [torch.exp(x - lse).nan_to_num(0).transpose(1, 2)[..., None] for _, x in found]
+    out = sum(w * x for w, (x, _) in zip(weights, found, strict=True))
+    delta = (out * p.dout.float()).sum(-1).transpose(1, 2) - p.dlse
+    dq, dks, dvs = torch.zeros_like(p.q, dtype=torch.float32), [], []
+    for kv, o in zip(keys, options, strict=True):
+        found_dq, dk, dv = ops.attention_partial_backward(p.dout, p.q, *kv, lse, delta, **o)
+        dq += found_dq
+        dks.append(dk)
+        dvs.append(dv)
+    assert all(x.dtype == torch.float32 for x in (out, dq, *dks, *dvs))
+    return out, lse, [dq, torch.cat(dks, 1), torch.cat(dvs, 1)]
+
+
+def check_parts(
+    backend: Backend, p: Problem, options: list[dict[str, Any]], whole: dict[str, Any]
+) -> None:
+    """The parts are no less accurate than `attention` of everything in the same dtype."""
+
+    def call(*qkv: Tensor) -> Any:
+        return ops.attention(*qkv, return_lse=True, **whole)
+
+    out, lse, gradients = parts(p, options)
+    exact, same = p.to(torch.float64).results(call), p.results(call)
+    for name, got, one, true in zip(
+        ("out", "lse", "dq", "dk", "dv"), (out, lse, *gradients), same, exact, strict=True
+    ):
+        assert_as_accurate(name, got.to(one.dtype), one, true)
+    if p.q.dtype != torch.float32:  # float32 sums are not rounded to 16 bits
+        assert max_error(out, exact[0]) < max_error(same[0], exact[0])
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_parts_of_keys(backend: Backend, head_dim: int) -> None:
+    for dtype in backend.dtypes:
+        p = problem((2, 33, 4, head_dim), (2, 150, 2, head_dim), dtype, backend)
+        check_parts(backend, p, [{}] * 3, {})
+
+
+def test_masks(backend: Backend) -> None:
+    """Segments of packed documents; a part of which a query sees nothing."""
+    p = problem((1, 150, 2, 64), (1, 150, 2, 64), backend.dtypes[-1], backend)
+    ids = torch.arange(150, dtype=torch.int32, device=backend.device)[None] // 40
+    images = torch.where(ids == 1, 0, -1).int()
+    cut = [{"segment_ids": (ids, ids[:, a:b].contiguous())} for a, b in pairwise(CUTS)]
+    check_parts(backend, p, cut, {"segment_ids": ids})
+    last = {"causal": True, "segment_ids": ids, "image_ids": images}
+    out, lse = ops.attention_partial(p.q, p.k, p.v, **last)
+    wanted, wanted_lse = ops.attention(p.q, p.k, p.v, return_lse=True, **last)
+    assert torch.equal(out.to(p.q.dtype), wanted) and torch.equal(lse, wanted_lse)
+
+
+def test_packed(backend: Backend) -> None:
+    q, k, dout = (torch.randn(90, 2, 64, device=backend.device).half() for _ in range(3))
+    options = {"cu_seqlens_q": cu_seqlens([50, 0, 40], backend.device), "causal": True}
+    leaves = [x.clone().requires_grad_() for x in (q, k, k)]
+    wanted, wanted_lse = ops.attention(*leaves, return_lse=True, **options)
+    out, lse = ops.attention_partial(q, k, k, **options)
+    assert torch.equal(out.half(), wanted) and torch.equal(lse, wanted_lse)
+    delta = (out * dout).sum(-1).transpose(0, 1)
+    found = ops.attention_partial_backward(dout, q, k, k, lse, delta, **options)
+    for a, b in zip(found, torch.autograd.grad(wanted, leaves, dout), strict=True):
+        torch.testing.assert_close(a.half(), b, rtol=1e-2, atol=1e-2)
+
+
+def test_reference(backend: Backend) -> None:
+    """float64: the gradient of a whole that consists of one part."""
+    q, k, dout = (torch.randn(2, 5, 2, 8, device=backend.device).double() for _ in range(3))
+    leaves = [x.clone().requires_grad_() for x in (q, k, k)]
+    wanted, lse = ops.attention(*leaves, return_lse=True, softcap=3.0)
+    delta = (wanted.detach() * dout).sum(-1).transpose(1, 2)
+    found = ops.attention_partial_backward(dout, q, k, k, lse.detach(), delta, softcap=3.0)
+    for a, b in zip(found, torch.autograd.grad(wanted, leaves, dout), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+
+
+def test_opcheck(backend: Backend) -> None:
+    q, k = (torch.randn(1, n, 2, 16, device=backend.device).half() for n in (5, 6))
+    options = (*(None,) * 7, 0, 0, -1, 0, 0.25, 0.0)
+    torch.library.opcheck(torch.ops.vlmkernels.attention_partial.default, (q, k, k, *options))
+    lse = torch.zeros(1, 2, 5, device=backend.device)
+    arguments = (q, q, k, k, lse, lse, *options)
+    torch.library.opcheck(torch.ops.vlmkernels.attention_partial_backward.default, arguments)
+
+
+def test_bad_input(backend: Backend) -> None:
+    x = torch.zeros(1, 5, 2, 64, device=backend.device).half()
+    lse = torch.zeros(1, 2, 5, device=backend.device)
+    with pytest.raises(ValueError, match="lse must have shape"):
+        ops.attention_partial_backward(x, x, x, x, lse[..., :4], lse)
+    with pytest.raises(ValueError, match="delta must have shape"):
+        ops.attention_partial_backward(x, x, x, x, lse, lse[:, :1])
+    with pytest.raises(TypeError, match="delta must be float32"):
+        ops.attention_partial_backward(x, x, x, x, lse, lse.half())

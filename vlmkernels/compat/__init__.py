@@ -1,0 +1,1 @@
+"""Names and keywords of other libraries, on our ops."""
