@@ -62,7 +62,8 @@ def rotate_to(x: Tensor, codes: Tensor) -> Tensor:
         return (x * direction).sum(-1, keepdim=True)
 
     turned: Tensor = x - 2 * along(w) * w + 2 * along(u) * q
-    return turned * (code_length / length.clamp(min=1e-6))
+    scaled: Tensor = turned * (code_length / length.clamp(min=1e-6))
+    return scaled
 
 
 class VectorQuantize(torch.nn.Module):
@@ -139,20 +140,11 @@ class VectorQuantize(torch.nn.Module):
             self.project_in = torch.nn.Linear(dim, inner * heads)
             self.project_out = torch.nn.Linear(inner * heads, dim)
         self._codebook = Codebook(
-            inner,
-            codebook_size,
-            heads if separate_codebook_per_head else 1,
-            decay=decay,
-            eps=eps,
-            threshold_ema_dead_code=threshold_ema_dead_code,
-            kmeans_init=kmeans_init,
-            kmeans_iters=kmeans_iters,
-            use_cosine_sim=use_cosine_sim,
-            ema_update=ema,
-            learnable_codebook=learnable,
-            sync=sync_codebook,
-            process_group=process_group,
-        )
+            inner, codebook_size, heads if separate_codebook_per_head else 1, decay=decay, eps=eps,
+            threshold_ema_dead_code=threshold_ema_dead_code, kmeans_init=kmeans_init,
+            kmeans_iters=kmeans_iters, use_cosine_sim=use_cosine_sim, ema_update=ema,
+            learnable_codebook=learnable, sync=sync_codebook, process_group=process_group,
+        )  # fmt: skip
 
     @property
     def codebook(self) -> Tensor:
