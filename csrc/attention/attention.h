@@ -85,7 +85,7 @@ struct AttentionParams {
     // In place of all that: query i sees the keys from spans[i][0] to before spans[i][1].
     const int32_t* spans;  // [batch, seqlen_q, 2], packed [num_tokens_q, 2], contiguous; or null
     int32_t* id_ranges;    // CUDA workspace if has_ids(): [id_blocks(q) + id_blocks(k), 4]
-    float softcap;       // cap(s) = softcap tanh(s / softcap); 0: cap(s) = s
+    float softcap;         // cap(s) = softcap tanh(s / softcap); 0: cap(s) = s
     BiasView bias;
     bool float32_out;  // out, or dq, dk, dv, are float32 whatever dtype is: parts of a sum
 

@@ -284,8 +284,7 @@ struct MaskedScores {
     template <bool kTransposed, int kM, int kN>
     __device__ static void hide(float (&scores)[kM][kN][4], const AttentionParams& p,
                                 const Sequence& s, int row0, int col0, int lane) {
-        if (p.spans)
-            return hide_outside_spans<kTransposed>(scores, p, s, row0, col0, lane);
+        if (p.spans) return hide_outside_spans<kTransposed>(scores, p, s, row0, col0, lane);
         hide_unless<kTransposed>(scores, p.images, p, s, row0, col0, lane,
                                  [](Span window, int row_image, int col_image, int col) {
                                      return (col >= window.begin && col < window.end) ||
