@@ -138,6 +138,10 @@ def calls() -> dict[str, Callable[[], Callable[[], Any]]]:
     )  # fmt: skip
     codes = {"z": rand(256, 64, grad=False), "codebook": rand(1024, 64, grad=False)}
     add("vq_lookup 256x1024x64", ops.vq_lookup, **codes)
+    images = torch.randint(0, 256, (1, 3, 112, 112), dtype=torch.uint8)
+    how: dict[str, Any] = {"mean": [0.5] * 3, "std": [0.5] * 3, "merge_size": 2}
+    frames = rand(256, 3, 2, 14, 14)
+    add("patch_embed_pixels 64x588", ops.patch_embed_pixels, images=images, weight=frames, **how)
     return found
 
 

@@ -32,6 +32,8 @@ MATRIX = (
     *("vq_lookup", "vq_lookup_hopper"),
     *("attention_fwd_sm90", "attention_bwd_sm90"),
     *(f"qformer_attention_{kind}" for kind in ("fwd", "probabilities", "rows", "dx")),
+    *("patch_embed_hopper", "patch_embed_dx_hopper", "patch_embed_dweight_hopper"),
+    "patch_embed_resident",
 )
 
 
@@ -84,6 +86,3 @@ def test_matrix_kernels_use_tensor_cores(kernels: dict[str, str]) -> None:
             assert re.search(r"\b(HMMA|HGMMA)\b", code), name
             # Asynchronous copies feed them.
             assert re.search(r"\b(LDGSTS|UTMALDG|UBLKCP)\b", code), name
-            assert re.search(r"\b(LDGSTS|UTMALDG|UBLKCP)\b", code), (
-                name
-            )  # asynchronous copies feed them

@@ -36,3 +36,28 @@ def linear(
         raise NotSupportedError("images and rows")
     rows = F.unfold(x, weight.shape[2:], stride=weight.shape[2:]).transpose(1, 2)
     return _finish(F.linear(rows, weight.flatten(1), bias), pos_embed)
+
+
+@rival("patch_embed_pixels", "normalise + F.linear")
+def pixels_linear(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    merge_size: int = 1,
+) -> Tensor:
+    """The processor's normalisation, rows, and a matrix product in the place of the convolution."""
+    from bench.ops.patch_embed import normalised, rows_of
+
+    if images.ndim != 4:
+        raise NotSupportedError("images of one size")
+    x = normalised(images, mean, std).to(weight.dtype)
+    if weight.ndim == 4 and merge_size > 1:
+        raise NotSupportedError("blocks through Conv3d only")
+    if weight.ndim == 4:
+        tokens: Tensor = linear(x, weight, bias)
+        return tokens
+    tokens = linear(rows_of(x, weight, merge_size), weight, bias)
+    return tokens.view(len(images), -1, len(weight))

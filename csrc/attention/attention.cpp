@@ -9,7 +9,7 @@ namespace vlmkernels {
 
 // The optional tensors as they come from Python, in the order of the op's schema.
 struct MaskTensors {
-    Tensor id_ranges, bias, cu_q, cu_k, segments_q, segments_k, images_q, images_k;
+    Tensor id_ranges, bias, cu_q, cu_k, segments_q, segments_k, images_q, images_k, spans;
 
     MaskTensors(const char* op, const py::sequence& t)
         : id_ranges(op, "id_ranges", t[0], true),
@@ -19,9 +19,10 @@ struct MaskTensors {
           segments_q(op, "segment_ids[0]", t[4], true),
           segments_k(op, "segment_ids[1]", t[5], true),
           images_q(op, "image_ids[0]", t[6], true),
-          images_k(op, "image_ids[1]", t[7], true) {}
+          images_k(op, "image_ids[1]", t[7], true),
+          spans(op, "key_spans", t[8], true) {}
     Masks masks() const {
-        return {bias, cu_q, cu_k, segments_q, segments_k, images_q, images_k, id_ranges};
+        return {bias, cu_q, cu_k, segments_q, segments_k, images_q, images_k, spans, id_ranges};
     }
 };
 

@@ -82,13 +82,16 @@ struct AttentionParams {
     int window_left, window_right;  // -1: unbounded; causal is right 0
     TokenIds segments;
     TokenIds images;
-    int32_t* id_ranges;  // CUDA workspace if there are ids: [id_blocks(q) + id_blocks(k), 4]
+    // In place of all that: query i sees the keys from spans[i][0] to before spans[i][1].
+    const int32_t* spans;  // [batch, seqlen_q, 2], packed [num_tokens_q, 2], contiguous; or null
+    int32_t* id_ranges;    // CUDA workspace if has_ids(): [id_blocks(q) + id_blocks(k), 4]
     float softcap;       // cap(s) = softcap tanh(s / softcap); 0: cap(s) = s
     BiasView bias;
     bool float32_out;  // out, or dq, dk, dv, are float32 whatever dtype is: parts of a sum
 
     constexpr bool causal() const { return window_right == 0; }
-    constexpr bool has_ids() const { return segments.q || images.q; }
+    // Is a mask read from memory, token by token?
+    constexpr bool has_ids() const { return segments.q || images.q || spans; }
     // Full or causal, and nothing done to the scores.
     constexpr bool plain() const {
         return window_left < 0 && window_right <= 0 && !has_ids() && softcap == 0 && !bias.data;

@@ -176,6 +176,19 @@ static const int32_t* check_ids(const Tensor& ids, const Tensor& heads) {
     return ids.ptr<int32_t>();
 }
 
+static const int32_t* check_spans(const Tensor& spans, const Tensor& q) {
+    if (!spans.given) return nullptr;
+    expect_dtype(spans, {DType::kInt32});
+    expect_same_device(spans, q);
+    if (q.ndim == 4)
+        expect_shape(spans, {q.size(0), q.size(1), 2}, "(batch, seqlen_q, 2)");
+    else
+        expect_shape(spans, {q.size(0), 2}, "(num_tokens_q, 2)");
+    expect_contiguous(spans);
+    expect_aligned(spans, 8);
+    return spans.ptr<int32_t>();
+}
+
 static void set_ids(AttentionParams& p, const Tensor& q, const Tensor& k, const Masks& masks) {
     auto expect_both = [&](const Tensor& of_q, const Tensor& of_k) {
         if (of_q.given != of_k.given)
@@ -186,6 +199,9 @@ static void set_ids(AttentionParams& p, const Tensor& q, const Tensor& k, const 
     expect_both(masks.images_q, masks.images_k);
     p.segments = {check_ids(masks.segments_q, q), check_ids(masks.segments_k, k)};
     p.images = {check_ids(masks.images_q, q), check_ids(masks.images_k, k)};
+    p.spans = check_spans(masks.spans, q);
+    if (p.spans && (p.segments.q || p.images.q || p.window_left >= 0 || p.window_right >= 0))
+        value_error(q.op, "key_spans must not be given together with another mask");
     if (!p.has_ids() || !takes_cuda(q)) return;
     const Tensor& ranges = masks.id_ranges;
     expect_dtype(ranges, {DType::kInt32});

@@ -110,6 +110,11 @@ struct Problem {
     }
     // The keys in the window of a token.
     Span window(int64_t token) const {
+        if (p.spans) {
+            const int32_t* span = ids_q(p.spans, 2) + token * 2;
+            const int64_t begin = clamp(span[0], 0, seqlen_k);
+            return {begin, clamp(span[1], begin, seqlen_k)};
+        }
         const int64_t diagonal = token + seqlen_k - seqlen_q;
         return {p.window_left < 0 ? 0 : clamp(diagonal - p.window_left, 0, seqlen_k),
                 p.window_right < 0 ? seqlen_k : clamp(diagonal + p.window_right + 1, 0, seqlen_k)};
@@ -117,13 +122,25 @@ struct Problem {
     // Keys that rows [begin, end) may see: windows move on with the token, images are anywhere.
     Span keys_of(int64_t begin, int64_t end) const {
         if (p.images.q) return {0, seqlen_k};
+        if (p.spans) return union_of_spans(begin / group, (end - 1) / group);
         return {window(begin / group).begin, window((end - 1) / group).end};
     }
-    const int32_t* ids_q(const int32_t* ids) const {  // of the first token
-        return ids ? ids + (p.cu_seqlens_q ? q_begin : sequence * p.seqlen_q) : nullptr;
+    const int32_t* ids_q(const int32_t* ids, int64_t size = 1) const {  // of the first token
+        return ids ? ids + (p.cu_seqlens_q ? q_begin : sequence * p.seqlen_q) * size : nullptr;
     }
     const int32_t* ids_k(const int32_t* ids) const {
         return ids ? ids + (p.cu_seqlens_q ? k_begin : sequence * p.seqlen_k) : nullptr;
+    }
+
+  private:
+    Span union_of_spans(int64_t first, int64_t last) const {
+        Span all = {seqlen_k, 0};
+        for (int64_t token = first; token <= last; ++token) {
+            const Span span = window(token);
+            if (span.size() == 0) continue;
+            all = {std::min(all.begin, span.begin), std::max(all.end, span.end)};
+        }
+        return all.begin < all.end ? all : Span{0, 0};
     }
 };
 

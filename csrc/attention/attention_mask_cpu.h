@@ -43,13 +43,15 @@ class Mask {
         rows_ = rows;
         span_ = problem.keys_of(begin, begin + rows);
         const int64_t first = begin / problem.group, last = (begin + rows - 1) / problem.group;
-        whole_ = {problem.window(last).begin, problem.window(first).end};
+        whole_ = {problem.window(last).begin, problem.window(first).end};  // windows move on
         segments_ = images_ = {};
         const int32_t *segments = problem.ids_q(p.segments.q), *images = problem.ids_q(p.images.q);
         problem.for_rows(begin, rows, [&](int64_t lane, int64_t token, int64_t head) {
             const Span window = problem.window(token);
             begin_[lane] = int32_t(window.begin);
             end_[lane] = int32_t(window.end);
+            if (p.spans)
+                whole_ = {std::max(whole_.begin, window.begin), std::min(whole_.end, window.end)};
             segment_[lane] = segments ? segments[token] : 0;
             image_[lane] = images ? images[token] : -1;
             if (segments) segments_.add(segment_[lane]);
@@ -70,6 +72,7 @@ class Mask {
         if (first >= span_.end || first + keys <= span_.begin) return false;
         const AttentionParams& p = problem_->p;
         if (!p.has_ids()) return true;
+        if (p.spans) return in_windows(first, keys);
         IdRange segments, images;
         const int64_t end = std::min(first + keys, problem_->seqlen_k);
         const int32_t *of_segment = problem_->ids_k(p.segments.k),
@@ -91,9 +94,9 @@ class Mask {
             scale<kCols>(scores, slopes, keys);
             if (p.bias.data) add_bias<kCols>(scores, first, keys, memory);
         }
-        if (!p.has_ids() && (first >= whole_.begin && first + keys <= whole_.end)) return;
-        p.has_ids() ? hide<kCols, true>(scores, first, keys)
-                    : hide<kCols, false>(scores, first, keys);
+        const bool ids = p.segments.q || p.images.q;
+        if (!ids && (first >= whole_.begin && first + keys <= whole_.end)) return;
+        ids ? hide<kCols, true>(scores, first, keys) : hide<kCols, false>(scores, first, keys);
     }
 
   private:

@@ -49,7 +49,7 @@ Error attention_row_stats(const AttentionBackwardParams& p, Stream stream) {
 }
 
 // Writes id_ranges: a warp per block of kIdBlock tokens, those of q before those of k. A token that
-// is in no image does not count for the images.
+// is in no image does not count for the images, nor one that sees no key for the spans' union.
 __global__ void __launch_bounds__(128) attention_id_ranges_kernel(const AttentionParams p) {
     const int64_t blocks_q = id_blocks(p.num_tokens_q),
                   block = int64_t(blockIdx.x) * 4 + threadIdx.x / 32;
@@ -62,6 +62,14 @@ __global__ void __launch_bounds__(128) attention_id_ranges_kernel(const Attentio
     for (int i = threadIdx.x % 32; i < kIdBlock; i += 32) {
         const int64_t token = (is_q ? block : block - blocks_q) * kIdBlock + i;
         if (token >= num_tokens) break;
+        if (p.spans) {
+            if (!is_q) break;
+            const int2 span = reinterpret_cast<const int2*>(p.spans)[token];
+            const bool empty = span.x >= span.y;
+            range.add({empty ? INT32_MAX : span.x, empty ? INT32_MAX : span.x,
+                       empty ? INT32_MIN : span.y, empty ? INT32_MIN : span.y});
+            continue;
+        }
         const int segment = segments ? segments[token] : 0, image = images ? images[token] : -1;
         range.add({segment, segment, image < 0 ? INT32_MAX : image, image < 0 ? INT32_MIN : image});
     }

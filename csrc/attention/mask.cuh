@@ -1,7 +1,7 @@
 // What happens to the scores of a tile between q k^T and softmax, and which tiles are skipped, for
 // forward and backward. A kernel takes one of two policies:
 //   PlainScores   full or causal attention (AttentionParams::plain)
-//   MaskedScores  window, segments, images, softcap, bias
+//   MaskedScores  window, segments, images, spans, softcap, bias
 // which have
 //   KeyTiles<n>    first() and next(tile) walk, last tile first, over the tiles of n keys that
 //                  some query of a block sees until index < 0; whole(tile): nothing is masked
@@ -102,10 +102,14 @@ struct PlainScores {
 };
 
 // What is known of a block of tokens: their smallest and largest segment, and image if there is
-// one.
+// one; or in the same places begin and end of their spans.
 struct IdRange {
     int segment_min, segment_max, image_min, image_max;
 
+    __device__ int begin_min() const { return segment_min; }
+    __device__ int begin_max() const { return segment_max; }
+    __device__ int end_min() const { return image_min; }
+    __device__ int end_max() const { return image_max; }
     __device__ void add(const IdRange& other) {
         segment_min = min(segment_min, other.segment_min);
         segment_max = max(segment_max, other.segment_max);
@@ -154,6 +158,11 @@ struct MaskedScores {
             whole = keys.begin >= last.begin && keys.end <= first.end;
             if (!p.has_ids()) return;
             const IdRange q = id_range<false>(p, s, {queries.begin, min(queries.end, s.seqlen_q)});
+            if (p.spans) {
+                some = keys.begin < q.end_max() && keys.end > q.begin_min();
+                whole = keys.begin >= q.begin_max() && keys.end <= q.end_min();
+                return;
+            }
             const IdRange k = id_range<true>(p, s, {keys.begin, min(keys.end, s.seqlen_k)});
             some |= q.image_min <= k.image_max && k.image_min <= q.image_max;
             some &= q.segment_min <= k.segment_max && k.segment_min <= q.segment_max;
@@ -181,7 +190,7 @@ struct MaskedScores {
         // What the block sees, or is seen by, at most.
         __device__ Span window() const {
             const Sequence& s = sequence;
-            if (p.images.q) return {0, kKeys ? s.seqlen_k : s.seqlen_q};
+            if (p.images.q || p.spans) return {0, kKeys ? s.seqlen_k : s.seqlen_q};
             if (kKeys)
                 return {s.keys_of(block.begin).begin,
                         s.keys_of(min(block.end, s.seqlen_q) - 1).end};
@@ -262,8 +271,21 @@ struct MaskedScores {
     }
 
     template <bool kTransposed, int kM, int kN>
+    __device__ static void hide_outside_spans(float (&scores)[kM][kN][4], const AttentionParams& p,
+                                              const Sequence& s, int row0, int col0, int lane) {
+        const int2* spans = reinterpret_cast<const int2*>(p.spans) + ids_begin<false>(p, s);
+        for_scores(scores, row0, col0, lane, [&](float& score, int, int, int row, int col) {
+            const int query = kTransposed ? col : row, key = kTransposed ? row : col;
+            const int2 span = query < s.seqlen_q ? spans[query] : make_int2(0, 0);
+            if (key < span.x || key >= min(span.y, s.seqlen_k)) score = negative_infinity();
+        });
+    }
+
+    template <bool kTransposed, int kM, int kN>
     __device__ static void hide(float (&scores)[kM][kN][4], const AttentionParams& p,
                                 const Sequence& s, int row0, int col0, int lane) {
+        if (p.spans)
+            return hide_outside_spans<kTransposed>(scores, p, s, row0, col0, lane);
         hide_unless<kTransposed>(scores, p.images, p, s, row0, col0, lane,
                                  [](Span window, int row_image, int col_image, int col) {
                                      return (col >= window.begin && col < window.end) ||

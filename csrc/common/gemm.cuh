@@ -57,37 +57,23 @@ struct MatrixView {
     }
 };
 
-// Of a row and a column of a view; in two steps where both are offsets, so that the first stays.
-template <class T, class Row, class Column>
-__device__ T* element(T* data, const Row& row, const Column& column) {
-    if constexpr (std::is_integral_v<Row>)
-        return data + row + column;
-    else
-        return data + (row + column);
-}
-
 // Copies one row's chunk of 8 elements in runs of kRunBytes, zeros for those that aren't valid.
-// row, columns: the view's, of the runs; their sum is the place of an element. A view may bring its
-// own load_chunk.
-template <int kRunBytes, class View, class Row, class Column>
-__device__ void load_chunk(const View& view, uint32_t shared, const Row& row,
-                           const Column (&columns)[16 / kRunBytes],
+// offsets: of the runs within the row.
+template <int kRunBytes, class T>
+__device__ void load_chunk(uint32_t shared, const T* row, const int (&offsets)[16 / kRunBytes],
                            const bool (&valid)[16 / kRunBytes]) {
     constexpr int kRuns = 16 / kRunBytes;
     if constexpr (kRunBytes == 2) {  // too narrow for cp.async
         uint32_t pairs[4] = {};
+        const auto* source = reinterpret_cast<const uint16_t*>(row);
 #pragma unroll
         for (int i = 0; i < kRuns; ++i)
-            if (valid[i])
-                pairs[i / 2] |= uint32_t(*reinterpret_cast<const uint16_t*>(
-                                    element(view.data, row, columns[i])))
-                                << i % 2 * 16;
+            if (valid[i]) pairs[i / 2] |= uint32_t(source[offsets[i]]) << i % 2 * 16;
         store_shared(shared, pairs);
     } else {
 #pragma unroll
         for (int i = 0; i < kRuns; ++i)
-            cp_async<kRunBytes>(shared + i * kRunBytes, element(view.data, row, columns[i]),
-                                valid[i]);
+            cp_async<kRunBytes>(shared + i * kRunBytes, row + offsets[i], valid[i]);
     }
 }
 
@@ -149,8 +135,11 @@ class TileLoader {
             bool valid[kRuns];
 #pragma unroll
             for (int j = 0; j < kRuns; ++j) valid[j] = row < view_.num_rows && inside[j];
-            load_chunk<kRunBytes>(view_, tile + shared_offset_ + i * kStep * Layout::kRowBytes,
-                                  row_offset, columns, valid);
+            const uint32_t chunk = tile + shared_offset_ + i * kStep * Layout::kRowBytes;
+            if constexpr (std::is_integral_v<decltype(view_.row(0))>)
+                load_chunk<kRunBytes>(chunk, view_.data + row_offset, columns, valid);
+            else  // a view whose rows are more than an offset brings its own
+                load_chunk<kRunBytes>(view_, chunk, row_offset, columns, valid);
         }
     }
 

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "binding/check.h"
+
 namespace vlmkernels {
 
 void expect_like(const Tensor& t, const Tensor& x) {

@@ -1,10 +1,11 @@
 // Tensors as the kernels of patch_embed take them, checked.
 #pragma once
 
-#include "binding/check.h"
 #include "patch_embed/patch_embed.h"
 
 namespace vlmkernels {
+
+struct Tensor;
 
 // Contiguous, and of the dtype and device of x.
 void expect_like(const Tensor& t, const Tensor& x);

@@ -15,8 +15,8 @@ constexpr int kThreads = 256;
 
 // One CTA for each row of weight.
 template <class T>
-__global__ void __launch_bounds__(kThreads) patch_embed_fold_kernel(const __grid_constant__
-                                                                    FoldParams p) {
+__global__ void __launch_bounds__(kThreads)
+    patch_embed_fold_kernel(const __grid_constant__ FoldParams p) {
     __shared__ float scratch[kThreads / 32];
     const int64_t row = blockIdx.x;
     const int columns = p.channels * p.plane;
@@ -39,8 +39,8 @@ __global__ void __launch_bounds__(kThreads) patch_embed_fold_kernel(const __grid
 
 // Adds the splits in order: the result does not depend on which CTA was first.
 template <class T>
-__global__ void __launch_bounds__(kThreads) patch_embed_unfold_kernel(const __grid_constant__
-                                                                      UnfoldParams p) {
+__global__ void __launch_bounds__(kThreads)
+    patch_embed_unfold_kernel(const __grid_constant__ UnfoldParams p) {
     const int columns = p.channels * p.plane, width = columns + 1;
     const int64_t size = p.hidden_dim * width;
     auto sum_of = [&](int64_t at) {
@@ -57,8 +57,7 @@ __global__ void __launch_bounds__(kThreads) patch_embed_unfold_kernel(const __gr
             continue;
         }
         const int channel = column / p.plane;
-        const float value =
-            p.affine.scale[channel] * (sum_of(i) + p.affine.shift[channel] * dbias);
+        const float value = p.affine.scale[channel] * (sum_of(i) + p.affine.shift[channel] * dbias);
         T* to = static_cast<T*>(p.dweight) + row * columns * p.frames +
                 channel * (p.frames - 1) * p.plane + column;
         for (int frame = 0; frame < p.frames; ++frame) to[frame * p.plane] = from_float<T>(value);

@@ -49,10 +49,10 @@ __device__ void gather_runs(uint32_t tile, int to, int chunk0,
                             const PixelView<const uint8_t, Target>& x, const PixelRow& row,
                             bool valid, int column, bool ones) {
     constexpr int kBytes = kRunBytes / 2, kBatch = kChunks < 4 ? kChunks : 4;
-    using Run = std::conditional_t<
-        kBytes == 8, uint2,
-        std::conditional_t<kBytes == 4, uint32_t,
-                           std::conditional_t<kBytes == 2, uint16_t, uint8_t>>>;
+    using Run =
+        std::conditional_t<kBytes == 8, uint2,
+                           std::conditional_t<kBytes == 4, uint32_t,
+                                              std::conditional_t<kBytes == 2, uint16_t, uint8_t>>>;
     PixelWalk<kBytes, PixelView<const uint8_t, Target>> walk(x, row, column);
 #pragma unroll
     for (int first = 0; first < kChunks; first += kBatch) {
@@ -106,8 +106,8 @@ __device__ void gather_runs(uint32_t tile, int to, int chunk0, const PixelView<c
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
                 uint32_t element = 0;
-                const auto* from = reinterpret_cast<const uint16_t*>(
-                    x.data + (row + x.column(begin + j)));
+                const auto* from =
+                    reinterpret_cast<const uint16_t*>(x.data + (row + x.column(begin + j)));
                 if (valid && j < last) element = *from;
                 if (ones && j == last) element = std::is_same_v<T, __half> ? 0x3c00 : 0x3f80;
                 elements[j / 2] |= element << j % 2 * 16;
@@ -139,9 +139,9 @@ __device__ void gather(uint32_t tile, int to, int chunk0, const View& x, const P
     }
 }
 
-// The epilogue of 64 rows from m and kBlocks * 8 columns from n, straight from the accumulators of a
-// warpgroup: neighbouring lanes exchange halves, so that a row gets 32 bytes at once. y has rows of
-// whole 16 bytes.
+// The epilogue of 64 rows from m and kBlocks * 8 columns from n, straight from the accumulators of
+// a warpgroup: neighbouring lanes exchange halves, so that a row gets 32 bytes at once. y has rows
+// of whole 16 bytes.
 template <class T, int kBlocks>
 __device__ void store_tokens(const PatchEmbedEpilogue<T>& e, const float (&c)[kBlocks][4], int m,
                              int n) {
@@ -166,8 +166,7 @@ __device__ void store_tokens(const PatchEmbedEpilogue<T>& e, const float (&c)[kB
 #pragma unroll
         for (int i = 0; i < 2; ++i)
             if (e.float_bias && column + i * 8 < width)
-                bias[i] =
-                    *reinterpret_cast<const float2*>(e.float_bias + column + i * 8 + pair);
+                bias[i] = *reinterpret_cast<const float2*>(e.float_bias + column + i * 8 + pair);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const bool inside = rows[half] < uint32_t(e.y.num_rows);

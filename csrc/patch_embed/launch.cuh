@@ -18,10 +18,11 @@ int64_t num_tiles(int64_t m, int64_t n) {
 }
 
 // Calls f.template operator()<Tile>() with the tile for an m x n result: small ones where large
-// ones would leave much of a GPU idle.
-template <class T, class F>
+// ones would leave much of a GPU idle, and for pixels, whose addresses take registers.
+template <class T, bool kPixels, class F>
 Error with_tile(int64_t m, int64_t n, F&& f) {
-    if (num_tiles<LargeTile<T>>(m, n) >= 100) return f.template operator()<LargeTile<T>>();
+    if constexpr (!kPixels)
+        if (num_tiles<LargeTile<T>>(m, n) >= 100) return f.template operator()<LargeTile<T>>();
     return f.template operator()<SmallTile<T>>();
 }
 
@@ -55,13 +56,12 @@ PatchEmbedEpilogue<T> make_epilogue(const PatchEmbedParams& p) {
     const int rows = int(p.patches.num_patches), hidden_dim = int(p.hidden_dim);
     const auto* pos_embed = static_cast<const T*>(p.pos_embed);
     const auto* bias = p.float_bias ? nullptr : static_cast<const T*>(p.bias);
-    return {
-        .y = {static_cast<T*>(p.y), hidden_dim, rows, hidden_dim},
-        .bias = {bias, hidden_dim, bias ? 1 : 0, hidden_dim},
-        .float_bias = p.float_bias ? static_cast<const float*>(p.bias) : nullptr,
-        .pos_embed = {pos_embed, hidden_dim, pos_embed ? int(p.num_positions) : 0, hidden_dim},
-        .positions = FastDivide(unsigned(p.num_positions)),
-        .scale = p.scale};
+    return {.y = {static_cast<T*>(p.y), hidden_dim, rows, hidden_dim},
+            .bias = {bias, hidden_dim, bias ? 1 : 0, hidden_dim},
+            .float_bias = p.float_bias ? static_cast<const float*>(p.bias) : nullptr,
+            .pos_embed = {pos_embed, hidden_dim, pos_embed ? int(p.num_positions) : 0, hidden_dim},
+            .positions = FastDivide(unsigned(p.num_positions)),
+            .scale = p.scale};
 }
 
 // instances/hopper_*.cu: from pixels, where has_hopper(). They fail with cudaErrorNotSupported, and
@@ -84,7 +84,7 @@ Error launch(const PatchEmbedParams& p, Stream stream) {
     const MatrixView<const T> weight(static_cast<const T*>(p.weight), p.weight_stride, hidden_dim,
                                      p.patches.patch_dim);
     return with_view<T, kPixels>(p.x, p.patches, [&]<class View>(const View& x) {
-        return with_tile<T>(rows, hidden_dim, [&]<class Tile>() {
+        return with_tile<T, kPixels>(rows, hidden_dim, [&]<class Tile>() {
             return launch_tiles<Tile>(patch_embed_kernel<Tile, View, T>, rows, hidden_dim, 1,
                                       stream, x, weight, epilogue);
         });
@@ -103,7 +103,7 @@ Error launch(const PatchEmbedDxParams& p, Stream stream) {
     const MatrixView<const T> weight(static_cast<const T*>(p.weight), p.weight_stride, hidden_dim,
                                      patch_dim);
     return with_view<T, kPixels>(p.dx, p.patches, [&]<class View>(const View& dx) {
-        return with_tile<T>(rows, patch_dim, [&]<class Tile>() {
+        return with_tile<T, kPixels>(rows, patch_dim, [&]<class Tile>() {
             return launch_tiles<Tile>(patch_embed_dx_kernel<Tile, View, T>, rows, patch_dim, 1,
                                       stream, dy, weight, dx, p.scale);
         });
@@ -126,12 +126,14 @@ Error launch(const PatchEmbedDweightParams& p, Stream stream) {
         .sums = p.sums,
         .workspace = p.workspace};
     Error error = with_view<T, kPixels>(p.x, p.patches, [&]<class View>(const View& x) {
-        return with_tile<T>(hidden_dim, int64_t(patch_dim) * p.num_splits, [&]<class Tile>() {
-            const int steps = (rows + Tile::kK - 1) / Tile::kK;
-            const int per_split = (steps + p.num_splits - 1) / p.num_splits;
-            return launch_tiles<Tile>(patch_embed_dweight_kernel<Tile, View, T>, hidden_dim,
-                                      patch_dim, p.num_splits, stream, dy, x, per_split, epilogue);
-        });
+        return with_tile<T, kPixels>(
+            hidden_dim, int64_t(patch_dim) * p.num_splits, [&]<class Tile>() {
+                const int steps = (rows + Tile::kK - 1) / Tile::kK;
+                const int per_split = (steps + p.num_splits - 1) / p.num_splits;
+                return launch_tiles<Tile>(patch_embed_dweight_kernel<Tile, View, T>, hidden_dim,
+                                          patch_dim, p.num_splits, stream, dy, x, per_split,
+                                          epilogue);
+            });
     });
     if (error || !p.workspace || !p.dweight) return error;
     return launch(patch_embed_sum_splits_kernel<T>, grid_for(p.hidden_dim * (patch_dim + 1), 256),

@@ -59,7 +59,7 @@ Error launch_hopper(const PatchEmbedParams& p, Stream stream) {
     auto run = [&]<class AnyTile>() -> Error {
         CUtensorMap weight;
         if (operand_map<typename AnyTile::B>(&weight, p.weight, p.dtype, p.hidden_dim,
-                                          p.patches.patch_dim, p.weight_stride))
+                                             p.patches.patch_dim, p.weight_stride))
             return cudaErrorNotSupported;
         return with_view<T, true>(p.x, p.patches, [&]<class View>(const View& x) {
             using Tile = TileFor<typename View::T, AnyTile>;
@@ -93,8 +93,7 @@ Error launch_hopper(const PatchEmbedDxParams& p, Stream stream) {
 
 template <class T>
 Error launch_hopper(const PatchEmbedDweightParams& p, Stream stream) {
-    using AnyTile =
-        HopperGemmTile<T, 128, 128, 4, 2, Producer::kThreads, Major::kMN, Major::kMN>;
+    using AnyTile = HopperGemmTile<T, 128, 128, 4, 2, Producer::kThreads, Major::kMN, Major::kMN>;
     CUtensorMap dy;
     const int64_t rows = p.patches.num_patches;
     if (p.dweight ||

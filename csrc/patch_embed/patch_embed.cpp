@@ -1,5 +1,6 @@
 #include "patch_embed/patch_embed.h"
 
+#include "binding/check.h"
 #include "binding/device.h"
 #include "patch_embed/checks.h"
 

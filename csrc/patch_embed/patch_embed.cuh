@@ -38,7 +38,8 @@ struct PatchEmbedEpilogue {
         if (column + 8 <= y.num_columns) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const float4 four = *reinterpret_cast<const float4*>(float_bias + column + half * 4);
+                const float4 four =
+                    *reinterpret_cast<const float4*>(float_bias + column + half * 4);
                 values[half * 4] += four.x, values[half * 4 + 1] += four.y;
                 values[half * 4 + 2] += four.z, values[half * 4 + 3] += four.w;
             }

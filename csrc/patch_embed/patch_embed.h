@@ -23,8 +23,8 @@
 
 namespace vlmkernels {
 
-// One of several images of different sizes that are packed one after another: its pixels, (channels,
-// grid_h * patch_h, grid_w * patch_w), begin at element first_patch * patch_dim.
+// One of several images of different sizes that are packed one after another: its pixels,
+// (channels, grid_h * patch_h, grid_w * patch_w), begin at element first_patch * patch_dim.
 struct PackedImage {
     int32_t first_patch, grid_h, grid_w, unused;
 };

@@ -22,7 +22,8 @@ Place place(const Patches& p, int64_t patch, const PackedImage* image) {
     } else {
         const int64_t frame = patch / (grid_h * grid_w);
         patch -= frame * grid_h * grid_w;
-        found.offset = frame / p.grid_t * p.stride_image + frame % p.grid_t * p.patch_t * p.stride_t;
+        found.offset =
+            frame / p.grid_t * p.stride_image + frame % p.grid_t * p.patch_t * p.stride_t;
     }
     const int64_t m = p.merge, block = patch / (m * m), within = patch % (m * m);
     const int64_t blocks = grid_w / m;
@@ -35,7 +36,8 @@ Place place(const Patches& p, int64_t patch, const PackedImage* image) {
 template <class T>
 void fill_table(const PatchRowsParams& p, int channel, T (&table)[256]) {
     for (int byte = 0; byte < 256; ++byte)
-        table[byte] = from_float<T>(float(byte) * p.affine.scale[channel] + p.affine.shift[channel]);
+        table[byte] =
+            from_float<T>(float(byte) * p.affine.scale[channel] + p.affine.shift[channel]);
 }
 
 template <class T, class Source>
@@ -66,7 +68,8 @@ void fill_rows(const PatchRowsParams& p, int64_t begin, int64_t end) {
         const PackedImage* image = s.images;
         for (int64_t patch = begin; patch < end; ++patch) {
             if (image)
-                while (image + 1 < s.images + s.num_images && image[1].first_patch <= patch) ++image;
+                while (image + 1 < s.images + s.num_images && image[1].first_patch <= patch)
+                    ++image;
             const Place at = place(s, patch, image);
             T* to = static_cast<T*>(p.rows) + patch * s.patch_dim + c * plane;
             auto line = [&](const Source* from, int n) {

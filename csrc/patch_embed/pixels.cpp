@@ -1,9 +1,11 @@
 // Binding of patch_embed from pixels: bytes or floats, normalised per channel.
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
+#include "binding/check.h"
 #include "binding/device.h"
 #include "common/isa.h"
 #include "patch_embed/checks.h"
@@ -88,8 +90,8 @@ static void fill_table(const Tensor& grid, const Tensor& images, int64_t num_pat
     int64_t first = 0;
     for (int64_t i = 0; i < grid.size(0); ++i) {
         const int64_t t = value(i * 3), h = value(i * 3 + 1), w = value(i * 3 + 2);
-        const std::string got = "(" + std::to_string(t) + ", " + std::to_string(h) + ", " +
-                                std::to_string(w) + ")";
+        const std::string got =
+            "(" + std::to_string(t) + ", " + std::to_string(h) + ", " + std::to_string(w) + ")";
         if (t != 1 || h < 1 || w < 1 || h > 1 << 24 || w > 1 << 24 || h % merge || w % merge)
             value_error(grid,
                         "must hold (1, h, w) with positive multiples of merge_size = " +
@@ -115,8 +117,9 @@ static void check(py::handle images_, py::handle weight_, py::handle folded_, py
         table(kOp, "table", table_, true);
     expect_dtype(weight, kFloats);
     if (images.dtype != DType::kUInt8 && images.dtype != weight.dtype)
-        type_error(images, std::string("must be uint8 or of weight's dtype ") +
-                               dtype_text(weight.dtype), dtype_text(images.dtype));
+        type_error(images,
+                   std::string("must be uint8 or of weight's dtype ") + dtype_text(weight.dtype),
+                   dtype_text(images.dtype));
     expect_same_device(images, weight);
     if (merge < 1 || merge > 1024)
         value_error(kOp, "merge_size must be at least 1, got " + std::to_string(merge));

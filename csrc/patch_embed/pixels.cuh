@@ -1,6 +1,6 @@
 // Pixels as the matrix of their patches: bytes or 16-bit elements, of images of one size or of
-// packed images of different sizes, patches in raster order or in blocks of merge x merge (Qwen2-VL:
-// the patches that the projector joins are neighbours).
+// packed images of different sizes, patches in raster order or in blocks of merge x merge
+// (Qwen2-VL: the patches that the projector joins are neighbours).
 #pragma once
 
 #include "patch_embed/patches.cuh"
@@ -33,8 +33,8 @@ struct PixelView {
     FastDivide merge, blocks_w, blocks_h, grid_t;  // of images of one size
     int64_t step_image, step_t;
     int step_h, step_w, frames;  // lines, pixels and frames of a patch
-    PixelRow strides;           // of images of one size
-    const PackedImage* images;  // packed
+    PixelRow strides;            // of images of one size
+    const PackedImage* images;   // packed
     int num_images, merged, patch_dim;
 
     PixelView(T* data, const Patches& p)
@@ -137,6 +137,17 @@ __device__ inline void centre_bytes(uint32_t bytes, uint32_t& low, uint32_t& hig
     high = centre(__byte_perm(bytes, 0, 0x4342));
 }
 
+// As load_chunk of common/gemm.cuh.
+template <int kRunBytes, class Target>
+__device__ void load_chunk(const PixelView<const Target, Target>& view, uint32_t shared,
+                           const PixelRow& row, const PixelColumn (&columns)[16 / kRunBytes],
+                           const bool (&valid)[16 / kRunBytes]) {
+    int offsets[16 / kRunBytes];
+#pragma unroll
+    for (int i = 0; i < 16 / kRunBytes; ++i) offsets[i] = int(row + columns[i] - row.offset);
+    load_chunk<kRunBytes>(shared, view.data + row.offset, offsets, valid);
+}
+
 // A chunk of 8 bytes, read in runs of kRunBytes / 2, as 8 elements of Target.
 template <int kRunBytes, class Target>
 __device__ void load_chunk(const PixelView<const uint8_t, Target>& view, uint32_t shared,
@@ -151,12 +162,11 @@ __device__ void load_chunk(const PixelView<const uint8_t, Target>& view, uint32_
         if constexpr (kBytes == 8) {
             bytes = *reinterpret_cast<const uint64_t*>(from);
         } else {
-            using Run =
-                std::conditional_t<kBytes == 4, uint32_t,
-                                   std::conditional_t<kBytes == 2, uint16_t, uint8_t>>;
+            using Run = std::conditional_t<kBytes == 4, uint32_t,
+                                           std::conditional_t<kBytes == 2, uint16_t, uint8_t>>;
             const uint64_t mask = ((uint64_t(1) << kBytes * 8) - 1) << i * kBytes * 8;
-            bytes = (bytes & ~mask) |
-                    uint64_t(*reinterpret_cast<const Run*>(from)) << i * kBytes * 8;
+            bytes = (bytes & ~mask) | uint64_t(*reinterpret_cast<const Run*>(from))
+                                          << i * kBytes * 8;
         }
     }
     uint32_t elements[4];

@@ -22,8 +22,8 @@ struct ResidentTile {
     using B = SharedTile<n, kK>;
     using Accumulators = float[1][n / 8][4];
     static constexpr int kBStart = A::kBytes, kBarrierStart = kBStart + stages * B::kBytes;
-    static constexpr int kSharedBytes = kBarrierStart + PipelineBarriers<stages>::kBytes +
-                                        PipelineBarriers<panels>::kBytes;
+    static constexpr int kSharedBytes =
+        kBarrierStart + PipelineBarriers<stages>::kBytes + PipelineBarriers<panels>::kBytes;
     static_assert(kSharedBytes <= 227 * 1024);
     // A batch of four lines is whole chunks of 8 columns.
     static constexpr int kLines = 4, kWords = kLines * patch_w / 2;
@@ -93,8 +93,7 @@ __device__ void gather_tile(uint32_t shared, int m,
                             Wait&& wait, Announce&& announce) {
     constexpr int kChunks = Tile::kWords / 4;  // of a batch
     const int num_panels = (x.num_columns + 63) / 64;
-    const int num_batches =
-        (x.num_columns / Tile::kPatchW + Tile::kLines - 1) / Tile::kLines;
+    const int num_batches = (x.num_columns / Tile::kPatchW + Tile::kLines - 1) / Tile::kLines;
     for (int task = thread; task < num_batches * Tile::kM; task += kGatherers) {
         const int to = task % Tile::kM, batch = task / Tile::kM, chunk = batch * kChunks;
         uint32_t words[Tile::kWords];
@@ -202,8 +201,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) patch_embed_resident_kernel
         extern __shared__ __align__(1024) unsigned char stages[];
         const uint32_t shared = shared_address(stages);
         const PipelineBarriers<Tile::kStages> weights{shared + Tile::kBarrierStart};
-        const PipelineBarriers<Tile::kPanels> patches{
-            weights.address + PipelineBarriers<Tile::kStages>::kBytes};
+        const PipelineBarriers<Tile::kPanels> patches{weights.address +
+                                                      PipelineBarriers<Tile::kStages>::kBytes};
         if (threadIdx.x == 0) {
             weights.init(1, 8);
             patches.init(Tile::kGatherers, 8);
@@ -226,13 +225,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) patch_embed_resident_kernel
                 load_resident<Tile>(shared + Tile::kBStart, weights, items, &weight, num_steps);
         } else {
             increase_registers<208>();
-            multiply_resident<Tile>(
-                shared, weights, patches, items, num_steps, warpgroup - 1,
-                [&](int item, const auto& c) {
-                    store_tokens(epilogue, c,
-                                 item / items.tiles_n * Tile::kM + (warpgroup - 1) * 64,
-                                 item % items.tiles_n * Tile::kN);
-                });
+            multiply_resident<Tile>(shared, weights, patches, items, num_steps, warpgroup - 1,
+                                    [&](int item, const auto& c) {
+                                        store_tokens(
+                                            epilogue, c,
+                                            item / items.tiles_n * Tile::kM + (warpgroup - 1) * 64,
+                                            item % items.tiles_n * Tile::kN);
+                                    });
         }
     }
 }

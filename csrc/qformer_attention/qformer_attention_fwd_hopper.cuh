@@ -23,6 +23,7 @@ struct QFormerHopperTile {
     static constexpr int kBarrierStart = kQueryStart + kWarps * 16 * kDim * 2;
     static constexpr int kSharedBytes = kBarrierStart + PipelineBarriers<kStages>::kBytes;
     static constexpr Producer kProducer = Producer::kThreads;
+    static constexpr int kLag = kStages - 2;  // stages that are copied before one is announced
     // Scores of more tokens leave no registers for an output of blocks before.
     static constexpr bool kOneBlock = kKeys > 176;
     // wgmma takes up to 256 columns.

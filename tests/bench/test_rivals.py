@@ -34,6 +34,8 @@ def inputs_of(function: str) -> list[dict[str, Any]]:
     seqlens = torch.tensor([20, 7], dtype=torch.int32)
     kv = {"weight_k": rand(16, 24), "weight_v": rand(16, 24)}
     features = {"image_features": x[:, :32] / 8, "text_features": x[:, 32:] / 8}
+    pixels = {"images": torch.randint(0, 256, (2, 3, 28, 56), dtype=torch.uint8), "bias": rand(8)}
+    pixels |= {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
     return {
         "attention": [{"q": q, "k": k, "v": k.flip(1), "causal": True}, packed],
         "attention_decode": [{"q": q[:, :2], **cache, "cache_seqlens": seqlens}],
@@ -71,6 +73,10 @@ def inputs_of(function: str) -> list[dict[str, Any]]:
         "clip_loss": [{**features, "logit_scale": torch.tensor(10.0)}],
         "siglip_loss": [
             {**features, "logit_scale": torch.tensor(5.0), "logit_bias": torch.tensor(-4.0)}
+        ],
+        "patch_embed_pixels": [
+            {**pixels, "weight": rand(8, 3, 14, 14)},
+            {**pixels, "weight": rand(8, 3, 2, 14, 14), "merge_size": 2},
         ],
     }[function]
 

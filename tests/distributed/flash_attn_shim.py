@@ -7,19 +7,9 @@ import sys
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from vlmkernels.distributed.block import partial_attention, partial_attention_backward
-
-
-def _interval(q: Tensor, k: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """first, last, positions_k of flash-attn's bottom-right causal mask."""
-    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
-    last = torch.full((1, seqlen_q), seqlen_k - 1, dtype=torch.int32)
-    if causal:
-        last = torch.arange(seqlen_q, dtype=torch.int32)[None] + seqlen_k - seqlen_q
-    return torch.zeros_like(last), last, torch.arange(seqlen_k, dtype=torch.int32)
+from vlmkernels.distributed.block import View, partial_attention, partial_attention_backward
 
 
 def _flash_attn_forward(
@@ -27,7 +17,7 @@ def _flash_attn_forward(
     window_size_left: int = -1, window_size_right: int = -1, softcap: float = 0.0,
     alibi_slopes: Any = None, return_softmax: bool = False,
 ) -> tuple[Tensor, Tensor, None, None]:  # fmt: skip
-    out, lse = partial_attention(q, k, v, *_interval(q, k, causal), softmax_scale)
+    out, lse = partial_attention(q, k, v, View(causal=causal), softmax_scale)
     return out.to(q.dtype), lse, None, None
 
 
@@ -39,7 +29,7 @@ def _flash_attn_backward(
 ) -> None:  # fmt: skip
     delta = (out.float() * dout).sum(-1).transpose(1, 2)
     found = partial_attention_backward(
-        dout, q, k, v, softmax_lse, delta, *_interval(q, k, causal), softmax_scale
+        dout, q, k, v, softmax_lse, delta, View(causal=causal), softmax_scale
     )
     for to, x in zip((dq, dk, dv), found, strict=True):
         to.copy_(x)

@@ -94,6 +94,12 @@ def valid_arguments(dtype: torch.dtype, device: str) -> dict[str, tuple[Callable
             [ones(2, 3, 2, 8), ones(2, 4, 16), *[ones(16, 16)] * 2, ones(16), ints(4, 3)],
         ),
         "patch_embed rows": (ops.patch_embed, [ones(4, 16), ones(8, 16), ones(8), ones(4, 8)]),
+        "patch_embed_pixels": (
+            lambda images, weight, bias, pos_embed: ops.patch_embed_pixels(
+                images, weight, bias, pos_embed, mean=[0.5], std=[0.5], merge_size=2
+            ),
+            [ones(2, 1, 8, 8), ones(8, 1, 4, 4), ones(8), ones(4, 8)],
+        ),
         "patch_embed": (ops.patch_embed, [ones(2, 1, 8, 8), ones(8, 1, 4, 4), ones(8), ones(4, 8)]),
         "vq_lookup": (ops.vq_lookup, [ones(4, 16), ones(8, 16)]),
     }

@@ -1,56 +1,72 @@
 """Attention of some queries to some keys, unrounded: what a ring computes at each hop."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from vlmkernels import ops
+
+
+@dataclass(frozen=True)
+class View:
+    """What queries see of keys that stand in ascending order: all, those up to the query's own
+    (causal, aligned bottom-right), or spans.
+
+    spans: int32 (1 or batch, seqlen_q, 2), query i sees the keys from spans[i, 0] to before
+    spans[i, 1].
+    """
+
+    causal: bool = False
+    spans: Tensor | None = None
+
+    def options(self, batch: int) -> dict[str, Any]:
+        if self.spans is None:
+            return {"causal": self.causal}
+        return {"key_spans": self.spans.expand(batch, -1, -1).contiguous()}
+
+
+def view_of(first: Tensor, last: Tensor, positions: Tensor) -> View:
+    """What queries that see the positions first[i] to last[i] see of keys at these positions.
+
+    Looks at the values: once per batch, in the plan.
+    """
+    begin = torch.searchsorted(positions, first)
+    end = torch.searchsorted(positions, last, right=True).maximum(begin)
+    seqlen_q, seqlen_k = first.shape[1], len(positions)
+    if not bool(begin.any()):
+        if bool((end == seqlen_k).all()):
+            return View()
+        diagonal = torch.arange(seqlen_q, device=end.device) + 1 + seqlen_k - seqlen_q
+        if torch.equal(end, diagonal.clamp(min=0).expand_as(end)):
+            return View(causal=True)
+    return View(spans=torch.stack((begin, end), -1).int())
+
 
 def partial_attention(
-    q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, positions_k: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, view: View, scale: float
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) in float32 (float64 for float64): out of softmax over these keys alone.
 
-    q (batch, seqlen_q, num_heads, head_dim); k, v (batch, seqlen_k, num_heads_k, head_dim); first,
-    last (1 or batch, seqlen_q), positions_k (seqlen_k,): see `Mask`. Where a query sees none of the
-    keys out is 0 and lse -inf.
+    q (batch, seqlen_q, num_heads, head_dim); k, v (batch, seqlen_k, num_heads_k, head_dim). Where
+    a query sees none of the keys out is 0 and lse -inf.
     """
-    scores = _scores(q, k, first, last, positions_k, scale)
-    lse = scores.logsumexp(-1) if k.shape[1] else scores.sum(-1) - torch.inf
-    p = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
-    return (p @ _heads(v, q)).transpose(1, 2).contiguous(), lse
+    return ops.attention_partial(q, k, v, softmax_scale=scale, **view.options(len(q)))
 
 
 def partial_attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor,
-    first: Tensor, last: Tensor, positions_k: Tensor, scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, view: View,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv) in float32 (float64) of these keys' part in the softmax over all keys.
 
     lse: over all keys; delta = rowsum(out dout) - dlse; both (batch, num_heads, seqlen_q).
     """
-    scores = _scores(q, k, first, last, positions_k, scale)
-    p = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
-    do = dout.transpose(1, 2).to(p.dtype)
-    dv = p.transpose(2, 3) @ do
-    ds = p * (do @ _heads(v, q).transpose(2, 3) - delta[..., None]) * scale
-    dq = ds @ _heads(k, q)
-    dk = ds.transpose(2, 3) @ q.transpose(1, 2).to(p.dtype)
-    groups = (k.shape[2], q.shape[2] // k.shape[2])
-    dk, dv = (x.unflatten(1, groups).sum(2).transpose(1, 2) for x in (dk, dv))
-    return dq.transpose(1, 2), dk, dv
+    return ops.attention_partial_backward(
+        dout, q, k, v, lse, delta, softmax_scale=scale, **view.options(len(q))
+    )
 
 
 def accumulate_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _heads(k: Tensor, q: Tensor) -> Tensor:
-    wide = k.transpose(1, 2).to(accumulate_dtype(q))
-    return wide.repeat_interleave(q.shape[2] // k.shape[2], dim=1)
-
-
-def _scores(
-    q: Tensor, k: Tensor, first: Tensor, last: Tensor, positions_k: Tensor, scale: float
-) -> Tensor:
-    scores = q.transpose(1, 2).to(accumulate_dtype(q)) @ _heads(k, q).transpose(2, 3) * scale
-    unseen = (positions_k < first[..., None]) | (positions_k > last[..., None])
-    return scores.masked_fill(unseen[:, None], -torch.inf)

@@ -22,9 +22,8 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, shard: Shard, transport: Transport, scale: float
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of this rank's queries over all ranks' keys; out unrounded."""
-    positions = torch.cat(shard.positions)
     parts = [
-        partial_attention(q[:, :, heads], kv[0], kv[1], shard.first, shard.last, positions, scale)
+        partial_attention(q[:, :, heads], kv[0], kv[1], shard.views[-1], scale)
         for heads, _, kv in _gathered(q, k, v, shard, transport, "ring_attention")
     ]
     return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 1)
@@ -35,8 +34,7 @@ def backward(
     shard: Shard, transport: Transport, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv), unrounded. Each rank sums what the others found for its keys, in rank order."""
-    positions = torch.cat(shard.positions)
-    lengths = [len(p) for p in shard.positions]
+    back = shard.order.argsort()
     dtype = accumulate_dtype(q)
     dq = torch.empty_like(q, dtype=dtype)
     dkv = torch.empty((2, *k.shape), dtype=dtype, device=k.device)
@@ -44,11 +42,11 @@ def backward(
     for heads, heads_k, kv in _gathered(q, k, v, shard, transport, what):
         dq[:, :, heads], *found = partial_attention_backward(
             dout[:, :, heads], q[:, :, heads], kv[0], kv[1], lse[:, heads], delta[:, heads],
-            shard.first, shard.last, positions, scale,
+            shard.views[-1], scale,
         )  # fmt: skip
-        parts = torch.stack(found).split(lengths, dim=2)
+        parts = torch.stack(found).index_select(2, back).split(shard.lengths, dim=2)
         mine = parts[transport.rank]
-        like = [torch.empty_like(mine) for _ in lengths]
+        like = [torch.empty_like(mine) for _ in shard.lengths]
         received = transport.swap(parts, like, f"{what}, gradients").wait()
         dkv[:, :, :, heads_k] = sum(received[1:], received[0])
     return dq, dkv[0], dkv[1]
@@ -59,18 +57,18 @@ def _gathered(
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """(heads of q, heads of k, their keys and values of all ranks), some heads at a time."""
     num_heads_k, group = k.shape[2], q.shape[2] // k.shape[2]
-    tokens = sum(len(p) for p in shard.positions)
+    tokens = sum(shard.lengths)
     head_bytes = 2 * k.shape[0] * tokens * k.shape[3] * k.element_size()
     step = max(1, min(num_heads_k, GATHERED_BYTES // max(head_bytes, 1)))
 
     def start(first: int) -> Pending:
         mine = torch.stack((k[:, :, first : first + step], v[:, :, first : first + step]))
-        like = [mine.new_empty((*mine.shape[:2], len(p), *mine.shape[3:])) for p in shard.positions]
+        like = [mine.new_empty((*mine.shape[:2], n, *mine.shape[3:])) for n in shard.lengths]
         return transport.swap([mine] * transport.size, like, what)
 
     pending = start(0)
     for first in range(0, num_heads_k, step):
-        kv = torch.cat(pending.wait(), dim=2)
+        kv = torch.cat(pending.wait(), dim=2).index_select(2, shard.order)
         if first + step < num_heads_k:
             pending = start(first + step)
         last = min(first + step, num_heads_k)

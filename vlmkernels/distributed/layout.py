@@ -22,6 +22,10 @@ class Layout:
     chunks: tuple[tuple[range, ...], ...]
 
     def __post_init__(self) -> None:
+        for ranges in self.chunks:
+            for a, b in pairwise(ranges):
+                if a.stop > b.start or a.step < 1:
+                    raise ValueError(f"Layout: the chunks of a rank must ascend, got {a}, {b}")
         held = sum(self.length(rank) for rank in range(self.size))
         if held != self.num_tokens:
             raise ValueError(

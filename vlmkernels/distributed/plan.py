@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from . import gather, layout, ring
+from .block import view_of
 from .layout import Layout
 from .mask import Mask, make_mask
 from .transport import Alone, Grid, Transport, transport_of
@@ -77,7 +78,9 @@ class ContextPlan:
         self._lengths = [
             self.layout.length(self.ring.rank * self.heads.size + r) for r in range(self.heads.size)
         ]
-        self.seen = _shard(self.mask, self.layout, self.ring, self.heads.size, device)
+        held = [_rows(self.layout, row, self.heads.size, device) for row in range(self.ring.size)]
+        self._sort = held[self.ring.rank].argsort()  # tokens of several ranks into ascending order
+        self.seen = _shard(self.mask, [p.sort().values for p in held], self.ring.rank)
         self._signature: tuple[Any, ...] | None = None
         number = next(_numbers)
         self.handle = torch.tensor(number)
@@ -121,10 +124,9 @@ class ContextPlan:
         num_heads_k = k.shape[2]
         what = "ring_attention backward"
         q, k, v = self._to_heads(q, k, v)
-        dout = split_heads(dout, self._lengths, self.heads, what)
+        dout = self._split(dout, what)
         statistics = torch.stack((lse, delta), -1).transpose(1, 2)  # tokens, heads, 2
-        statistics = split_heads(statistics, self._lengths, self.heads, what).transpose(1, 2)
-        lse, delta = statistics.unbind(-1)
+        lse, delta = self._split(statistics, what).transpose(1, 2).unbind(-1)
         gradients = self.exchange.backward(dout, q, k, v, lse, delta, self.seen, self.ring, scale)
         dq, dk, dv = (self._to_tokens(x, what) for x in gradients)
         if dk.shape[2] != num_heads_k:  # copies of key heads
@@ -136,9 +138,17 @@ class ContextPlan:
         if copies > 1:
             k, v = (x.repeat_interleave(copies, dim=2) for x in (k, v))
         what = "ring_attention: heads"
-        return [split_heads(x, self._lengths, self.heads, what) for x in (q, k, v)]
+        return [self._split(x, what) for x in (q, k, v)]
+
+    def _split(self, x: Tensor, what: str) -> Tensor:
+        if self.heads.size == 1:
+            return x
+        return split_heads(x, self._lengths, self.heads, what).index_select(1, self._sort)
 
     def _to_tokens(self, x: Tensor, what: str) -> Tensor:
+        if self.heads.size == 1:
+            return x
+        x = torch.empty_like(x).index_copy_(1, self._sort, x)
         return join_heads(x, self._lengths, self.heads, what)
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -226,25 +236,27 @@ def _layout(wanted: str | Layout, num_tokens: int, size: int, mask: Mask) -> Lay
     return layout.FIXED[wanted](num_tokens, size)
 
 
-def _shard(
-    mask: Mask, tokens: Layout, ring_: Transport, columns: int, device: torch.device | str
-) -> ring.Shard:
-    def held(row: int) -> Tensor:
-        parts = [tokens.positions(row * columns + c, device) for c in range(columns)]
-        return torch.cat(parts)
+def _rows(layout: Layout, row: int, width: int, device: torch.device | str) -> Tensor:
+    """Positions of the tokens of the ranks that share heads."""
+    return torch.cat([layout.positions(row * width + c, device) for c in range(width)])
 
-    positions = tuple(held(row) for row in range(ring_.size))
-    mine = positions[ring_.rank].long()
+
+def _shard(mask: Mask, held: Sequence[Tensor], rank: int) -> ring.Shard:
+    """held: positions of the tokens of each rank, in ascending order."""
+    mine = held[rank].long()
     first, last = mask.first[:, mine].contiguous(), mask.last[:, mine].contiguous()
-    return ring.Shard(first, last, positions, _visible(mask, positions))
+    everything = torch.cat(list(held))
+    order = everything.argsort()
+    views = [view_of(first, last, positions) for positions in (*held, everything[order])]
+    return ring.Shard(tuple(map(len, held)), tuple(views), _visible(mask, held), order)
 
 
-def _visible(mask: Mask, positions: Sequence[Tensor]) -> tuple[tuple[bool, ...], ...]:
+def _visible(mask: Mask, held: Sequence[Tensor]) -> tuple[tuple[bool, ...], ...]:
     """[rank][source]: whether a query of rank sees a key of source."""
-    size = len(positions)
+    size = len(held)
     owner = torch.empty(mask.num_tokens, dtype=torch.int64, device=mask.first.device)
-    for rank, held in enumerate(positions):
-        owner[held.long()] = rank
+    for rank, positions in enumerate(held):
+        owner[positions.long()] = rank
     begin, end = mask.first.clamp(min=0).long(), (mask.last + 1).long()
     end = end.clamp(max=mask.num_tokens).maximum(begin.clamp(max=mask.num_tokens))
     begin = begin.minimum(end)

@@ -9,26 +9,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .block import accumulate_dtype, partial_attention, partial_attention_backward
+from .block import View, accumulate_dtype, partial_attention, partial_attention_backward
 from .transport import Transport
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What one rank knows of everybody's tokens.
+    """What one rank knows of everybody's tokens; everybody's stand in ascending order.
 
-    first, last: int32 (1 or batch, seqlen_q), what this rank's queries see. positions: of each
-    rank's keys. visible[rank][source]: whether any query of rank sees any key of source.
+    lengths: tokens of each rank. views: what this rank's queries see of each rank's keys; the last
+    one, of all keys in order. visible[rank][source]: whether a query of rank sees a key of source.
+    order: places of the sequence's tokens when those of all ranks stand side by side.
     """
 
-    first: Tensor
-    last: Tensor
-    positions: tuple[Tensor, ...]
+    lengths: tuple[int, ...]
+    views: tuple[View, ...]
     visible: tuple[tuple[bool, ...], ...]
+    order: Tensor
 
     def hops(self) -> int:
         """Hops after which every rank has seen all that it can: keys of rank - hop at each."""
-        size = len(self.positions)
+        size = len(self.lengths)
         return 1 + max(
             ((rank - source) % size)
             for rank in range(size)
@@ -51,9 +52,7 @@ def forward(
             like = _buffer(kv, shard, (source - 1) % size, free)
             pending = transport.shift(kv, like, 1, f"ring_attention: hop {hop + 1} of {hops}")
         if shard.visible[rank][source]:
-            part = partial_attention(
-                q, kv[0], kv[1], shard.first, shard.last, shard.positions[source], scale
-            )
+            part = partial_attention(q, kv[0], kv[1], shard.views[source], scale)
             out, lse = merge(out, lse, *part)
         if pending is not None:
             free, kv = kv, pending.wait()[0]
@@ -80,9 +79,8 @@ def backward(
         dkv = torch.zeros_like(kv, dtype=dtype)
         if shard.visible[rank][source]:
             dq_part, dkv[0], dkv[1] = partial_attention_backward(
-                dout, q, kv[0], kv[1], lse, delta,
-                shard.first, shard.last, shard.positions[source], scale,
-            )  # fmt: skip
+                dout, q, kv[0], kv[1], lse, delta, shard.views[source], scale
+            )
             dq += dq_part
         if coming is not None:
             dkv += coming.wait()[0]
@@ -116,7 +114,7 @@ def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Ten
 
 def _buffer(kv: Tensor, shard: Shard, source: int, free: Tensor | None) -> Tensor:
     """Room for what comes from `source`: the buffer used two hops ago, if it fits."""
-    shape = (2, kv.shape[1], len(shard.positions[source]), *kv.shape[3:])
+    shape = (2, kv.shape[1], shard.lengths[source], *kv.shape[3:])
     if free is not None and free.shape == shape:
         return free
     return kv.new_empty(shape)

@@ -16,8 +16,6 @@ def split_heads(x: Tensor, lengths: list[int], transport: Transport, what: str) 
 
     lengths: the tokens of each rank, which are the order of all tokens.
     """
-    if transport.size == 1:
-        return x
     parts = [part.contiguous() for part in x.chunk(transport.size, dim=2)]
     like = [parts[0].new_empty((x.shape[0], n, *parts[0].shape[2:])) for n in lengths]
     return torch.cat(transport.swap(parts, like, what).wait(), dim=1)
@@ -25,8 +23,6 @@ def split_heads(x: Tensor, lengths: list[int], transport: Transport, what: str) 
 
 def join_heads(x: Tensor, lengths: list[int], transport: Transport, what: str) -> Tensor:
     """(batch, all tokens, num_heads / size, ...) -> (batch, my tokens, num_heads, ...)"""
-    if transport.size == 1:
-        return x
     parts = [part.contiguous() for part in x.split(lengths, dim=1)]
     like = [torch.empty_like(parts[transport.rank]) for _ in lengths]
     return torch.cat(transport.swap(parts, like, what).wait(), dim=2)

@@ -97,7 +97,7 @@ def reference(
             for x in (k_cache, v_cache)
         )
         none = (None, None)
-        seen = visible(q.shape[1], n, (window_left, window_right), none, none, q.device)
+        seen = visible(q.shape[1], n, (window_left, window_right), none, none, None, q.device)
         parts.append(dense(q[row : row + 1], k[None], v[None], seen, None, softmax_scale, softcap))
     if not parts:
         return _fake(q)

@@ -34,13 +34,16 @@ def attention_partial(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    key_spans: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention` with out in float32, whatever the dtype of q: (out, lse), without gradient.
 
     Parts over disjoint keys combine to the whole without any loss to rounding:
     lse = log sum_i exp(lse_i),  out = sum_i exp(lse_i - lse) out_i.
 
-    Args, Raises: as `attention`.
+    Args, Raises: as `attention`, and
+        key_spans: int32 (batch, seqlen_q, 2), packed (num_tokens_q, 2): query i sees the keys from
+            key_spans[i, 0] to before key_spans[i, 1], in place of any other mask.
 
     Returns:
         out float32 (float64 for float64), shaped as q; lse as that of `attention`.
@@ -49,7 +52,7 @@ def attention_partial(
     """
     masks, options = arguments(
         q, k, None, cu_seqlens_q, cu_seqlens_k, segment_ids, image_ids, max_seqlen_q, max_seqlen_k,
-        causal, window_size, softmax_scale, softcap,
+        causal, window_size, softmax_scale, softcap, key_spans,
     )  # fmt: skip
     return _op(q, k, v, *masks, *options)  # type: ignore[no-any-return]
 
@@ -73,6 +76,7 @@ def attention_partial_backward(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    key_spans: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of these keys in float32: p = exp(s - lse), ds = p (dout v^T - delta).
 
@@ -91,7 +95,7 @@ def attention_partial_backward(
     """
     masks, options = arguments(
         q, k, None, cu_seqlens_q, cu_seqlens_k, segment_ids, image_ids, max_seqlen_q, max_seqlen_k,
-        causal, window_size, softmax_scale, softcap,
+        causal, window_size, softmax_scale, softcap, key_spans,
     )  # fmt: skip
     return _backward_op(dout, q, k, v, lse, delta, *masks, *options)  # type: ignore[no-any-return]
 

@@ -26,6 +26,7 @@ def reference(
     segments_k: Tensor | None,
     images_q: Tensor | None,
     images_k: Tensor | None,
+    key_spans: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
     window_left: int,
@@ -36,13 +37,15 @@ def reference(
     segments, images = (segments_q, segments_k), (images_q, images_k)
     window = (window_left, window_right)
     if cu_seqlens_q is None or cu_seqlens_k is None:
-        seen = visible(q.shape[1], k.shape[1], window, segments, images, q.device)
+        seen = visible(q.shape[1], k.shape[1], window, segments, images, key_spans, q.device)
         return dense(q, k, v, seen, bias, softmax_scale, softcap)
     ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     parts = []
     for row, (a, b, c, d) in enumerate(zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False)):
         cuts = (slice(a, b), slice(c, d))
-        seen = visible(b - a, d - c, window, _part(segments, cuts), _part(images, cuts), q.device)
+        spans, _ = _part((key_spans, None), cuts)
+        ids = _part(segments, cuts), _part(images, cuts)
+        seen = visible(b - a, d - c, window, *ids, spans, q.device)
         of_row = None if bias is None else bias[row if len(bias) > 1 else 0, :, : b - a, : d - c]
         part = (q[None, a:b], k[None, c:d], v[None, c:d])
         parts.append(dense(*part, seen, of_row, softmax_scale, softcap))
@@ -63,6 +66,7 @@ def visible(
     window: tuple[int, int],
     segments: Ids,
     images: Ids,
+    spans: Tensor | None,
     device: torch.device,
 ) -> Tensor:
     """True where a query sees a key: (batch or 1, 1, seqlen_q, seqlen_k)."""
@@ -74,6 +78,8 @@ def visible(
     if window[1] >= 0:
         seen = seen & (distance <= window[1])
     seen = seen[None]
+    if spans is not None:
+        seen = (key >= spans[..., :1]) & (key < spans[..., 1:])
     if images[0] is not None and images[1] is not None:
         of_q = images[0][:, :, None]
         seen = seen | ((of_q >= 0) & (of_q == images[1][:, None]))

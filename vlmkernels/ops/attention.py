@@ -102,6 +102,7 @@ def arguments(
     window_size: tuple[int, int],
     softmax_scale: float | None,
     softcap: float,
+    key_spans: Tensor | None = None,
 ) -> tuple[tuple[Tensor | None, ...], tuple[float, ...]]:
     """What the ops take after q, k and v: tensors, and numbers."""
     if cu_seqlens_q is None:
@@ -122,7 +123,7 @@ def arguments(
         (bias,) = _library.autocast(bias)
     ids = (*_pair("segment_ids", segment_ids), *_pair("image_ids", image_ids))
     lengths, sides = (max_seqlen_q, max_seqlen_k), window(causal, window_size)
-    masks = (bias, cu_seqlens_q, cu_seqlens_k, *ids)
+    masks = (bias, cu_seqlens_q, cu_seqlens_k, *ids, key_spans)
     return masks, (*lengths, *sides, scale(q, softmax_scale), softcap)
 
 
@@ -178,18 +179,18 @@ def for_core(q: Tensor, k: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Any
     """The arguments after q, k, v as the core takes them: the tensors as one tuple, with a
     workspace for the range of ids of each 64 tokens."""
     ranges = None
-    if rest[2] is not None or rest[4] is not None:
+    if any(rest[i] is not None for i in (2, 4, 6)):
         blocks = sum(-(-math.prod(x.shape[:-2]) // 64) for x in (q, k))
         ranges = q.new_empty((blocks, 4), dtype=torch.int32)
     if bias is not None and bias.ndim and bias.stride(-1) != 1:
         bias = bias.contiguous()
-    return (ranges, bias, *rest[:6]), *rest[6:]
+    return (ranges, bias, *rest[:7]), *rest[7:]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, *rest = inputs
-    ctx.save_for_backward(q, k, v, *output, *rest[:7])
-    ctx.options = rest[7:]
+    ctx.save_for_backward(q, k, v, *output, *rest[:8])
+    ctx.options = rest[8:]
     ctx.set_materialize_grads(False)
 
 
@@ -200,7 +201,7 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
     *gradients, dbias = _backward_op(
         dout, dlse, q, k, v, out, lse, with_dbias, *masks, *ctx.options
     )
-    return *gradients, dbias if with_dbias else None, *(None for _ in range(12))
+    return *gradients, dbias if with_dbias else None, *(None for _ in range(13))
 
 
 def _backward_reference(
@@ -254,8 +255,9 @@ def aligned(dout: Tensor) -> Tensor:
 
 OPTIONS = (
     "Tensor? bias, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? segments_q, "
-    "Tensor? segments_k, Tensor? images_q, Tensor? images_k, SymInt max_seqlen_q, "
-    "SymInt max_seqlen_k, int window_left, int window_right, float softmax_scale, float softcap"
+    "Tensor? segments_k, Tensor? images_q, Tensor? images_k, Tensor? key_spans, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, int window_left, int window_right, "
+    "float softmax_scale, float softcap"
 )
 _op = _library.define(
     f"attention(Tensor q, Tensor k, Tensor v, {OPTIONS}) -> (Tensor, Tensor)",

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from vlmkernels import _core
-from vlmkernels.ops import _library
+from vlmkernels.ops import _library, _patches
 
 
 @_library.public
@@ -53,48 +53,13 @@ def patch_embed(
 def reference(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, pos_embed: Tensor | None = None
 ) -> Tensor:
-    y = linear(_rows(x, weight), weight.flatten(1), bias)
+    y = linear(_patches.rows(x, weight), weight.flatten(1), bias)
     return y if pos_embed is None else y + pos_embed
 
 
-def _grid(x: Tensor, weight: Tensor) -> list[int]:
-    """Patches along each of (t,) h, w. A size 0 is for the kernel's checks to refuse."""
-    return [
-        size // (patch or 1) for size, patch in zip(x.shape[2:], weight.shape[2:], strict=False)
-    ]
-
-
-def _patches(x: Tensor, weight: Tensor) -> Tensor:
-    """Images or video, less what fills no patch: a view (num_images, *grid, channels, *patch)."""
-    grid = _grid(x, weight)
-    for dim, (count, size) in reversed([*enumerate(zip(grid, weight.shape[2:], strict=True), 2)]):
-        x = x.narrow(dim, 0, count * size).unflatten(dim, (count, size))
-    axes = range(2, 2 + 2 * len(grid), 2)  # of the grid; each has its patch axis behind it
-    return x.permute(0, *axes, 1, *(axis + 1 for axis in axes))
-
-
-def _rows(x: Tensor, weight: Tensor) -> Tensor:
-    """Patch rows as they are; images and video as (num_images, num_patches, patch_dim)."""
-    if x.ndim == 2:
-        return x
-    patches = math.prod(_grid(x, weight))
-    return _patches(x, weight).reshape(x.shape[0], patches, math.prod(weight.shape[1:]))
-
-
-def _output(x: Tensor, weight: Tensor) -> Tensor:
-    hidden_dim = weight.shape[:1]
-    if x.ndim <= 2:
-        return x.new_empty(x.shape[:1] + hidden_dim)
-    return x.new_empty((x.shape[0], math.prod(_grid(x, weight)), *hidden_dim))
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.ndim == 0 or x.stride(-1) == 1 else x.contiguous()
-
-
 def _kernel(x: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None) -> Tensor:
-    y = _output(x, weight)
-    if _core.C.patch_embed(_dense(x), weight.contiguous(), bias, pos_embed, y):
+    y = _patches.output(x, weight)
+    if _core.C.patch_embed(_patches.dense(x), weight.contiguous(), bias, pos_embed, y):
         return y
     shape = y.shape
     del y  # linear makes its own, and is faster than addmm into y
@@ -106,15 +71,15 @@ def _gather(x: Tensor, weight: Tensor) -> Tensor:
     """(num_patches, patch_dim), of all images."""
     if x.ndim == 2:
         return x
-    x, patches = _dense(x), x.shape[0] * math.prod(_grid(x, weight))
+    x, patches = _patches.dense(x), x.shape[0] * math.prod(_patches.grid(x, weight))
     rows = x.new_empty(patches, math.prod(weight.shape[1:]))
     if _core.C.patch_embed_rows(x, weight.contiguous(), None, 1, [], [], 1.0, rows):
         return rows
-    return _rows(x, weight).flatten(0, 1)
+    return _patches.rows(x, weight).flatten(0, 1)
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None) -> Tensor:
-    return _output(x, weight)
+    return _patches.output(x, weight)
 
 
 def _dx_kernel(dy: Tensor, weight: Tensor, shape: list[int]) -> Tensor:
@@ -125,7 +90,7 @@ def _dx_kernel(dy: Tensor, weight: Tensor, shape: list[int]) -> Tensor:
         return dx
     if dx.ndim == 2:
         return torch.mm(dy, weight.flatten(1), out=dx)
-    patches = _patches(dx, weight)
+    patches = _patches.views(dx, weight)
     patches.copy_(dy.matmul(weight.flatten(1)).view(patches.shape))
     return dx
 
@@ -141,7 +106,9 @@ def _dweight_kernel(dy: Tensor, x: Tensor, weight: Tensor, bias: bool) -> tuple[
     workspace = None
     if splits > 1:  # with a column for dbias
         workspace = dy.new_empty((splits, hidden_dim, patch_dim + bias), dtype=torch.float32)
-    if _core.C.patch_embed_dweight(dy, _dense(x), dweight, dbias if bias else None, workspace):
+    if _core.C.patch_embed_dweight(
+        dy, _patches.dense(x), dweight, dbias if bias else None, workspace
+    ):
         return dweight, dbias
     dy, rows = dy.flatten(0, -2), _gather(x, weight)
     torch.mm(dy.t(), rows, out=dweight.flatten(1))
@@ -253,91 +220,10 @@ def patch_embed_pixels(
     """
     packed: Any = images
     if not isinstance(images, Tensor):
-        packed, grid_thw = _pack(images, weight, merge_size)
+        packed, grid_thw = _patches.pack(images, weight, merge_size)
     tensors = _library.autocast(packed, weight, bias, pos_embed)
     numbers = ([float(x) for x in mean], [float(x) for x in std], float(rescale), merge_size)
     return _pixels_op(*tensors, grid_thw, *numbers)  # type: ignore[no-any-return]
-
-
-def _pack(images: Sequence[Tensor], weight: Tensor, merge: int) -> tuple[Tensor, Tensor]:
-    """Images one after another, and their grid."""
-    if weight.ndim not in (4, 5):
-        raise ValueError(
-            "patch_embed_pixels: weight must be Conv2d's or Conv3d's for a sequence of images, "
-            f"got {tuple(weight.shape)}"
-        )
-    patch, grid = [max(1, merge * size) for size in weight.shape[-2:]], []
-    for i, image in enumerate(images):
-        where = f"patch_embed_pixels: images[{i}] must"
-        if not isinstance(image, Tensor):
-            raise TypeError(f"{where} be a torch.Tensor, got {type(image).__name__}")
-        if image.dtype != images[0].dtype or image.device != images[0].device:
-            raise TypeError(
-                f"{where} have the dtype and device of images[0] ({images[0].dtype}, "
-                f"{images[0].device}), got {image.dtype}, {image.device}"
-            )
-        sizes = [*image.shape]
-        if len(sizes) != 3 or sizes[0] != weight.shape[1]:
-            raise ValueError(f"{where} have shape ({weight.shape[1]}, h, w), got {tuple(sizes)}")
-        if sizes[1] % patch[0] or sizes[2] % patch[1] or 0 in sizes:
-            raise ValueError(
-                f"{where} have h and w multiples of patch * merge_size = {tuple(patch)}, "
-                f"got {tuple(sizes)}"
-            )
-        grid.append([1, *(n // p for n, p in zip(sizes[1:], weight.shape[-2:], strict=True))])
-    if not images:
-        return weight.new_empty(0), torch.empty(0, 3, dtype=torch.int64)
-    return torch.cat([image.reshape(-1) for image in images]), torch.tensor(grid)
-
-
-def _folded(images: Sequence[int], weight: Tensor) -> Tensor:
-    """Memory of the weight that patches of images (a shape) meet: no frames if they are still."""
-    still = len(images) in (1, 4)
-    if len(images) == 2 and weight.ndim == 5:
-        still = images[1] * weight.shape[2] == math.prod(weight.shape[1:])
-    sizes = (
-        [*weight.shape[1:2], *weight.shape[3:]] if still and weight.ndim == 5 else weight.shape[1:]
-    )
-    columns = math.prod(sizes)
-    rows = weight.new_empty(weight.shape[0], -(-columns // 8) * 8)  # 16-byte aligned, as TMA wants
-    return rows[:, :columns].view(weight.shape[0], *sizes)
-
-
-def _blocks(images: Tensor, folded: Tensor, grid: Tensor | None, merge: int) -> list[Tensor]:
-    """Views of images with axes (..., channels, *patch), patches in order, the last of each view.
-
-    One view of all images, or one of each packed image.
-    """
-    if images.ndim == 2:
-        return [images]
-    if grid is None:
-        return [_in_blocks(_patches(images, folded), merge)]
-    views, begin, (channels, *patch) = [], 0, folded.shape[1:]
-    for _, h, w in grid.tolist():
-        shape = (1, channels, h * patch[0], w * patch[1])
-        image = images[begin : (begin := begin + math.prod(shape))].view(shape)
-        views.append(_in_blocks(_patches(image, folded), merge))
-    return views
-
-
-def _in_blocks(patches: Tensor, merge: int) -> Tensor:
-    """(num_images, (t,) h, w, channels, *patch) with h and w split into blocks and their inside."""
-    h, w = (patches.ndim - 2) // 2 - 1, (patches.ndim - 2) // 2
-    for axis in (w, h):
-        patches = patches.unflatten(axis, (patches.shape[axis] // merge, merge))
-    return patches.transpose(h + 1, w + 1)
-
-
-def _pixel_rows(images: Tensor, folded: Tensor, grid: Tensor | None, merge: int) -> Tensor:
-    columns = math.prod(folded.shape[1:])
-    views = [view.reshape(-1, columns) for view in _blocks(images, folded, grid, merge)]
-    return torch.cat(views) if views else images.new_empty(0, columns)
-
-
-def _normalised(rows: Tensor, mean: list[float], std: list[float], rescale: float) -> Tensor:
-    """rows (num_patches, patch_dim), whose columns begin with the channel."""
-    centre, scale = (rows.new_tensor(values)[:, None] for values in (mean, std))
-    return ((rows.unflatten(1, (len(mean), -1)) * rescale - centre) / scale).flatten(1)
 
 
 def reference_pixels(
@@ -351,32 +237,12 @@ def reference_pixels(
     rescale: float,
     merge: int,
 ) -> Tensor:
-    folded = _folded(images.shape, weight)
-    rows = _pixel_rows(images, folded, grid, merge).to(weight.dtype)
-    rows = _normalised(rows, mean, std, rescale)
-    y = linear(rows, _summed(weight, folded).flatten(1), bias)
-    y = y.view(_pixels_output(images, folded).shape)
+    folded = _patches.folded(images.shape, weight)
+    rows = _patches.pixel_rows(images, folded, grid, merge).to(weight.dtype)
+    rows = _patches.normalise(rows, mean, std, rescale)
+    y = linear(rows, _patches.summed(weight, folded).flatten(1), bias)
+    y = y.view(_patches.pixels_output(images, folded).shape)
     return y if pos_embed is None else y + pos_embed
-
-
-def _summed(weight: Tensor, folded: Tensor) -> Tensor:
-    return weight if weight.ndim == folded.ndim else weight.sum(2)
-
-
-def _pixels_output(images: Tensor, folded: Tensor) -> Tensor:
-    if images.ndim == 1:
-        return folded.new_empty(images.numel() // max(1, folded[:1].numel()), folded.shape[0])
-    return folded.new_empty(_output(images, folded).shape)
-
-
-def _table(grid: Tensor | None) -> Tensor | None:
-    """Where the images of a grid begin, on the CPU: patch_embed_check_pixels fills it."""
-    return None if grid is None else torch.empty(grid.shape[0], 4, dtype=torch.int32)
-
-
-def _centre(images: Tensor) -> float:
-    """What the CUDA kernels subtract from pixels: it leaves bytes exact in 16 bits."""
-    return 128.0 if images.dtype == torch.uint8 else 0.0
 
 
 def _pixels_kernel(
@@ -390,20 +256,29 @@ def _pixels_kernel(
     rescale: float,
     merge: int,
 ) -> Tensor:
-    images, weight, grid = _dense(images), weight.contiguous(), None if grid is None else grid.cpu()
-    folded, table = _folded(images.shape, weight), _table(grid)
+    images, weight, grid = (
+        _patches.dense(images),
+        weight.contiguous(),
+        None if grid is None else grid.cpu(),
+    )
+    folded, table = _patches.folded(images.shape, weight), _patches.table(grid)
     numbers = (mean, std, rescale)
     _core.C.patch_embed_check_pixels(
         images, weight, folded, bias, pos_embed, grid, table, *numbers, merge
     )
-    y, folded_bias = _pixels_output(images, folded), weight.new_empty(len(weight), dtype=_FP32)
-    if _core.C.patch_embed_fold(weight, bias, *numbers, _centre(images), folded, folded_bias):
+    y, folded_bias = (
+        _patches.pixels_output(images, folded),
+        weight.new_empty(len(weight), dtype=_FP32),
+    )
+    if _core.C.patch_embed_fold(
+        weight, bias, *numbers, _patches.centre(images), folded, folded_bias
+    ):
         table = None if table is None else table.to(images.device, non_blocking=True)
         scale = rescale / std[0]  # what the fold leaves outside
         _core.C.patch_embed_pixels(images, folded, folded_bias, pos_embed, table, merge, scale, y)
         return y
     rows = _normalised_rows(images, folded, grid, table, *numbers, merge)
-    y = linear(rows, _summed(weight, folded).flatten(1), bias).view(y.shape)
+    y = linear(rows, _patches.summed(weight, folded).flatten(1), bias).view(y.shape)
     return y if pos_embed is None else y.add_(pos_embed)
 
 
@@ -418,17 +293,17 @@ def _normalised_rows(
     merge: int,
 ) -> Tensor:
     columns = folded[0].numel()
-    rows = folded.new_empty(_pixels_output(images, folded).numel() // len(folded), columns)
+    rows = folded.new_empty(_patches.pixels_output(images, folded).numel() // len(folded), columns)
     if _core.C.patch_embed_rows(images, folded, table, merge, mean, std, rescale, rows):
         return rows
-    rows = _pixel_rows(images, folded, grid, merge).to(folded.dtype)
-    return _normalised(rows, mean, std, rescale)
+    rows = _patches.pixel_rows(images, folded, grid, merge).to(folded.dtype)
+    return _patches.normalise(rows, mean, std, rescale)
 
 
 def _pixels_fake(
     images: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None, *_: Any
 ) -> Tensor:
-    return _pixels_output(images, _folded(images.shape, weight))
+    return _patches.pixels_output(images, _patches.folded(images.shape, weight))
 
 
 def _pixels_dx_kernel(
@@ -441,12 +316,12 @@ def _pixels_dx_kernel(
     merge: int,
     shape: list[int],
 ) -> Tensor:
-    folded, weight = _folded(shape, weight), weight.contiguous()
+    folded, weight = _patches.folded(shape, weight), weight.contiguous()
     dropped = len(shape) > 2 and any(
         size % patch for size, patch in zip(shape[2:], folded.shape[2:], strict=True)
     )
     dx = dy.new_zeros(shape) if dropped else dy.new_empty(shape)
-    grid, table = None if grid is None else grid.cpu(), _table(grid)
+    grid, table = None if grid is None else grid.cpu(), _patches.table(grid)
     numbers = (mean, std, rescale)
     _core.C.patch_embed_check_pixels(dx, weight, folded, None, None, grid, table, *numbers, merge)
     unused = weight.new_empty(len(weight), dtype=_FP32)
@@ -454,10 +329,10 @@ def _pixels_dx_kernel(
         table = None if table is None else table.to(dx.device, non_blocking=True)
         _core.C.patch_embed_pixels_dx(dy, folded, table, merge, rescale / std[0], dx)
         return dx
-    drows = dy.flatten(0, -2) @ _summed(weight, folded).flatten(1)
+    drows = dy.flatten(0, -2) @ _patches.summed(weight, folded).flatten(1)
     scale = drows.new_tensor([rescale / x for x in std])[:, None]
     drows = (drows.unflatten(1, (len(std), -1)) * scale).flatten(1)
-    views = _blocks(dx, folded, grid, merge)
+    views = _patches.blocks(dx, folded, grid, merge)
     rows = [view.numel() // drows.shape[1] for view in views]
     for view, part in zip(views, drows.split(rows), strict=True):
         view.copy_(part.view(view.shape))
@@ -479,9 +354,13 @@ def _pixels_dweight_kernel(
     rescale: float,
     merge: int,
 ) -> tuple[Tensor, Tensor]:
-    images, dy, folded = _dense(images), dy.flatten(0, -2), _folded(images.shape, weight)
+    images, dy, folded = (
+        _patches.dense(images),
+        dy.flatten(0, -2),
+        _patches.folded(images.shape, weight),
+    )
     dweight, dbias = _dweight_fake(dy, images, weight, bias)
-    grid, table = None if grid is None else grid.cpu(), _table(grid)
+    grid, table = None if grid is None else grid.cpu(), _patches.table(grid)
     numbers = (mean, std, rescale)
     _core.C.patch_embed_check_pixels(
         images, dweight, folded, None, None, grid, table, *numbers, merge
@@ -491,7 +370,7 @@ def _pixels_dweight_kernel(
     workspace = dy.new_empty((splits, hidden_dim, columns + 1), dtype=_FP32)
     on_device = None if table is None else table.to(images.device, non_blocking=True)
     if _core.C.patch_embed_pixels_dweight(
-        *(dy, images, folded, on_device, merge, *numbers, _centre(images)),
+        *(dy, images, folded, on_device, merge, *numbers, _patches.centre(images)),
         *(workspace, dweight, dbias if bias else None),
     ):
         return dweight, dbias
