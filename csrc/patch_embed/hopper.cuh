@@ -81,12 +81,10 @@ __device__ void gather_runs(uint32_t tile, int to, int chunk0,
             centre_bytes(bytes[0], elements[0], elements[1], Target());
             centre_bytes(bytes[1], elements[2], elements[3], Target());
             const int last = x.num_columns - (column + (first + i) * 8);
-            if (ones && last >= 0 && last < 8) {
-                constexpr uint32_t kOne = std::is_same_v<Target, __half> ? 0x3c00 : 0x3f80;
+            constexpr uint32_t kOne = std::is_same_v<Target, __half> ? 0x3c00 : 0x3f80;
+            const uint32_t one = ones && unsigned(last) < 8 ? kOne << last % 2 * 16 : 0;
 #pragma unroll
-                for (int j = 0; j < 4; ++j)
-                    if (last / 2 == j) elements[j] |= kOne << last % 2 * 16;
-            }
+            for (int j = 0; j < 4; ++j) elements[j] |= last / 2 == j ? one : 0;
             store_shared(tile + Operand::offset(to, chunk0 + first + i), elements);
         }
     }

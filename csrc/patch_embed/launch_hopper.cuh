@@ -26,7 +26,8 @@ Error launch_persistent(void (*kernel)(Args...), int64_t tiles, Stream stream,
 // Gathering bytes takes registers, and no cp.async.
 template <class Tile>
 struct BytesTile : Tile {
-    static constexpr int kProducerRegisters = 88, kConsumerRegisters = 208, kLag = 0;
+    static constexpr int kProducerRegisters = Tile::kN > 128 ? 88 : 152;
+    static constexpr int kConsumerRegisters = Tile::kN > 128 ? 208 : 176, kLag = 0;
 };
 
 template <class Source, class Tile>

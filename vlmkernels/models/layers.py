@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vlmkernels import ops
 from vlmkernels.nn import LayerNorm, RMSNorm
 
 
@@ -23,14 +24,9 @@ def add_norm(
     return y, h
 
 
-def quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x), the GELU of the original CLIP and of the Qwen2-VL vision tower."""
-    return x * torch.sigmoid(1.702 * x)
-
-
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "quick_gelu": quick_gelu,
-    "gelu": nn.functional.gelu,
+    "quick_gelu": ops.quick_gelu,
+    "gelu": ops.gelu,
     "silu": nn.functional.silu,
 }
 
@@ -55,17 +51,18 @@ class Mlp(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """down(act(gate(x)) * up(x)): SwiGLU with act silu."""
+    """SwiGLU: down(silu(gate(x)) * up(x)). ValueError for another activation than silu."""
 
     def __init__(self, dim: int, mlp_dim: int, act: str, *, bias: bool) -> None:
         super().__init__()
-        self.act = activation(act)
+        if act != "silu":
+            raise ValueError(f"hidden_act: expected one of ['silu'], got {act!r}")
         self.gate_proj = nn.Linear(dim, mlp_dim, bias=bias)
         self.up_proj = nn.Linear(dim, mlp_dim, bias=bias)
         self.down_proj = nn.Linear(mlp_dim, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        y: Tensor = self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
         return y
 
 
