@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlmkernels.distributed.cli import ring
 from vlmkernels.recipes.digits.cli import demo, train_app
 
 if TYPE_CHECKING:
@@ -23,7 +22,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(demo)
-app.command()(ring)
 app.add_typer(train_app, name="train")
 
 
@@ -138,6 +136,23 @@ def bench(context: typer.Context) -> None:
     from bench.run import main as run
 
     run(context.args)
+
+
+@app.command()
+def ring(
+    tokens: Annotated[int, typer.Option(help="Tokens of the whole sequence.")] = 1 << 20,
+    ranks: Annotated[int, typer.Option(help="GPUs that share it.")] = 16,
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
+    heads_k: Annotated[int, typer.Option(help="Key heads.")] = 8,
+    head_dim: Annotated[int, typer.Option(help="Size of a head.")] = 128,
+    document: Annotated[int, typer.Option(help="Length of packed documents; 0: one.")] = 0,
+    bandwidth: Annotated[float, typer.Option(help="GB/s per direction and GPU.")] = 360.0,
+    flops: Annotated[float, typer.Option(help="TFLOP/s that attention achieves.")] = 600.0,
+) -> None:
+    """Derive compute, transfers and memory of one causal attention layer, forward and backward."""
+    from vlmkernels.distributed.costs import show_costs
+
+    show_costs(tokens, ranks, heads, heads_k, head_dim, document, bandwidth, flops)
 
 
 def _device(name: str) -> torch.device:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 
 import vlmkernels
-import vlmkernels.ops  # defines the ops that are listed here
+import vlmkernels.distributed
+import vlmkernels.ops  # define the ops that are listed here
 from vlmkernels import _core
 from vlmkernels.ops import _library
 

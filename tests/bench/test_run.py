@@ -108,7 +108,7 @@ def test_a_failed_row_is_exit_code_1(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["nothing"], "unknown op nothing; there are attention"),
+        (["nothing"], "unknown op nothing; there are activation"),
         (["--shapes", "gpt_9"], "unknown shape gpt_9"),
         (["--dtype", "float33"], "unknown dtype"),
         (["--mode", "sideways"], "invalid choice"),

@@ -205,7 +205,7 @@ def test_autocast(backend: Backend) -> None:
 def test_opcheck(backend: Backend) -> None:
     p = problem((1, 5, 4, 16), (1, 6, 2, 16), torch.bfloat16, backend)
     leaves = tuple(x.detach().requires_grad_() for x in (p.q, p.k, p.v))
-    options = (None, *(None,) * 6, 0, 0, -1, 0, 0.25, 0.0)
+    options = (*(None,) * 8, 0, 0, -1, 0, 0.25, 0.0)
     torch.library.opcheck(torch.ops.vlmkernels.attention.default, (*leaves, *options))
     out, lse = torch.ops.vlmkernels.attention(p.q, p.k, p.v, *options)
     arguments = (p.dout.contiguous(), p.dlse, p.q, p.k, p.v, out, lse, False, *options)

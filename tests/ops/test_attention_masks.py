@@ -291,7 +291,7 @@ def test_opcheck(backend: Backend) -> None:
     p = with_bias(dense(backend, (5, 6), head_dim=16), 1, 2)
     leaves = [x.detach().clone().requires_grad_() for x in (p.q, p.k, p.v, p.bias)]
     ids = [torch.zeros(2, n, dtype=torch.int32, device=p.q.device) for n in (5, 6)]
-    options = (None, None, *ids, *ids, 0, 0, 4, 0, 0.25, 3.0)
+    options = (None, None, *ids, *ids, None, 0, 0, 4, 0, 0.25, 3.0)
     torch.library.opcheck(torch.ops.vlmkernels.attention.default, (*leaves, *options))
     plain = [x.detach() for x in leaves]
     out, lse = torch.ops.vlmkernels.attention(*plain, *options)

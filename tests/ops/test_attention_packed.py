@@ -109,7 +109,7 @@ def test_opcheck(backend: Backend) -> None:
     cu = cu_seqlens([3, 6], backend.device)
     torch.library.opcheck(
         torch.ops.vlmkernels.attention.default,
-        (*qkv, None, cu, cu, None, None, None, None, 6, 6, -1, -1, 0.25, 0.0),
+        (*qkv, None, cu, cu, *(None,) * 5, 6, 6, -1, -1, 0.25, 0.0),
     )
 
 

@@ -77,7 +77,8 @@ def test_packed(backend: Backend) -> None:
     leaves = [x.clone().requires_grad_() for x in (q, k, k)]
     wanted, wanted_lse = ops.attention(*leaves, return_lse=True, **options)
     out, lse = ops.attention_partial(q, k, k, **options)
-    assert torch.equal(out.half(), wanted) and torch.equal(lse, wanted_lse)
+    torch.testing.assert_close(out.half(), wanted, rtol=2e-3, atol=1e-3)  # maybe another kernel
+    torch.testing.assert_close(lse, wanted_lse, rtol=1e-5, atol=1e-5)
     delta = (out * dout).sum(-1).transpose(0, 1)
     found = ops.attention_partial_backward(dout, q, k, k, lse, delta, **options)
     for a, b in zip(found, torch.autograd.grad(wanted, leaves, dout), strict=True):
@@ -97,7 +98,7 @@ def test_reference(backend: Backend) -> None:
 
 def test_opcheck(backend: Backend) -> None:
     q, k = (torch.randn(1, n, 2, 16, device=backend.device).half() for n in (5, 6))
-    options = (*(None,) * 7, 0, 0, -1, 0, 0.25, 0.0)
+    options = (*(None,) * 8, 0, 0, -1, 0, 0.25, 0.0)
     torch.library.opcheck(torch.ops.vlmkernels.attention_partial.default, (q, k, k, *options))
     lse = torch.zeros(1, 2, 5, device=backend.device)
     arguments = (q, q, k, k, lse, lse, *options)

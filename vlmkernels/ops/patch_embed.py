@@ -147,14 +147,14 @@ _dx_op = _library.define(
     kernel=_dx_kernel,
     fake=_dx_fake,
     reference=_dx_kernel,
-    cpu="its own matrix product",
+    cpu="rows by C++, the product by PyTorch",
 )
 _dweight_op = _library.define(
     "patch_embed_dweight(Tensor dy, Tensor x, Tensor weight, bool bias) -> (Tensor, Tensor)",
     kernel=_dweight_kernel,
     fake=_dweight_fake,
     reference=_dweight_kernel,
-    cpu="its own matrix product",
+    cpu="rows by C++, the product by PyTorch",
 )
 _op = _library.define(
     "patch_embed(Tensor x, Tensor weight, Tensor? bias, Tensor? pos_embed) -> Tensor",
@@ -163,7 +163,7 @@ _op = _library.define(
     reference=reference,
     setup_context=_setup_context,
     backward=_backward,
-    cpu="its own matrix product",
+    cpu="rows by C++, the product by PyTorch",
 )
 
 
@@ -418,7 +418,7 @@ _pixels_dx_op = _library.define(
     kernel=_pixels_dx_kernel,
     fake=_pixels_dx_fake,
     reference=_pixels_dx_kernel,
-    cpu="its own matrix product",
+    cpu="rows by C++, the product by PyTorch",
 )
 _pixels_dweight_op = _library.define(
     "patch_embed_pixels_dweight(Tensor dy, Tensor images, Tensor weight, bool bias, "
@@ -426,7 +426,7 @@ _pixels_dweight_op = _library.define(
     kernel=_pixels_dweight_kernel,
     fake=_pixels_dweight_fake,
     reference=_pixels_dweight_kernel,
-    cpu="its own matrix product",
+    cpu="rows by C++, the product by PyTorch",
 )
 _pixels_op = _library.define(
     "patch_embed_pixels(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, "
@@ -436,5 +436,5 @@ _pixels_op = _library.define(
     reference=reference_pixels,
     setup_context=_pixels_setup,
     backward=_pixels_backward,
-    cpu="its own matrix product",
+    cpu="rows by C++, the product by PyTorch",
 )

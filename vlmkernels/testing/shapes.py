@@ -13,6 +13,7 @@ _BLIP2 = "arXiv 2301.12597, section 3; LAVIS configs"
 _SIGLIP = "arXiv 2303.15343, 2305.13035; hub google/siglip-so400m-patch14-384 config.json"
 _QWEN2_VL = "arXiv 2409.12191; hub Qwen/Qwen2-VL-*-Instruct config.json"
 _QWEN25_VL = "arXiv 2502.13923; hub Qwen/Qwen2.5-VL-*-Instruct config.json"
+_QWEN3_VL = "arXiv 2505.09388; hub Qwen/Qwen3-VL-*-Instruct config.json"
 _LLAVA = "arXiv 2310.03744; LLaMA-2, arXiv 2307.09288"
 
 
@@ -71,6 +72,8 @@ SHAPES: dict[str, Shape] = {
         _language("qwen2vl_7b", (3584, 18944, 28, 4, 128), _QWEN2_VL),
         _language("qwen2vl_72b", (8192, 29568, 64, 8, 128), _QWEN2_VL),
         _language("qwen25vl_3b", (2048, 11008, 16, 2, 128), _QWEN25_VL),
+        _language("qwen3vl_2b", (2048, 6144, 16, 8, 128), _QWEN3_VL),
+        _language("qwen3vl_8b", (4096, 12288, 32, 8, 128), _QWEN3_VL),
         _language("llava15_7b", (4096, 11008, 32, 32, 128), _LLAVA),
         _language("llava15_13b", (5120, 13824, 40, 40, 128), _LLAVA),
     )

@@ -1,26 +1,16 @@
-"""`vlmkernels ring`: what context parallelism would cost, derived from sizes; nothing runs."""
+"""What `vlmkernels ring` prints."""
 
-from typing import Annotated
+from rich.console import Console
+from rich.table import Table
 
-import typer
+from .planner import Machine, causal_pairs, estimate
 
 
-def ring(
-    tokens: Annotated[int, typer.Option(help="Tokens of the whole sequence.")] = 1 << 20,
-    ranks: Annotated[int, typer.Option(help="GPUs that share it.")] = 16,
-    heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
-    heads_k: Annotated[int, typer.Option(help="Key heads.")] = 8,
-    head_dim: Annotated[int, typer.Option(help="Size of a head.")] = 128,
-    document: Annotated[int, typer.Option(help="Length of packed documents; 0: one.")] = 0,
-    bandwidth: Annotated[float, typer.Option(help="GB/s per direction and GPU.")] = 360.0,
-    flops: Annotated[float, typer.Option(help="TFLOP/s that attention achieves.")] = 600.0,
-) -> None:
-    """Derive compute, transfers and memory of one causal attention layer, forward and backward."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from .planner import Machine, causal_pairs, estimate
-
+def show_costs(
+    tokens: int, ranks: int, heads: int, heads_k: int, head_dim: int, document: int,
+    bandwidth: float, flops: float,
+) -> None:  # fmt: skip
+    """A table of the derived cost of one causal attention layer; the arguments of the command."""
     numbers = {"tokens": tokens, "ranks": ranks, "heads": heads, "heads-k": heads_k}
     for name, value in {**numbers, "head-dim": head_dim}.items():
         if value < 1:
