@@ -29,9 +29,10 @@ from bench.case import Case
 from bench.measure import ceilings, measure
 from bench.record import Run, load, new_run, save
 from bench.show import table
-from vlmkernels.testing.shapes import SHAPES
+from vlmkernels.testing.shapes import CODEBOOKS, SHAPES
 
 PACKAGES = (bench.ops, bench.distributed, bench.models)
+NAMED = (*SHAPES, *CODEBOOKS)
 DIRECTIONS = {"fwd": ("fwd",), "bwd": ("bwd",), "both": ()}
 
 
@@ -50,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--mode", choices=DIRECTIONS, default="both")
     parser.add_argument("--dtype", default="", help="float32,bfloat16,...")
-    parser.add_argument("--shapes", default="", help=f"of {','.join(SHAPES)}")
+    parser.add_argument("--shapes", default="", help=f"of {','.join(NAMED)}")
     parser.add_argument("--rivals", default="all", help="all, none, or names: 'SDPA flash,Liger'")
     parser.add_argument("--rounds", type=int, default=15, help="turns of every variant")
     parser.add_argument("--threads", type=int, default=0, help="on the CPU; default: torch's")
@@ -68,9 +69,9 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     if unknown:
         parser.error(f"unknown op {', '.join(unknown)}; there are {', '.join(names())}")
     args.shapes = [s for s in args.shapes.split(",") if s]
-    unknown = sorted(set(args.shapes) - set(SHAPES))
+    unknown = sorted(set(args.shapes) - set(NAMED))
     if unknown:
-        parser.error(f"unknown shape {', '.join(unknown)}; there are {', '.join(SHAPES)}")
+        parser.error(f"unknown shape {', '.join(unknown)}; there are {', '.join(NAMED)}")
     default = "bfloat16" if args.device.startswith("cuda") else "float32"
     args.dtypes = [getattr(torch, name, None) for name in (args.dtype or default).split(",")]
     if not all(isinstance(dtype, torch.dtype) for dtype in args.dtypes):

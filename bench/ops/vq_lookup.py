@@ -7,15 +7,10 @@ from torch import Tensor
 from torch.nn.functional import embedding, normalize
 
 from bench.case import Case, both_directions, dtype_name
+from vlmkernels.testing.shapes import CODEBOOKS
 
-# name, num_codes, dim, metric; tokens on a CPU and on a GPU. Sources: arXiv 2012.09841 (VQGAN
-# f16), 2406.06525 (LlamaGen, cosine), 2110.04627 (ViT-VQGAN's 8192 codes), issue's shapes.
-SHAPES = (
-    ("vqgan_f16", 1024, 256, "euclidean", 1024, 65536),
-    ("vit_vqgan", 8192, 64, "euclidean", 1024, 65536),
-    ("vq_8192", 8192, 256, "euclidean", 512, 65536),
-    ("llamagen", 16384, 8, "cosine", 1024, 65536),
-)
+CPU_TOKENS = {"vqgan_8192": 512}  # else 1024
+GPU_TOKENS = 65536
 
 
 def eager(
@@ -37,8 +32,8 @@ def eager(
 
 def cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
     on_gpu = device.startswith("cuda")
-    for name, num_codes, dim, metric, cpu_tokens, gpu_tokens in SHAPES:
-        num_tokens = gpu_tokens if on_gpu else cpu_tokens
+    for name, (num_codes, dim, metric) in CODEBOOKS.items():
+        num_tokens = GPU_TOKENS if on_gpu else CPU_TOKENS.get(name, 1024)
         codebook = torch.randn(num_codes, dim, device=device)
         # Tokens near codes, as of a trained model: all agree which one is the nearest.
         z = codebook[torch.randint(num_codes, (num_tokens,), device=device)]

@@ -79,6 +79,15 @@ SHAPES: dict[str, Shape] = {
     )
 }
 
+# Codebooks: name -> (num_codes, dim, metric). Sources: VQGAN f16, arXiv 2012.09841; ViT-VQGAN, arXiv
+# 2110.04627; LlamaGen, arXiv 2406.06525; LWM's VQGAN has 8192 codes too, arXiv 2402.08268.
+CODEBOOKS = {
+    "vqgan_f16": (1024, 256, "euclidean"),
+    "vit_vqgan": (8192, 64, "euclidean"),
+    "vqgan_8192": (8192, 256, "euclidean"),
+    "llamagen": (16384, 8, "cosine"),
+}
+
 
 def shape(name: str) -> Shape:
     """The shape of that name. Raises ValueError that lists the names."""
