@@ -60,7 +60,14 @@ void add_sums(Panel& panel, const Vec (&sums)[kCols]) {
 
 // The keys that some of the panels may see.
 inline Span keys_of(const Panel* panels, int64_t count) {
-    return {panels[0].mask.keys().begin, panels[count - 1].mask.keys().end};
+    Span all = panels[0].mask.keys();
+    for (int64_t i = 1; i < count; ++i) {
+        const Span keys = panels[i].mask.keys();
+        if (keys.size() == 0) continue;
+        all = all.size() == 0 ? keys
+                              : Span{std::min(all.begin, keys.begin), std::max(all.end, keys.end)};
+    }
+    return all;
 }
 
 // Writes rows of out as T.

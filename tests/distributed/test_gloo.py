@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlmkernels.distributed import ContextPlan, ring_attention
 
+pytestmark = pytest.mark.xdist_group("gloo")  # one start
 SIZE, TOKENS, TIMEOUT = 4, 37, 20
 CHECKS: dict[str, Callable[[int], None]] = {}
 MASK: dict[str, Any] = {

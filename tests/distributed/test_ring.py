@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.conftest import need_emulated_core
 from vlmkernels.distributed import ContextPlan, ring_attention
 from vlmkernels.distributed.layout import NAMES
 from vlmkernels.distributed.plan import plan_of
 from vlmkernels.distributed.ring import merge
 from vlmkernels.distributed.ulysses import copies_of_key_heads
+from vlmkernels.testing import emulate
 from vlmkernels.testing.ranks import run_ranks
 
 TOKENS = 50
@@ -111,6 +113,18 @@ def test_mesh(size: tuple[int, int], exchange: str) -> None:
     *found, dlse = run(size, tensors, exchange=exchange, **MASKS["images"])
     for x, y in zip(found, expected(tensors, dlse, MASKS["images"]), strict=True):
         torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("mask", ["causal", "images"])
+def test_emulated_kernels(mask: str, way: str) -> None:
+    """The CUDA kernels, emulated: bfloat16 in and out."""
+    need_emulated_core()
+    tensors = inputs(batch=1, dtype=torch.bfloat16)
+    with emulate():
+        *found, dlse = run(2, tensors, layout="zigzag", **WAYS[way], **MASKS[mask])
+    for x, y in zip(found, expected(tensors, dlse, MASKS[mask]), strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=3e-2, atol=3e-2)
 
 
 @pytest.mark.parametrize("size", [3, 8])

@@ -71,6 +71,51 @@ def test_masks(backend: Backend) -> None:
     assert torch.equal(out.to(p.q.dtype), wanted) and torch.equal(lse, wanted_lse)
 
 
+@pytest.mark.parametrize("heads_k", [1, 2])
+def test_key_spans(backend: Backend, heads_k: int) -> None:
+    """Any interval of keys for each query: of all lengths, far apart, empty; documents as spans."""
+    p = problem((2, 90, 2, 64), (2, 150, heads_k, 64), backend.dtypes[-1], backend)
+    ids = torch.arange(150, dtype=torch.int32, device=backend.device).expand(2, -1) // 40
+    begin = ids[:, :90] * 40
+    spans = torch.stack((begin, begin + 40), -1).int().contiguous()
+    cut = [{"key_spans": (spans - a).clamp(0, b - a)} for a, b in pairwise(CUTS)]
+    check_parts(backend, p, cut, {"segment_ids": (ids[:, :90].contiguous(), ids.contiguous())})
+
+
+@pytest.mark.parametrize("heads_k", [1, 2])
+def test_any_key_spans(backend: Backend, heads_k: int) -> None:
+    """Before, beyond and outside of the keys, empty; keys that nobody sees are not read."""
+    p = problem((2, 90, 2, 64), (2, 250, heads_k, 64), backend.dtypes[-1], backend)
+    ends = torch.randint(-5, 260, (2, 90, 2), device=backend.device).int().sort(-1).values
+    ends[:, 3], ends[:, 7, 1] = 300, ends[:, 7, 0]
+    out, lse = ops.attention_partial(p.q, p.k, p.v, key_spans=ends)
+    key = torch.arange(250, device=backend.device)
+    seen = (key >= ends[..., :1]) & (key < ends[..., 1:])
+    k = p.k.double().repeat_interleave(2 // heads_k, dim=2)
+    scores = torch.einsum("bihd,bjhd->bhij", p.q.double(), k) / 8
+    scores = scores.masked_fill(~seen[:, None], -torch.inf)
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-3, atol=1e-3)
+    blind = ~seen.any(-1)
+    assert blind.any() and not out[blind].any()
+    poisoned = p.k.clone(), p.v.clone()
+    for x in poisoned:
+        x[:, 192:] = torch.nan  # a whole number of tiles of all sizes
+    low = ends.clamp(max=100)
+    results = [ops.attention_partial(p.q, *kv, key_spans=low) for kv in (poisoned, (p.k, p.v))]
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+def test_key_spans_bad_input(backend: Backend) -> None:
+    x = torch.zeros(1, 5, 2, 16, device=backend.device).half()
+    spans = torch.zeros(1, 5, 2, dtype=torch.int32, device=backend.device)
+    with pytest.raises(ValueError, match=r"key_spans must have shape"):
+        ops.attention_partial(x, x, x, key_spans=spans[:, :4])
+    with pytest.raises(TypeError, match="key_spans"):
+        ops.attention_partial(x, x, x, key_spans=spans.long())
+    with pytest.raises(ValueError, match="key_spans must not be given together"):
+        ops.attention_partial(x, x, x, key_spans=spans, causal=True)
+
+
 def test_packed(backend: Backend) -> None:
     q, k, dout = (torch.randn(90, 2, 64, device=backend.device).half() for _ in range(3))
     options = {"cu_seqlens_q": cu_seqlens([50, 0, 40], backend.device), "causal": True}

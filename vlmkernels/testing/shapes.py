@@ -79,8 +79,8 @@ SHAPES: dict[str, Shape] = {
     )
 }
 
-# Codebooks: name -> (num_codes, dim, metric). Sources: VQGAN f16, arXiv 2012.09841; ViT-VQGAN, arXiv
-# 2110.04627; LlamaGen, arXiv 2406.06525; LWM's VQGAN has 8192 codes too, arXiv 2402.08268.
+# Codebooks: name -> (num_codes, dim, metric). Sources: VQGAN f16, arXiv 2012.09841; ViT-VQGAN,
+# arXiv 2110.04627; LlamaGen, arXiv 2406.06525; LWM's VQGAN has 8192 codes too, arXiv 2402.08268.
 CODEBOOKS = {
     "vqgan_f16": (1024, 256, "euclidean"),
     "vit_vqgan": (8192, 64, "euclidean"),
