@@ -16,7 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 # Pure Python, or with CUDA code that needs nothing but torch. What needs more is given by name.
-DEFAULT = ("fa3-fwd", "liger-kernel")
+DEFAULT = (
+    *("fa3-fwd", "liger-kernel", "flash-kmeans", "inf-cl", "open-clip-torch", "ftfy"),
+    *("vector-quantize-pytorch", "einx", "loguru", "torch-einops-utils", "einops", "frozendict"),
+)
 FILTERS = (
     {"id": lzma.FILTER_X86},
     {"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 256 << 20},
