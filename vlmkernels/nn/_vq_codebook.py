@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vlmkernels import ops
-from vlmkernels.ops.vq_lookup import VQLookup
+from vlmkernels.ops.vq_lookup import VQLookup, sum_by_code
 
 
 class Codebook(torch.nn.Module):
@@ -97,10 +97,10 @@ class Codebook(torch.nn.Module):
     def _totals(self, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """How many tokens each code has, and their sum, over all ranks: a sum by segments."""
         counts = x.new_zeros(self.cluster_size.shape)
-        sums = x.new_zeros(self.embed.shape)
         for head in range(x.shape[0]):
             counts[head].index_add_(0, indices[head], x.new_ones(x.shape[1]))
-            sums[head].index_add_(0, indices[head], x[head])
+        heads = zip(x, indices, strict=True)
+        sums = torch.stack([sum_by_code(rows, codes, counts.shape[1]) for rows, codes in heads])
         return self._all_reduce(counts), self._all_reduce(sums)
 
     def _all_reduce(self, x: Tensor) -> Tensor:

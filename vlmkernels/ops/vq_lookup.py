@@ -160,9 +160,16 @@ def _backward(
     if ctx.needs_input_grad[1]:
         rows = _total(_to_z(codes, z, dcodebook_distance, ctx.metric), to_code)
         if rows is not None:
-            sums = rows.new_zeros((ctx.num_codes, rows.shape[1]), dtype=_sum_dtype(z))
-            dcodebook = sums.index_add_(0, indices, rows.to(sums.dtype)).to(z.dtype)
+            rows = rows.to(_sum_dtype(z))
+            dcodebook = sum_by_code(rows, indices, ctx.num_codes).to(z.dtype)
     return dz, dcodebook, None, None
+
+
+def sum_by_code(rows: Tensor, indices: Tensor, num_codes: int) -> Tensor:
+    """(num_codes, dim): sums of the rows (num_tokens, dim) of each code."""
+    # By sorting on CUDA and in rows of vectors on the CPU; index_add_ does neither.
+    sums: Tensor = torch.ops.aten.embedding_dense_backward(rows, indices, num_codes, -1, False)
+    return sums
 
 
 def _total(a: Tensor | None, b: Tensor | None) -> Tensor | None:
