@@ -73,7 +73,7 @@ def main() -> None:
     args = parser.parse_args()
     run = new_run("cpu")
     with tempfile.TemporaryDirectory() as folder:
-        start: Any = mp.spawn
+        start: Any = mp.spawn  # type: ignore[attr-defined]
         start(_rank, (args.ranks, args.rounds, folder), nprocs=args.ranks)
         run["rows"] = json.loads((Path(folder) / "rows.json").read_text())
     run["ranks"] = args.ranks
