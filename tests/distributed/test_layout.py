@@ -79,6 +79,10 @@ def test_balanced_keeps_tiles_together() -> None:
 def test_chunks_that_overlap_are_refused() -> None:
     with pytest.raises(ValueError, match="each of 4 tokens once"):
         Layout(4, ((range(0, 3),), (range(2, 4),)))
+    with pytest.raises(ValueError, match="each of 4 tokens once"):
+        Layout(4, ((range(0, 2),), (range(1, 3),)))
+    with pytest.raises(ValueError, match="must ascend"):
+        Layout(4, ((range(2, 4), range(0, 2)),))
 
 
 def test_plan_arguments() -> None:

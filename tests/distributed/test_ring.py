@@ -164,6 +164,8 @@ def test_merge_of_far_apart_and_empty_parts() -> None:
     part_lse = torch.tensor([-80.0, 80.0, 1.0, -torch.inf, -torch.inf]).view(1, 1, 5)
     out, part = torch.full((1, 5, 1, 2), 1.0), torch.full((1, 5, 1, 2), 2.0)
     out[:, 2], out[:, 4], part[:, 3], part[:, 4] = 0, 0, 0, 0
+    broken = merge(out[:, :1].clone(), lse[..., :1], part[:, :1], part_lse[..., :1] * torch.nan)
+    assert all(x.isnan().all() for x in broken)  # a failure stays one
     merged, total = merge(out, lse, part, part_lse)
     assert merged[0, :, 0, 0].tolist() == [1, 2, 2, 1, 0]
     assert total[0, 0].tolist() == [80, 80, 1, 3, -torch.inf]
@@ -176,7 +178,7 @@ def test_hops_that_nobody_needs_are_left_out() -> None:
         borders = torch.tensor([0, 8, 16, 24, 32])
         options: dict[str, Any] = {"group": transport, "layout": "contiguous", "causal": True}
         plans = [ContextPlan(32, cu_seqlens=cu, **options) for cu in (borders, borders[[0, 2, 4]])]
-        return [plan.seen.hops() for plan in plans]
+        return [plan.seen.hops for plan in plans]
 
     assert run_ranks(4, work) == [[1, 2]] * 4
 

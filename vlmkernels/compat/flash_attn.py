@@ -150,6 +150,8 @@ def flash_attn_with_kvcache(
         cache_batch_idx=(cache_batch_idx is not None, "index the caches, or use block_table"),
         cache_leftpad=(cache_leftpad is not None, "begin each row of the cache at 0"),
         alibi_slopes=(alibi_slopes is not None, _ALIBI),
+        v=((k is None) != (v is None), "give k and v together"),
+        rotary_sin=((rotary_cos is None) != (rotary_sin is None), "give both rotary tables"),
         rotary_cos=(rotary_cos is not None and k is None, "give k, which is rotated with q"),
     )
     if cache_seqlens is None:

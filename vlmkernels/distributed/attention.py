@@ -83,7 +83,8 @@ def _backward_kernel(
     delta = delta if dlse is None else delta - dlse
     with torch.autocast(q.device.type, enabled=False):
         gradients = plan_of(handle).backward(dout, q, k, v, lse, delta, scale)
-    dq, dk, dv = (dx.to(q.dtype) for dx in gradients)
+    # Apart from each other: float32 ones may be views of one buffer.
+    dq, dk, dv = (dx.to(q.dtype, copy=True).contiguous() for dx in gradients)
     return dq, dk, dv
 
 

@@ -73,14 +73,29 @@ def active_plan(cu_seqlens: Tensor) -> ContextPlan | None:
 
 
 def mean_over_ranks(part: Tensor, count: Tensor, plan: ContextPlan) -> Tensor:
-    """sum of all ranks' `part` / sum of their `count`, both ().
+    """sum of all ranks' `part` / sum of their `count`, both (); the same bits on all ranks.
 
     The gradient goes through this rank's part alone, times the number of ranks: averaged over
     ranks it is the gradient of the mean.
     """
-    numbers = torch.stack((part.detach().double(), count.double()))
-    shapes = [numbers.shape] * plan.everybody.size
-    total = torch.stack(plan.everybody.gather(numbers, shapes, "loss")).sum(0)
-    divisor = total[1].clamp(min=1)
-    mine = part * (plan.everybody.size / divisor).to(part.dtype)
-    return mine + ((total[0] / divisor).to(part.dtype) - mine.detach())
+    mean: Any = _MeanOverRanks.apply
+    loss: Tensor = mean(part, count, plan)
+    return loss
+
+
+class _MeanOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, count: Tensor, plan: ContextPlan) -> Tensor:
+        ctx.plan = (
+            plan  # must live until the layers' backward; a compiled graph has its number only
+        )
+        numbers = torch.stack((part.double(), count.double()))
+        shapes = [numbers.shape] * plan.everybody.size
+        total = torch.stack(plan.everybody.gather(numbers, shapes, "loss")).sum(0)
+        divisor = total[1].clamp(min=1)
+        ctx.factor = (plan.everybody.size / divisor).to(part.dtype)
+        return (total[0] / divisor).to(part.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0] * ctx.factor, None, None

@@ -36,7 +36,7 @@ def backward(
     """(dq, dk, dv), unrounded. Each rank sums what the others found for its keys, in rank order."""
     back = shard.order.argsort()
     dtype = accumulate_dtype(q)
-    dq = torch.empty_like(q, dtype=dtype)
+    dq = torch.empty(q.shape, dtype=dtype, device=q.device)
     dkv = torch.empty((2, *k.shape), dtype=dtype, device=k.device)
     what = "ring_attention backward"
     for heads, heads_k, kv in _gathered(q, k, v, shard, transport, what):

@@ -26,10 +26,11 @@ class Layout:
             for a, b in pairwise(ranges):
                 if a.stop > b.start or a.step < 1:
                     raise ValueError(f"Layout: the chunks of a rank must ascend, got {a}, {b}")
-        held = sum(self.length(rank) for rank in range(self.size))
-        if held != self.num_tokens:
+        held = torch.cat([torch.empty(0), *(self.positions(r) for r in range(self.size))])
+        if not torch.equal(held.sort().values.long(), torch.arange(self.num_tokens)):
             raise ValueError(
-                f"Layout: the chunks must hold each of {self.num_tokens} tokens once, got {held}"
+                f"Layout: the chunks must hold each of {self.num_tokens} tokens once, got "
+                f"{len(held)} of {len(held.unique())} different ones"
             )
 
     @property

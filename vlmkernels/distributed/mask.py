@@ -61,7 +61,9 @@ def make_mask(
         if segment_ids is not None:
             raise ValueError("cu_seqlens: expected None beside segment_ids, got both")
         segment_ids = _segments(num_tokens, cu_seqlens)
-    device = next((x.device for x in (segment_ids, image_blocks) if x is not None), device)
+    segment_ids, image_blocks = (
+        None if ids is None else ids.to(device) for ids in (segment_ids, image_blocks)
+    )
     index = torch.arange(num_tokens, dtype=torch.int32, device=device)[None]
     first, last = torch.zeros_like(index), torch.full_like(index, num_tokens - 1)
     segments = _rows("segment_ids", segment_ids, num_tokens)
@@ -84,9 +86,10 @@ def make_mask(
 
 def _segments(num_tokens: int, cu_seqlens: Tensor) -> Tensor:
     borders = cu_seqlens.long()
-    if borders.ndim != 1 or len(borders) < 2 or borders[0] != 0 or borders[-1] != num_tokens:
+    whole = borders.ndim == 1 and len(borders) > 1
+    if not whole or borders[0] != 0 or borders[-1] != num_tokens or (borders.diff() < 0).any():
         raise ValueError(
-            f"cu_seqlens: expected (num_documents + 1,) from 0 to {num_tokens}, "
+            f"cu_seqlens: expected (num_documents + 1,) rising from 0 to {num_tokens}, "
             f"got {cu_seqlens.tolist()[:8]}"
         )
     index = torch.arange(num_tokens, device=borders.device)

@@ -39,7 +39,8 @@ class ContextPlan:
         exchange: "p2p", the ring, or "all_gather" of keys and values.
         ulysses: True splits heads over all of a 1-d group instead.
         causal, cu_seqlens, segment_ids, image_blocks, window: of all tokens; see `make_mask`.
-        device: of the tokens.
+        device: of the tokens; default: of the ids given, or the present GPU for a group of NCCL,
+            else the CPU.
 
     Raises:
         ValueError: an argument is not as above, or another rank's plan differs.
@@ -58,12 +59,14 @@ class ContextPlan:
         segment_ids: Tensor | None = None,
         image_blocks: Tensor | None = None,
         window: tuple[int, int] = (-1, -1),
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
     ) -> None:
         if exchange not in EXCHANGES:
             raise ValueError(f"exchange: expected one of {', '.join(EXCHANGES)}, got {exchange!r}")
         self.exchange = gather if exchange == "all_gather" else ring
         self.everybody, self.ring, self.heads = _transports(group, ulysses)
+        ids = (x for x in (cu_seqlens, segment_ids, image_blocks) if x is not None)
+        device = device or next((x.device for x in ids), self.ring.device)
         self.mask = make_mask(
             num_tokens,
             causal=causal,
@@ -81,11 +84,14 @@ class ContextPlan:
         held = [_rows(self.layout, row, self.heads.size, device) for row in range(self.ring.size)]
         self._sort = held[self.ring.rank].argsort()  # tokens of several ranks into ascending order
         self.seen = _shard(self.mask, [p.sort().values for p in held], self.ring.rank)
-        self._signature: tuple[Any, ...] | None = None
+        self._signatures: set[tuple[Any, ...]] = set()
+        sizes = self.ring.size, self.heads.size
         number = next(_numbers)
         self.handle = torch.tensor(number)
         _plans[number] = self
-        self._agree("the plan", (num_tokens, exchange, self.layout.chunks, _digest(self.mask)))
+        self._agree(
+            "the plan", (sizes, num_tokens, exchange, self.layout.chunks, _digest(self.mask))
+        )
 
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's tokens out of all; differentiable."""
@@ -160,6 +166,11 @@ class ContextPlan:
                     f"ring_attention: {name} must have shape (batch, {tokens}, num_heads, "
                     f"head_dim) on rank {self.rank}, got {tuple(x.shape)}"
                 )
+            if x.device != self.mask.first.device:
+                raise ValueError(
+                    f"ring_attention: {name} must be on the device of the plan, "
+                    f"{self.mask.first.device}, got {x.device}"
+                )
             if x.dtype != q.dtype or x.device != q.device:
                 raise TypeError(
                     f"ring_attention: {name} must have the dtype and device of q, {q.dtype} on "
@@ -176,9 +187,9 @@ class ContextPlan:
                 f"{self.mask.first.shape[0]}, got {q.shape[0]}"
             )
         signature = (q.dtype, q.shape[0], *q.shape[2:], k.shape[2])
-        if signature != self._signature:
+        if signature not in self._signatures:
             self._agree("q and k (dtype, batch, num_heads, head_dim, num_heads_k)", signature)
-            self._signature = signature
+            self._signatures.add(signature)
 
     def _agree(self, subject: str, content: tuple[Any, ...]) -> None:
         """ValueError on every rank unless all ranks come with the same content."""

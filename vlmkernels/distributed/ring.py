@@ -4,6 +4,7 @@ All sums are in float32 (float64) and stay so until the last one: what goes from
 keys and values as they are, and float32 gradients. So the error does not grow with the ring.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ class Shard:
     visible: tuple[tuple[bool, ...], ...]
     order: Tensor
 
+    @functools.cached_property
     def hops(self) -> int:
         """Hops after which every rank has seen all that it can: keys of rank - hop at each."""
         size = len(self.lengths)
@@ -42,7 +44,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, shard: Shard, transport: Transport, scale: float
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of this rank's queries over all ranks' keys; out unrounded."""
-    hops, rank, size = shard.hops(), transport.rank, transport.size
+    hops, rank, size = shard.hops, transport.rank, transport.size
     out, lse = empty_result(q)
     kv, free = torch.stack((k, v)), None
     for hop in range(hops):
@@ -65,9 +67,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv), unrounded. The gradients of a rank's keys follow them, one hop behind, and come
     home after the last."""
-    hops, rank, size = shard.hops(), transport.rank, transport.size
+    hops, rank, size = shard.hops, transport.rank, transport.size
     dtype = accumulate_dtype(q)
-    dq = torch.zeros_like(q, dtype=dtype)
+    dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
     kv, free, coming = torch.stack((k, v)), None, None
     for hop in range(hops):
         source = (rank - hop) % size
@@ -107,7 +109,7 @@ def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Ten
 
     One pass over out. Rows where neither saw a key stay 0 and -inf.
     """
-    weight = torch.sigmoid(part_lse - lse).nan_to_num_(0.0)  # nan: -inf - -inf
+    weight = torch.sigmoid(part_lse - lse).masked_fill_(part_lse == -torch.inf, 0)
     out.lerp_(part, weight.transpose(1, 2)[..., None])
     return out, torch.logaddexp(lse, part_lse)
 

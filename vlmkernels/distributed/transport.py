@@ -26,6 +26,7 @@ class Transport(ABC):
 
     rank: int
     size: int
+    device = torch.device("cpu")  # where tensors are unless somebody says
 
     @abstractmethod
     def exchange(
@@ -85,6 +86,8 @@ class GroupTransport(Transport):
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        if "nccl" in dist.get_backend(group):
+            self.device = torch.device("cuda", torch.cuda.current_device())
 
     def exchange(
         self,
@@ -119,9 +122,10 @@ class GroupTransport(Transport):
         try:
             run()
         except RuntimeError as error:  # a peer died or stalled: the group's timeout ended the wait
+            of_all = ", ".join(str(dist.get_global_rank(self.group, r)) for r in peers)
             raise RuntimeError(
                 f"{what}: rank {self.rank} of {self.size} lost rank "
-                f"{' or '.join(map(str, peers))}: {error}"
+                f"{' or '.join(map(str, peers))} (of all ranks: {of_all}): {error}"
             ) from error
 
 

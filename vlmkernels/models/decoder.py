@@ -75,7 +75,7 @@ class Attention(nn.Module):
             out = ring_attention(q, k, v, plan)
         else:
             out = attention(q, k, v, causal=True, cu_seqlens_q=cu_seqlens, max_seqlen_q=max_seqlen)
-        y: Tensor = self.o_proj(cast(Tensor, out).reshape(len(x), -1))
+        y: Tensor = self.o_proj(cast(Tensor, out).reshape(len(x), self.o_proj.in_features))
         return y
 
 

@@ -90,6 +90,8 @@ class VLM(Generates, Pretrained):
         )
         plan = active_plan(packing.cu_seqlens)
         if plan is not None:
+            if logits_to_keep:
+                raise ValueError("logits_to_keep: expected 0 inside of context_parallel")
             return self._run_parallel(prompt, packing, plan, labels, num_items_in_batch)
         h = self._hidden_states(prompt, packing)
         if logits_to_keep:

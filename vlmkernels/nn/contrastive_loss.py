@@ -92,7 +92,7 @@ class ClipLoss(_ContrastiveLoss):
         else:
             loss = ops.clip_loss(*features)
         if logit_bias is not None:  # cancels in a softmax; as a parameter it gets a gradient, zero
-            loss = loss + 0 * logit_bias
+            loss = loss + 0 * (logit_bias.sum() if isinstance(logit_bias, Tensor) else logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
 
 

@@ -58,6 +58,8 @@ def qk_norm_rope(
     head_dim = _rotation.head_dim(q)
     rotary_dim = head_dim if rotary_dim is None else rotary_dim
     layout, parts = "sections", [rotary_dim // 2]
+    if sections is None and interleaved:
+        raise ValueError("qk_norm_rope: interleaved needs sections, got None")
     if sections is not None:
         layout, parts = "interleaved" if interleaved else "sections", list(sections)
         _rotation.check_sections("qk_norm_rope", parts)
