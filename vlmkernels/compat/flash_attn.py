@@ -151,8 +151,8 @@ def flash_attn_with_kvcache(
         cache_leftpad=(cache_leftpad is not None, "begin each row of the cache at 0"),
         alibi_slopes=(alibi_slopes is not None, _ALIBI),
         v=((k is None) != (v is None), "give k and v together"),
-        rotary_sin=((rotary_cos is None) != (rotary_sin is None), "give both rotary tables"),
         rotary_cos=(rotary_cos is not None and k is None, "give k, which is rotated with q"),
+        rotary_sin=((rotary_cos is None) != (rotary_sin is None), "give both rotary tables"),
     )
     if cache_seqlens is None:
         pages = 1 if block_table is None else block_table.shape[1]
