@@ -88,7 +88,7 @@ def expected(tensors: list[Tensor], dlse: Tensor, mask: dict[str, Any]) -> list[
 
 @pytest.mark.parametrize("layout", NAMES)
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 16])
 def test_ring(size: int, mask: str, layout: str) -> None:
     tensors = inputs()
     *found, dlse = run(size, tensors, layout=layout, **MASKS[mask])
@@ -127,18 +127,21 @@ def test_emulated_kernels(mask: str, way: str) -> None:
         torch.testing.assert_close(x.double(), y, rtol=3e-2, atol=3e-2)
 
 
-@pytest.mark.parametrize("size", [3, 8])
-def test_fewer_tokens_than_ranks(size: int) -> None:
-    x = torch.randn(1, 2, 2, 8, dtype=torch.float64)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("size", [3, 4])
+def test_fewer_tokens_than_ranks(size: int, way: str) -> None:
+    x = torch.randn(1, 2, size, 8, dtype=torch.float64)
 
-    def work(transport: Any) -> Tensor:
-        plan = ContextPlan(2, group=transport, causal=True, layout="contiguous")
-        part = plan.shard(x)
-        return plan.unshard(ring_attention(part, part, part, plan))
+    def run_on(transport: Any, **options: Any) -> Tensor:
+        plan = ContextPlan(2, group=transport, causal=True, layout="contiguous", **options)
+        part = plan.shard(x).detach().requires_grad_()
+        out = ring_attention(part, part, part, plan)
+        (gradient,) = torch.autograd.grad(out.square().sum(), part)
+        return torch.cat([plan.unshard(out.detach()), plan.unshard(gradient)])
 
-    alone = ring_attention(x, x, x, ContextPlan(2, causal=True))
-    for out in run_ranks(size, work):
-        torch.testing.assert_close(out, alone)
+    alone = run_on(None)
+    for found in run_ranks(size, lambda transport: run_on(transport, **WAYS[way])):
+        torch.testing.assert_close(found, alone)
 
 
 def relative_errors(size: int, mask: dict[str, Any], tensors: list[Tensor]) -> list[float]:
