@@ -59,7 +59,8 @@ def _gathered(
     num_heads_k, group = k.shape[2], q.shape[2] // k.shape[2]
     tokens = sum(shard.lengths)
     head_bytes = 2 * k.shape[0] * tokens * k.shape[3] * k.element_size()
-    step = max(1, min(num_heads_k, GATHERED_BYTES // max(head_bytes, 1)))
+    most = -(-num_heads_k // 2)  # two parts at least: the second travels beside the first
+    step = max(1, min(most, GATHERED_BYTES // max(head_bytes, 1)))
 
     def start(first: int) -> Pending:
         mine = torch.stack((k[:, :, first : first + step], v[:, :, first : first + step]))

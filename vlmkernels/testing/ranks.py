@@ -34,6 +34,8 @@ class ThreadTransport(Transport):
 
     def __init__(self, mail: Mail, rank: int, size: int) -> None:
         self.mail, self.rank, self.size = mail, rank, size
+        self._posted: dict[int, int] = defaultdict(int)  # receives, by source
+        self._arrived: dict[int, list[Tensor | None]] = defaultdict(list)
 
     def exchange(
         self,
@@ -47,9 +49,18 @@ class ThreadTransport(Transport):
             if like.is_floating_point():
                 like.fill_(float("nan"))  # whoever reads before `wait` shows
 
+        tickets = []  # matched in the order of posting, whatever is waited for first
+        for source, _ in receives:
+            tickets.append(self._posted[source])
+            self._posted[source] += 1
+
         def finish() -> None:
-            for source, like in receives:
-                sent = self._receive(source, what)
+            for (source, like), ticket in zip(receives, tickets, strict=True):
+                arrived = self._arrived[source]
+                while len(arrived) <= ticket:
+                    arrived.append(self._receive(source, what))
+                sent, arrived[ticket] = arrived[ticket], None
+                assert sent is not None
                 assert sent.shape == like.shape and sent.dtype == like.dtype, what
                 like.copy_(sent)
 
