@@ -27,6 +27,7 @@ def add_norm(
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": ops.quick_gelu,
     "gelu": ops.gelu,
+    "relu": nn.functional.relu,
     "silu": nn.functional.silu,
 }
 

@@ -15,9 +15,9 @@ from vlmkernels.distributed import ContextPlan
 from vlmkernels.distributed.context import active_plan, mean_over_ranks
 from vlmkernels.models.cache import KVCache
 from vlmkernels.models.checkpoint import GENERATION_CONFIG, Json, read_json
-from vlmkernels.models.decoder import Decoder, next_token_loss
+from vlmkernels.models.decoder import PackedDecoder, next_token_loss
 from vlmkernels.models.generation import DecodeState, Generates
-from vlmkernels.models.packing import Packing, expect_grid, make_packing
+from vlmkernels.models.packing import Packing, expect_grid, expect_no_empty_row, make_packing
 from vlmkernels.models.pretrained import Pretrained
 
 
@@ -54,7 +54,7 @@ class VLM(Generates, Pretrained):
 
     @property
     @abstractmethod
-    def decoder(self) -> Decoder: ...
+    def decoder(self) -> PackedDecoder: ...
 
     @property
     @abstractmethod
@@ -135,10 +135,14 @@ class VLM(Generates, Pretrained):
         if prompt.text_positions is not None:
             raise ValueError("position_ids: expected no documents, generation continues one")
         packing = make_packing(x.shape[0], x.shape[1], x.device, mask)
-        if not bool(packing.cu_seqlens.diff().all()):
-            raise ValueError("attention_mask: expected a token in every row, got a row of padding")
+        expect_no_empty_row(packing)
+        max_seqlen = packing.max_seqlen + max_new_tokens
+        if (limit := self.decoder.max_positions) is not None and max_seqlen > limit:
+            raise ValueError(
+                f"max_new_tokens: expected at most {limit} tokens with the prompt, got {max_seqlen}"
+            )
         cache = KVCache(
-            *(len(self.decoder.layers), x.shape[0], packing.max_seqlen + max_new_tokens),
+            *(len(self.decoder.layers), x.shape[0], max_seqlen),
             *(self.decoder.num_heads_k, self.decoder.head_dim),
             dtype=x.dtype,
             device=x.device,
@@ -211,7 +215,7 @@ def looks_at(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def embed_text(ids: Tensor | None, embeds: Tensor | None, decoder: Decoder) -> Tensor:
+def embed_text(ids: Tensor | None, embeds: Tensor | None, decoder: PackedDecoder) -> Tensor:
     """(batch, seqlen, hidden_size) from exactly one of input_ids and inputs_embeds."""
     if (ids is None) == (embeds is None):
         raise ValueError("input_ids: expected exactly one of input_ids and inputs_embeds")
@@ -222,6 +226,22 @@ def embed_text(ids: Tensor | None, embeds: Tensor | None, decoder: Decoder) -> T
     if embeds.ndim != 3 or embeds.numel() == 0:
         raise ValueError(f"inputs_embeds: expected 3 dimensions, got shape {tuple(embeds.shape)}")
     return embeds
+
+
+def embedded(x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Embedded:
+    """x (batch, seqlen, hidden_size) at the positions given, or counted without the padding.
+
+    Given positions mark documents: attention stays inside of a run that goes up by one.
+    """
+    expect_grid("attention_mask", attention_mask, x)
+    expect_grid("position_ids", position_ids, x)
+    if position_ids is not None:
+        return Embedded(x, position_ids[None], attention_mask, position_ids)
+    if attention_mask is None:
+        running = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+    else:
+        running = ((attention_mask != 0).cumsum(dim=1) - 1).clamp(min=0)
+    return Embedded(x, running[None], attention_mask)
 
 
 def splice(name: str, x: Tensor, here: Tensor, rows: Tensor | None) -> Tensor:
