@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +21,11 @@ from vlmkernels.models.fields import (
     expect_multiple,
     known_fields,
 )
+from vlmkernels.models.opt import OPTConfig
+from vlmkernels.models.t5 import T5Config
 
 Json = dict[str, Any]
+TextConfig = OPTConfig | T5Config
 
 # What a checkpoint is for: the value of `architectures` in config.json. The last is LAVIS' name of
 # the first-stage model, whose training heads transformers does not have.
@@ -88,15 +92,33 @@ class Blip2QFormerConfig:
         expect_multiple(self, "qformer_config.", "hidden_size", "num_attention_heads")
 
 
-# BERT's words and LAVIS' [DEC], which starts a caption.
-_TEXT_INPUT: Json = {"vocab_size": 30523, "use_qformer_text_input": True}
+def _opt(name: str) -> TextConfig:
+    """With the published rows for added tokens; a line's end ends an answer."""
+    return dataclasses.replace(OPTConfig.preset(name), vocab_size=50304, eos_token_id=50118)
+
+
+def _flan_t5(name: str) -> TextConfig:
+    """With the exact GELU that LAVIS put in."""
+    return dataclasses.replace(
+        T5Config.preset(name), dense_act_fn="gelu", raw={"bos_token_id": 1}
+    )
+
+
+# Published sizes, Salesforce/blip2-*: name -> language model and placeholder; None: first stage.
+PRESETS: dict[str, tuple[Callable[[], TextConfig], int] | None] = {
+    "opt-2.7b": (lambda: _opt("2.7B"), 50265),
+    "opt-6.7b": (lambda: _opt("6.7B"), 50265),
+    "flan-t5-xl": (lambda: _flan_t5("flan-t5-xl"), 32100),
+    "flan-t5-xxl": (lambda: _flan_t5("flan-t5-xxl"), 32100),
+    "itm-vit-g": None,
+}
 
 
 @dataclass
 class Blip2Config:
     """The whole model. `raw` is the config.json it came from: unknown keys survive a round trip.
 
-    architecture: GENERATION, RETRIEVAL or PRETRAINING. image_token_index: the placeholder of an
+    architecture: GENERATION, RETRIEVAL or PRETRAINING; only the first has a language model. image_token_index: the placeholder of an
     image's queries in a prompt. caption_token_id: LAVIS' [DEC], what a text to be generated starts
     with in the first stage.
     """
@@ -109,6 +131,7 @@ class Blip2Config:
     initializer_range: float = 0.02
     vision: Blip2VisionConfig = field(default_factory=Blip2VisionConfig)
     qformer: Blip2QFormerConfig = field(default_factory=Blip2QFormerConfig)
+    text: TextConfig | None = None
     raw: Json = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -122,30 +145,54 @@ class Blip2Config:
                 f"{self.vision.hidden_size}, got {self.qformer.encoder_hidden_size}"
             )
 
+    @property
+    def bos_token_id(self) -> int:
+        """What a caption starts with. A T5 has none by itself, but files of BLIP-2 say one."""
+        text: Any = self.text
+        token = getattr(text, "bos_token_id", text.raw.get("bos_token_id"))
+        return int(expect("text_config.bos_token_id", token, INDEX))
+
+    @property
+    def eos_token_id(self) -> int | list[int] | None:
+        return None if self.text is None else self.text.eos_token_id
+
+    @property
+    def pad_token_id(self) -> int | None:
+        return None if self.text is None else self.text.pad_token_id
+
+    @classmethod
+    def preset(cls, name: str, *, image_size: int = 224) -> Blip2Config:
+        """A published size: "opt-2.7b", "opt-6.7b", "flan-t5-xl", "flan-t5-xxl" or, of the first
+        stage, "itm-vit-g". Models tuned on COCO's captions have image_size 364."""
+        if name not in PRESETS:
+            raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {name!r}")
+        vision = Blip2VisionConfig(image_size=image_size)
+        language = PRESETS[name]
+        if language is None:
+            words = Blip2QFormerConfig(vocab_size=30523, use_qformer_text_input=True)
+            return cls(RETRIEVAL, vision=vision, qformer=words)
+        make_text, placeholder = language
+        return cls(image_token_index=placeholder, vision=vision, text=make_text())
+
     @classmethod
     def from_dict(cls, raw: Json) -> Blip2Config:
         """From a config.json; what a sparse file leaves out is that of the published models."""
-        vision = Blip2VisionConfig(
-            **known_fields(Blip2VisionConfig, _section(raw, "vision_config"))
-        )
+        keys = ("vision_config", "qformer_config", "text_config")
+        parts = [expect(key, raw.get(key) or {}, OBJECT) for key in keys]
+        vision = Blip2VisionConfig(**known_fields(Blip2VisionConfig, parts[0]))
         # As transformers does: the tower says how wide an image is.
         width = {"encoder_hidden_size": vision.hidden_size}
-        qformer = known_fields(Blip2QFormerConfig, _section(raw, "qformer_config"))
-        own = {f.name for f in dataclasses.fields(cls)} - {
-            "architecture",
-            "vision",
-            "qformer",
-            "raw",
-        }
-        known = {k: v for k, v in raw.items() if k in own and v is not None}
+        qformer = known_fields(Blip2QFormerConfig, parts[1])
+        known = known_fields(cls, raw)
         if raw.get("image_token_id") is not None:  # newer files
             known["image_token_index"] = raw["image_token_id"]
-        kinds = raw.get("architectures") or [GENERATION]
+        kind = (raw.get("architectures") or [GENERATION])[0]
         return cls(
-            architecture=kinds[0],
+            architecture=kind,
             **known,
             vision=vision,
             qformer=Blip2QFormerConfig(**qformer | width),
+            text=_read_text(parts[2]) if kind == GENERATION else None,
             raw=copy.deepcopy(raw),
         )
 
@@ -161,4 +208,15 @@ class Blip2Config:
             ("qformer_config", "blip_2_qformer", self.qformer),
         ):
             out[key] = {"model_type": kind} | (out.get(key) or {}) | dataclasses.asdict(part)
+        if self.text is not None:
+            out["text_config"] = self.text.to_dict()
         return out
+
+
+def _read_text(raw: Json) -> TextConfig:
+    kinds: dict[str, Any] = {"opt": OPTConfig, "t5": T5Config}
+    kind = raw.get("model_type", "opt")  # which files leave out
+    if kind not in kinds:
+        raise ValueError(f"text_config.model_type: expected one of {sorted(kinds)}, got {kind!r}")
+    text: TextConfig = kinds[kind].from_dict(raw)
+    return text
