@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from vlmkernels.models.tokenizer import Tokenizer
 
 @dataclass
 class DecodeState:
-    """What a model carries from step to step."""
+    """What a decoder-only model carries from step to step."""
 
     cache: KVCache
     next_positions: Tensor  # (batch,) int64: position of the next token along every axis
@@ -72,22 +72,34 @@ class Sampling:
         return torch.multinomial(probability, 1, generator=generator)[:, 0]
 
 
-class Generates(ABC):
-    """Gives a model `generate`, from two things that it can do: `prefill` and `decode`."""
+State = TypeVar("State")
+
+
+class Generates(ABC, Generic[State]):
+    """Gives a model `generate`, from two things that it can do: `prefill` and `decode`.
+
+    State is what it carries from step to step.
+    """
 
     config: Any
     generation_config: Json  # the checkpoint's generation_config.json
     device: Any
 
     @abstractmethod
-    def prefill(self, max_new_tokens: int, **inputs: Any) -> tuple[Tensor, DecodeState]:
+    def prefill(self, max_new_tokens: int, **inputs: Any) -> tuple[Tensor, State]:
         """Logits (batch, vocab_size) of the token after each prompt, and room for the answer."""
 
     @abstractmethod
-    def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:
+    def decode(self, tokens: Tensor, state: State) -> Tensor:
         """One more token (batch,) of every row -> logits (batch, vocab_size) of the next."""
 
-    def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
+    def before_answer(self, input_ids: Tensor | None, batch: int) -> Tensor:
+        """(batch, n) ids that `generate` returns in front of the new tokens: the prompt's."""
+        if input_ids is None:  # it came as inputs_embeds
+            return torch.empty(batch, 0, dtype=torch.int64, device=self.device)
+        return input_ids
+
+    def generate(self, input_ids: Tensor | None = None, **options: Any) -> Tensor:
         """Prompt and new tokens, (batch, seqlen + num_new), as transformers returns them.
 
         Args:
@@ -103,8 +115,8 @@ class Generates(ABC):
             ValueError: naming the argument; so too when top_k, top_p, seed or generator comes at
                 temperature 0, where nothing is drawn.
         """
-        steps = list(self.generate_steps(input_ids=input_ids, **options))
-        return torch.cat([input_ids, torch.stack(steps, dim=1)], dim=1)
+        new = torch.stack(list(self.generate_steps(input_ids=input_ids, **options)), dim=1)
+        return torch.cat([self.before_answer(input_ids, len(new)), new], dim=1)
 
     def generate_steps(
         self,
