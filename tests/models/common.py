@@ -58,7 +58,7 @@ def assert_grads_match(
         assert grad is not None, name
         norm = float(expected.grad.norm())
         # A key bias shifts all scores of a query alike: its gradient is rounding noise.
-        noise = 1e-6 if "k_proj.bias" in name else 0.0
+        noise = 1e-6 if name.endswith(("k_proj.bias", "key.bias")) else 0.0
         assert float((grad - expected.grad).norm()) <= rtol * norm + noise, name
         compared += 1
     assert compared

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
-from safetensors.torch import save_file
 
-from tests.models.blip2.conftest import VISION, pixels, write_retrieval
+from tests.models.blip2.conftest import pixels
 from tests.models.common import (
-    assert_compiles_and_recomputes,
     assert_grads_match,
-    num_parameters,
-    state_of,
 )
 from vlmkernels.models import load
-from vlmkernels.models.blip2 import Blip2Config, Blip2Pretraining, Blip2Retrieval
 
 
 def texts(count: int = 3, *, padded: bool = True) -> dict[str, torch.Tensor]:

@@ -99,9 +99,7 @@ def _opt(name: str) -> TextConfig:
 
 def _flan_t5(name: str) -> TextConfig:
     """With the exact GELU that LAVIS put in."""
-    return dataclasses.replace(
-        T5Config.preset(name), dense_act_fn="gelu", raw={"bos_token_id": 1}
-    )
+    return dataclasses.replace(T5Config.preset(name), dense_act_fn="gelu", raw={"bos_token_id": 1})
 
 
 # Published sizes, Salesforce/blip2-*: name -> language model and placeholder; None: first stage.
@@ -118,9 +116,9 @@ PRESETS: dict[str, tuple[Callable[[], TextConfig], int] | None] = {
 class Blip2Config:
     """The whole model. `raw` is the config.json it came from: unknown keys survive a round trip.
 
-    architecture: GENERATION, RETRIEVAL or PRETRAINING; only the first has a language model. image_token_index: the placeholder of an
-    image's queries in a prompt. caption_token_id: LAVIS' [DEC], what a text to be generated starts
-    with in the first stage.
+    architecture: GENERATION, RETRIEVAL or PRETRAINING; only the first has a language model.
+    image_token_index: the placeholder of an image's queries in a prompt. caption_token_id: LAVIS'
+    [DEC], what a text to be generated starts with in the first stage.
     """
 
     architecture: str = GENERATION

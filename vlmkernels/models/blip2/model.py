@@ -17,7 +17,15 @@ from vlmkernels.models.generation import Generates
 from vlmkernels.models.opt import OPTConfig, OPTDecoder, OPTLanguage
 from vlmkernels.models.t5 import Memory, T5Config, T5Language, T5State
 from vlmkernels.models.t5 import tied_names as t5_tied_names
-from vlmkernels.models.vlm import VLM, Embedded, HasEmbedding, VLMOutput, embed_text, embedded, splice
+from vlmkernels.models.vlm import (
+    VLM,
+    Embedded,
+    HasEmbedding,
+    VLMOutput,
+    embed_text,
+    embedded,
+    splice,
+)
 
 from .base import Blip2Base
 from .config import GENERATION, RETRIEVAL, Blip2Config
@@ -45,6 +53,7 @@ class Generative(Blip2Base):
     def add_sides(self, config: Blip2Config, language_model: nn.Module, width: int) -> None:
         if config.image_token_index is None:
             raise ValueError("image_token_index: expected the placeholder's id, got null")
+        self.image_token_id: int = config.image_token_index
         self.add_image_side(config)
         self.language_projection = nn.Linear(config.qformer.hidden_size, width)
         self.language_model = language_model
@@ -74,16 +83,16 @@ class Generative(Blip2Base):
         rows = None
         if pixels is not None:
             rows = self.image_features(pixels, inputs.interpolate_pos_encoding).flatten(0, 1)
-        return splice("image", x, ids == self.config.image_token_index, rows)
+        return splice("image", x, ids == self.image_token_id, rows)
 
     def start_ids(self, batch: int) -> Tensor:
         """(batch, num_query_tokens + 1): the prompt for a caption, placeholders and a start."""
-        ids = [self.config.image_token_index] * self.config.num_query_tokens
+        ids = [self.image_token_id] * self.config.num_query_tokens
         return torch.tensor([[*ids, self.config.bos_token_id]], device=self.device).repeat(batch, 1)
 
 
 class Blip2OPT(VLM, Generative):
-    """BLIP-2 on OPT. All rows go through it as one run of tokens: padding never reaches a kernel."""
+    """BLIP-2 on OPT, which goes on from the image and the prompt."""
 
     inputs_class = Blip2Inputs
     config: Blip2Config
@@ -110,8 +119,10 @@ class Blip2OPT(VLM, Generative):
         return weight
 
     def tied_names(self) -> Mapping[str, str]:
-        tied, of = self.config.text.tie_word_embeddings, "language_model."
-        return {f"{of}lm_head.weight": f"{of}model.decoder.embed_tokens.weight"} if tied else {}
+        language = "language_model."
+        if hasattr(self.language_model, "lm_head"):
+            return {}
+        return {f"{language}lm_head.weight": f"{language}model.decoder.embed_tokens.weight"}
 
     def forward(
         self,
@@ -153,7 +164,7 @@ class Blip2OPT(VLM, Generative):
         return self.start_ids(batch) if input_ids is None else input_ids
 
 
-class Blip2T5(Generates, Generative):
+class Blip2T5(Generates[T5State], Generative):
     """BLIP-2 on FlanT5: its encoder reads image and prompt, its decoder answers."""
 
     config: Blip2Config
@@ -237,7 +248,7 @@ class Blip2:
     @classmethod
     def new(cls, config: Blip2Config) -> Any:
         """With random weights."""
-        return cls.model_class(config)(config)  # type: ignore[call-arg]
+        return cls.model_class(config)(config)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> Any:
