@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,17 @@ class Blip2Base(Pretrained):
         layout = apart(batch, count, None, image.device)
         queries, _ = self.qformer(self.queries(batch), image, None, layout)
         return queries  # type: ignore[no-any-return]
+
+    def take(self, other: Blip2Base) -> Self:
+        """This model with every parameter that `other`, of another stage, has under the same name.
+
+        So the Q-Former goes from pretraining to retrieval, or to a language model.
+        """
+        state = other.state_dict()
+        self.load_state_dict(
+            {k: v for k, v in state.items() if k in self.state_dict()}, strict=False
+        )
+        return self
 
     def own_name(self, stored: str) -> str:
         return own_name(stored)
