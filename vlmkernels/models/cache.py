@@ -71,3 +71,15 @@ class KVCache:
         self.columns = self.seqlens.long()
         self.seqlens, self.length = self.seqlens + 1, self.length + 1
         self.decoding = True
+
+    def select(self, rows: Tensor) -> None:
+        """Row i becomes a copy of row rows[i]; there may be more or fewer rows than before."""
+        if len(rows) == len(self.seqlens):
+            moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().flatten()
+            for layer in self.layers:
+                for x in (layer.keys, layer.values):
+                    x[moved, : self.length] = x[rows[moved], : self.length]
+        else:
+            for layer in self.layers:
+                layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        self.seqlens = self.seqlens[rows]

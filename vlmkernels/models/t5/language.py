@@ -61,6 +61,10 @@ class T5State:
     memory: KVCache  # those of each prompt, for cross-attention: once, however many rows share it
     bias: Tensor  # (1, num_heads, 1, max_new_tokens) of the newest query, its own key at the end
 
+    def select(self, rows: Tensor) -> None:
+        """See `beam_search.Rows`; rows of a prompt stay together, so its memory stays."""
+        self.cache.select(rows)
+
 
 class T5Attention(nn.Module):
     def __init__(self, config: T5Config) -> None:
