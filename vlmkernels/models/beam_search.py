@@ -108,7 +108,7 @@ def beam_search(
     """
     batch, width, device = len(logits), beams.num_beams, logits.device
     # One more candidate per beam for each way to end: so width of them always go on.
-    num_kept = max(2, 1 + len(rules.eos_ids)) * width
+    num_kept = max(2, 1 + len(rules.eos)) * width
     first_row = torch.arange(batch, device=device)[:, None] * width
     rows = torch.arange(batch, device=device).repeat_interleave(width)
     state.select(rows)
@@ -124,8 +124,8 @@ def beam_search(
         running.scores = going.values
         ended = ended.best_with(_ended(kept, ends, ended, open_, beams, step + 1))
         open_ = open_ & _may_improve(running, ended, beams, rules, step + 1)
-        full = beams.early_stopping is True and bool(ended.ended.all())
-        if full or bool(ends.all()) or not bool(open_.any()):
+        full = ended.ended.all() & (beams.early_stopping is True)
+        if bool(full | ends.all() | ~open_.any()):
             break
         rows = (parents.gather(1, going.indices) + first_row).flatten()
         tokens = running.tokens[:, :, step].flatten()
