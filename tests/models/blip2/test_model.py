@@ -101,7 +101,7 @@ def test_beams_and_penalties_match_transformers(
 def test_cached_equals_uncached(case: str, model: Model, processor: Blip2Processor) -> None:
     inputs = make(case, processor)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    logits, state = model.prefill(4, **inputs)
+    logits, state = model.prefill(5, **inputs)
     answer = torch.zeros(len(ids), 1, dtype=torch.int64)  # of T5, which starts with 0
     token = torch.full((len(ids),), 9)
     for _ in range(4):

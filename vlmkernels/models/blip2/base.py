@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from vlmkernels.models.checkpoint import CONFIG, read_json
 from vlmkernels.models.pretrained import Pretrained
 
 from .config import Blip2Config
@@ -22,6 +24,13 @@ class Blip2Base(Pretrained):
     config_class = Blip2Config
     config: Blip2Config
     architecture: ClassVar[str]
+
+    @classmethod
+    def read_config(cls, path: Path) -> Blip2Config:
+        # Of whatever stage the file is: this class is what was asked for.
+        return Blip2Config.from_dict(
+            read_json(path / CONFIG) | {"architectures": [cls.architecture]}
+        )
 
     def add_image_side(self, config: Blip2Config) -> None:
         self.config = dataclasses.replace(config, architecture=self.architecture)

@@ -99,7 +99,8 @@ def _opt(name: str) -> TextConfig:
 
 def _flan_t5(name: str) -> TextConfig:
     """With the exact GELU that LAVIS put in."""
-    return dataclasses.replace(T5Config.preset(name), dense_act_fn="gelu", raw={"bos_token_id": 1})
+    changes: Json = {"dense_act_fn": "gelu", "num_decoder_layers": 24, "raw": {"bos_token_id": 1}}
+    return dataclasses.replace(T5Config.preset(name), **changes)
 
 
 # Published sizes, Salesforce/blip2-*: name -> language model and placeholder; None: first stage.
@@ -137,6 +138,8 @@ class Blip2Config:
         kinds = (GENERATION, RETRIEVAL, PRETRAINING)
         if self.architecture not in kinds:
             raise ValueError(f"architectures: expected one of {kinds}, got {self.architecture!r}")
+        if self.text is not None and self.image_token_index is None:
+            raise ValueError("image_token_index: expected the placeholder's id, got null")
         if self.qformer.encoder_hidden_size != self.vision.hidden_size:
             raise ValueError(
                 f"qformer_config.encoder_hidden_size: expected that of the vision tower, "

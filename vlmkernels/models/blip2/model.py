@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmkernels.models.checkpoint import CONFIG, read_json
+from vlmkernels.models.checkpoint import CONFIG, read_headers, read_json
 from vlmkernels.models.generation import Generates
 from vlmkernels.models.opt import OPTConfig, OPTDecoder, OPTLanguage
+from vlmkernels.models.pretrained import PretrainedGenerator
 from vlmkernels.models.t5 import Memory, T5Config, T5Language, T5State
 from vlmkernels.models.t5 import tied_names as t5_tied_names
 from vlmkernels.models.vlm import (
@@ -31,6 +32,7 @@ from .base import Blip2Base
 from .config import GENERATION, RETRIEVAL, Blip2Config
 from .pretraining import Blip2Pretraining
 from .retrieval import Blip2Retrieval
+from .weights import architecture_of, own_name
 
 
 @dataclass
@@ -44,16 +46,16 @@ class Blip2Inputs:
     interpolate_pos_encoding: bool = False
 
 
-class Generative(Blip2Base):
+class Generative(Blip2Base, PretrainedGenerator):
     """The image side, and a linear layer from it to a language model."""
 
     architecture = GENERATION
     language_model: Any
+    image_token_id: int
 
     def add_sides(self, config: Blip2Config, language_model: nn.Module, width: int) -> None:
-        if config.image_token_index is None:
-            raise ValueError("image_token_index: expected the placeholder's id, got null")
-        self.image_token_id: int = config.image_token_index
+        assert config.image_token_index is not None  # where there is a language model
+        self.image_token_id = config.image_token_index
         self.add_image_side(config)
         self.language_projection = nn.Linear(config.qformer.hidden_size, width)
         self.language_model = language_model
@@ -253,5 +255,7 @@ class Blip2:
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> Any:
         """In eval mode; see `vlmkernels.models.load`."""
-        config = Blip2Config.from_dict(read_json(Path(path) / CONFIG))
-        return cls.model_class(config).from_pretrained(path, **options)
+        raw = read_json(Path(path) / CONFIG)
+        if not raw.get("architectures"):
+            raw["architectures"] = [architecture_of(read_headers(Path(path), own_name))]
+        return cls.model_class(Blip2Config.from_dict(raw)).from_pretrained(path, **options)
