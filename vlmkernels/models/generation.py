@@ -6,17 +6,15 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Generic, Self
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
 
 from vlmkernels.models.beam_search import Beams, State, beam_search
 from vlmkernels.models.cache import KVCache
-from vlmkernels.models.checkpoint import GENERATION_CONFIG, Json, read_json
+from vlmkernels.models.checkpoint import Json
 from vlmkernels.models.fields import INDEX, INDICES, expect
-from vlmkernels.models.pretrained import Pretrained
 from vlmkernels.models.rules import Rules
 from vlmkernels.models.tokenizer import Tokenizer
 
@@ -82,28 +80,15 @@ class Sampling:
         return torch.multinomial(probability, 1, generator=generator)[:, 0]
 
 
-class Generates(Pretrained, ABC, Generic[State]):
+class Generates(ABC, Generic[State]):
     """Gives a model `generate`, from two things that it can do: `prefill` and `decode`.
 
     State is what it carries from step to step.
     """
 
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.config = config
-        self.generation_config: Json = {}  # the checkpoint's generation_config.json
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path, **options: Any) -> Self:
-        """The model of a checkpoint directory, in eval mode; see `vlmkernels.models.load`."""
-        model = super().from_pretrained(path, **options)
-        if (Path(path) / GENERATION_CONFIG).is_file():
-            model.generation_config = read_json(Path(path) / GENERATION_CONFIG)
-        return model
-
-    def other_configs(self) -> dict[str, Json]:
-        generation = self.generation_config or {"eos_token_id": self.config.eos_token_id}
-        return {GENERATION_CONFIG: generation}
+    config: Any
+    generation_config: Json  # the checkpoint's generation_config.json
+    device: Any
 
     @abstractmethod
     def prefill(self, max_new_tokens: int, **inputs: Any) -> tuple[Tensor, State]:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmkernels.models.checkpoint import Json
 from vlmkernels.models.generation import Generates
+from vlmkernels.models.pretrained import Pretrained
 from vlmkernels.models.vlm import VLMOutput, embed_text
 
 from .config import T5Config
@@ -16,13 +18,15 @@ from .language import Memory, T5Language, T5State
 from .weights import own_name, tied_names
 
 
-class T5(Generates[T5State]):
+class T5(Generates[T5State], Pretrained):
     """T5 with the published parameter names and transformers' keywords."""
 
     config_class = T5Config
 
     def __init__(self, config: T5Config) -> None:
-        super().__init__(config)
+        super().__init__()
+        self.config = config
+        self.generation_config: Json = {}
         self.language_model = T5Language(config)
         self.language_model.reset_parameters()
 
