@@ -152,6 +152,7 @@ def test_streaming_is_refused(opt: tuple[OPT, Any]) -> None:
         ({"num_beams": 2, "num_return_sequences": 3}, "expected from 1 to num_beams 2, got 3"),
         ({"num_beams": 2, "length_penalty": float("nan")}, "length_penalty: expected a number"),
         ({"num_beams": 2, "temperature": 1.0}, "temperature: expected none with num_beams > 1"),
+        ({"num_beams": 2, "seed": 0}, "seed: expected none with num_beams > 1"),
         ({"min_new_tokens": 200}, "min_new_tokens: expected from 0 to max_new_tokens 20, got 200"),
         ({"repetition_penalty": 0.0}, "repetition_penalty: expected a positive number, got 0"),
         ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),

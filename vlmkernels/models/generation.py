@@ -208,8 +208,10 @@ class Generates(ABC, Generic[State]):
 
 
 def _expect_no_sampling(options: dict[str, Any]) -> None:
-    for name in ("temperature", "top_k", "top_p", "seed", "generator"):
-        if options.pop(name, None):
+    """Takes them out of `options`; ValueError when there are any."""
+    sampling = {"temperature": 0, "top_k": None, "top_p": None, "seed": None, "generator": None}
+    for name, absent in sampling.items():
+        if options.pop(name, absent) != absent:
             raise ValueError(f"{name}: expected none with num_beams > 1, got one")
 
 

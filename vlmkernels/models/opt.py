@@ -13,8 +13,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlmkernels.distributed import ContextPlan
-from vlmkernels.models.cache import LayerCache
 from vlmkernels.models.checkpoint import Json
 from vlmkernels.models.decoder import PackedDecoder, causal_attention
 from vlmkernels.models.fields import INDICES, NOT_NEGATIVE, expect_fields
@@ -125,19 +123,13 @@ class OPTAttention(nn.Module):
             nn.Linear(config.hidden_size, config.hidden_size) for _ in range(4)
         )
 
-    def forward(
-        self,
-        x: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        cache: LayerCache | None,
-        plan: ContextPlan | None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, *span: Any) -> Tensor:
+        """`span` as of `causal_attention`."""
         q, k, v = (
             proj(x).unflatten(-1, (self.num_heads, -1))
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        y: Tensor = self.out_proj(causal_attention(q, k, v, cu_seqlens, max_seqlen, cache, plan))
+        y: Tensor = self.out_proj(causal_attention(q, k, v, *span))
         return y
 
 
