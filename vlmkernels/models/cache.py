@@ -50,14 +50,16 @@ class KVCache:
         # Not zeroed: attention never reads beyond seqlens.
         keys, values = torch.empty(shape, dtype=dtype, device=device)
         self.layers = [LayerCache(self, k, v) for k, v in zip(keys, values, strict=True)]
+        self.max_seqlen = max_seqlen
         self.seqlens = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.prompt_seqlens = self.seqlens  # what they were after `start`
         self.rows = torch.arange(batch, device=device)
         self.columns = self.seqlens.long()
         self.decoding = False
 
     def start(self, packing: Packing) -> None:
         """Reserve the places of a prompt, packed as `packing`, in an empty cache."""
-        self.seqlens = packing.cu_seqlens.diff()
+        self.seqlens = self.prompt_seqlens = packing.cu_seqlens.diff()
         self.rows = torch.repeat_interleave(self.seqlens)
         self.columns = torch.arange(len(self.rows), device=self.rows.device)
         self.columns -= packing.cu_seqlens[self.rows]
