@@ -25,9 +25,7 @@ MASK[1, :4] = 0  # padding on the left
 MASK[2, 6:] = 0  # and on the right
 
 
-@pytest.fixture(scope="module")
-def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("opt")
+def write(path: Path, **options: Any) -> None:
     config = transformers.OPTConfig(
         vocab_size=96,
         hidden_size=80,
@@ -36,10 +34,17 @@ def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=1,  # head_dim 80, as of OPT-2.7B
         max_position_embeddings=32,
         word_embed_proj_dim=80,
+        **options,
     )
     model = transformers.OPTForCausalLM(config)
     randomize(model)
     model.save_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("opt")
+    write(path)
     return path
 
 

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class Embedded:
     text_positions: Tensor | None = None  # (batch, seqlen) running indices of packed documents
 
 
-class VLM(Generates, Pretrained):
+class VLM(Generates[DecodeState], Pretrained):
     """A vision tower and a decoder. A model says where they are and how inputs become `Embedded`.
 
     All rows of a batch go through the decoder as one run of tokens: padding never reaches a kernel.
@@ -197,16 +197,16 @@ class VLM(Generates, Pretrained):
         return {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
 
 
-def expect_ids(ids: Tensor, vocab_size: int) -> None:
+def expect_ids(ids: Tensor, vocab_size: int, name: str = "input_ids") -> None:
     """Token ids (batch, seqlen) that the embedding has; else ValueError or TypeError."""
     if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"input_ids: expected int32 or int64, got {ids.dtype}")
+        raise TypeError(f"{name}: expected int32 or int64, got {ids.dtype}")
     if ids.ndim != 2 or ids.numel() == 0:
-        raise ValueError(f"input_ids: expected shape (batch, seqlen), got {tuple(ids.shape)}")
+        raise ValueError(f"{name}: expected shape (batch, seqlen), got {tuple(ids.shape)}")
     # On a GPU the values are not looked at: that would stall every batch.
     if looks_at(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
         raise ValueError(
-            f"input_ids: expected in [0, {vocab_size}), got {int(ids.min())} to {int(ids.max())}"
+            f"{name}: expected in [0, {vocab_size}), got {int(ids.min())} to {int(ids.max())}"
         )
 
 
@@ -215,13 +215,18 @@ def looks_at(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def embed_text(ids: Tensor | None, embeds: Tensor | None, decoder: PackedDecoder) -> Tensor:
+class HasEmbedding(Protocol):
+    @property
+    def embed_tokens(self) -> torch.nn.Embedding: ...
+
+
+def embed_text(ids: Tensor | None, embeds: Tensor | None, language: HasEmbedding) -> Tensor:
     """(batch, seqlen, hidden_size) from exactly one of input_ids and inputs_embeds."""
     if (ids is None) == (embeds is None):
         raise ValueError("input_ids: expected exactly one of input_ids and inputs_embeds")
     if ids is not None:
-        expect_ids(ids, decoder.embed_tokens.num_embeddings)
-        embeds = decoder.embed_tokens(ids)
+        expect_ids(ids, language.embed_tokens.num_embeddings)
+        embeds = language.embed_tokens(ids)
     assert embeds is not None
     if embeds.ndim != 3 or embeds.numel() == 0:
         raise ValueError(f"inputs_embeds: expected 3 dimensions, got shape {tuple(embeds.shape)}")

@@ -30,6 +30,19 @@ def test_greedy_tokens_match_transformers(
     assert torch.equal(model.generate(**inputs, max_new_tokens=NEW), expected)
 
 
+@pytest.mark.parametrize("case", ["two_images", "padded_left"])
+def test_beams_match_transformers(
+    case: str,
+    model: Qwen2VL,
+    hf_model: transformers.Qwen2VLForConditionalGeneration,
+    processor: Qwen2VLProcessor,
+) -> None:
+    inputs = cases.make(case, processor)
+    options = {"max_new_tokens": NEW, "num_beams": 4, "num_return_sequences": 2}
+    expected = hf_model.generate(**inputs, do_sample=False, **options)
+    assert torch.equal(model.generate(**inputs, **options), expected)
+
+
 def step_logits(model: Qwen2VL, inputs: dict[str, Any], steps: int) -> tuple[torch.Tensor, ...]:
     """Likely text tokens (batch, steps) and the logits (batch, steps, vocab_size) behind them."""
     logits, state = model.prefill(steps, **inputs)

@@ -13,9 +13,11 @@ from bench.rivals.qwen_vl import PlainQwenVL
 from tests.conftest import Backend
 from tests.models.common import assert_compiles_and_recomputes
 from tests.models.qwen_vl.conftest import IMG, NUM_SLOTS, load_model
+from vlmkernels.distributed import context_parallel
 from vlmkernels.models.qwen_vl import QwenVL
 from vlmkernels.models.qwen_vl.language import logn_scale, ntk_alpha
 from vlmkernels.models.qwen_vl.weights import published_name
+from vlmkernels.testing.ranks import run_ranks
 
 Inputs = dict[str, Any]
 IMAGE = [IMG, *[IMG + 2] * NUM_SLOTS, IMG + 1]
@@ -108,6 +110,28 @@ def test_cached_equals_uncached(prompt: int, model: QwenVL) -> None:
         torch.testing.assert_close(logits, uncached, rtol=0, atol=1e-4)
         logits = model.decode(torch.tensor([token]), state)
         ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+
+
+def test_beam_search_keeps_each_prompts_base(model: QwenVL) -> None:
+    options: Inputs = {"max_new_tokens": 6, "eos_token_id": (), "num_beams": 3}
+    together = model.generate(**padded(ROWS, "left"), **PIXELS, **options)[:, -6:]
+    for row, expected in zip(ROWS[1::2], together[1::2], strict=True):
+        assert torch.equal(model.generate(torch.tensor([row]), **options)[0, -6:], expected)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_tokens_spread_over_ranks(mode: str) -> None:
+    model = load_model().train(mode == "train")
+    batch = padded(ROWS, "right") | PIXELS
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    expected = model(**batch, labels=labels).loss.detach()
+
+    def work(transport: Any) -> torch.Tensor:
+        with context_parallel(transport, ulysses=False):
+            return model(**batch, labels=labels).loss.detach()
+
+    for loss in run_ranks(3, work):
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_documents_in_a_row_do_not_see_each_other(model: QwenVL) -> None:

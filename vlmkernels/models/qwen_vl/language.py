@@ -126,15 +126,15 @@ class QwenLanguage(PackedDecoder):
         plan: ContextPlan | None,
     ) -> Turn:
         places = position_ids[0]
-        decoding = cache is not None and cache.decoding
-        longest = cache.max_seqlen if cache is not None and decoding else max_seqlen
+        before = cache if cache is not None and cache.decoding else None
+        longest = before.length if before is not None else max_seqlen
         stretched = not self.training and longest > self.seq_length
         alpha = scale = None
         if stretched and self.use_dynamic_ntk:
-            if cache is not None and decoding:
-                lengths = cache.prompt_seqlens
+            if before is None:
+                lengths = _lengths(cu_seqlens, len(places), plan)
             else:
-                lengths = _lengths(cu_seqlens, len(places) if plan is None else None, plan)
+                lengths = before.prompt_seqlens
             alpha = ntk_alpha(lengths, self.seq_length)
         if stretched and self.use_logn_attn:
             scale = logn_scale(places, self.seq_length)
@@ -142,10 +142,10 @@ class QwenLanguage(PackedDecoder):
         return Turn(cos, sin, scale)
 
 
-def _lengths(cu_seqlens: Tensor, num_tokens: int | None, plan: ContextPlan | None) -> Tensor:
-    """(num_tokens,) how long the sequence of each token (this rank's, with a plan) is."""
-    count = plan.layout.num_tokens if plan is not None else num_tokens
-    index = torch.arange(count or 0, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+def _lengths(cu_seqlens: Tensor, num_tokens: int, plan: ContextPlan | None) -> Tensor:
+    """(num_tokens,) how long the sequence of each token (of this rank's, with a plan) is."""
+    total = num_tokens if plan is None else plan.layout.num_tokens
+    index = torch.arange(total, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     lengths = cu_seqlens.diff()[torch.searchsorted(cu_seqlens[1:], index, right=True)]
     return lengths if plan is None else plan.shard(lengths, 0)
 
