@@ -1,4 +1,4 @@
-"""Qwen-VL's processor: tokens of conversations, pixels of images; a conversation end to end."""
+"""Qwen-VL's processor: tokens of conversations, pixels of images."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.models.common import picture, run_command
+from tests.models.common import picture
 from tests.models.qwen_vl.conftest import NUM_SLOTS
-from vlmkernels.models import load, load_processor
-from vlmkernels.models.generation import stream_text
+from vlmkernels.models import load_processor
 from vlmkernels.models.qwen_vl import QwenVLProcessor
 from vlmkernels.models.qwen_vl.processor import QwenImageSettings
 
 Json = dict[str, Any]
-Encode = Callable[[str], list[int]]
 
 
 def user(*parts: Any) -> Json:
@@ -214,19 +212,3 @@ def test_tags_and_images_match(processor: QwenVLProcessor) -> None:
         processor([])
     with pytest.raises(ValueError, match="chat_format: expected one of"):
         QwenVLProcessor(processor.tokenizer, chat_format="vicuna")
-
-
-def test_ask_streams_the_models_answer(
-    chat_dir: Path,
-    photo: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    args = ["ask", "--model", str(chat_dir), "--image", photo, "--max-new-tokens", "9"]
-    code, out, err = run_command([*args, "--device", "cpu", "What is it?"], monkeypatch, capsys)
-    model, processor = load(chat_dir), load_processor(chat_dir)
-    inputs = processor.from_messages([user(Path(photo), "What is it?")])
-    steps = model.generate_steps(**inputs, max_new_tokens=9)
-    assert (code, out, err) == (0, "".join(stream_text(processor.tokenizer, steps)) + "\n", "")
