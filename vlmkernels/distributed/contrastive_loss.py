@@ -15,7 +15,14 @@ from torch.distributed import ProcessGroup
 from vlmkernels import ops
 from vlmkernels.distributed.transport import Pending, Transport, transport_of
 from vlmkernels.ops import _library
-from vlmkernels.ops.contrastive_loss import _scalar, gradients, losses, statistics
+from vlmkernels.ops.contrastive_loss import (
+    _scalar,
+    gradients,
+    losses,
+    mean_loss,
+    merge,
+    statistics,
+)
 
 WHAT = "contrastive_loss"
 
@@ -91,8 +98,8 @@ def _ring_statistics(
         if hop + 1 < ring.size:
             ahead = ring.rotate(block, what=WHAT)
         rows, columns, _ = statistics(image, block, scale, positives=False)
-        image_lse = torch.logaddexp(image_lse, rows)
-        behind = ring.rotate(torch.logaddexp(behind.wait()[0], columns), what=WHAT)
+        image_lse = merge(image_lse, rows)
+        behind = ring.rotate(merge(behind.wait()[0], columns), what=WHAT)
     return image_lse, behind.wait()[0], positive
 
 
@@ -154,7 +161,7 @@ class _ClipLoss(torch.autograd.Function):
         image_lse, text_lse, positive = _ring_statistics(ring, image, text, scale)
         ctx.save_for_backward(image, text, scale, image_lse, text_lse)
         ctx.ring, ctx.local_loss, ctx.gather_with_grad = ring, local_loss, gather_with_grad
-        loss = ((image_lse + text_lse) / 2 - positive).mean()
+        loss = mean_loss(image_lse, text_lse, positive)
         return loss if local_loss else ring.total(loss, WHAT) / ring.size
 
     @staticmethod
