@@ -75,8 +75,8 @@ def siglip_loss(
 def reference(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     logits = _logits(image, text, scale, None)
     whole = (logits.logsumexp(1), logits.logsumexp(0))
-    lse = [torch.stack((x, torch.zeros_like(x))) for x in whole]
-    return mean_loss(*lse, logits.diagonal()), *lse
+    image_lse, text_lse = (torch.stack((x, torch.zeros_like(x))) for x in whole)
+    return mean_loss(image_lse, text_lse, logits.diagonal()), image_lse, text_lse
 
 
 def siglip_reference(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -268,7 +268,7 @@ def gradients(
     """
     image, text = image.contiguous(), text.contiguous()
     args = (image, text, scale, bias, image_lse, text_lse, factor, positives, weights)
-    dimage, dtext, totals = _gradients_fake(*args, image_grad, text_grad)
+    dimage, dtext, totals = gradients_fake(*args, image_grad, text_grad)
     out = (dimage if image_grad else None, dtext if text_grad else None)
     sums = panel = None
     if _has_cuda_kernel(image, text):
@@ -349,19 +349,10 @@ def _gradient_rows(
     return ds
 
 
-def _gradients_fake(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    image_lse: Tensor | None,
-    text_lse: Tensor | None,
-    factor: Tensor,
-    positives: bool,
-    weights: list[float],
-    image_grad: bool,
-    text_grad: bool,
+def gradients_fake(
+    image: Tensor, text: Tensor, scale: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    image_grad, text_grad = rest[-2:]
     dimage = scale.new_empty(image.shape if image_grad else 0)
     dtext = scale.new_empty(text.shape if text_grad else 0)
     return dimage, dtext, scale.new_empty(2)
@@ -414,7 +405,7 @@ _gradients_op = _library.define(
     "Tensor? image_lse, Tensor? text_lse, Tensor factor, bool positives, float[] weights, "
     "bool image_grad, bool text_grad) -> (Tensor, Tensor, Tensor)",
     kernel=gradients,
-    fake=_gradients_fake,
+    fake=gradients_fake,
     reference=gradients,
 )
 _clip_op = _library.define(
