@@ -74,9 +74,9 @@ def siglip_loss(
 
 def reference(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     logits = _logits(image, text, scale, None)
-    image_lse, text_lse = logits.logsumexp(1), logits.logsumexp(0)
-    loss = ((image_lse + text_lse) / 2 - logits.diagonal()).mean()
-    return loss, image_lse, text_lse
+    whole = (logits.logsumexp(1), logits.logsumexp(0))
+    image_lse, text_lse = (torch.stack((x, torch.zeros_like(x))) for x in whole)
+    return mean_loss(image_lse, text_lse, logits.diagonal()), image_lse, text_lse
 
 
 def siglip_reference(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -109,15 +109,30 @@ def statistics(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of a block of logits: log-sum-exp of each row, of each column, and the positives' logits.
 
+    A log-sum-exp is (2, n): the largest logit, and log(sum(exp(s - largest))). As one fp32 number
+    it would be rounded to the digits of the largest logit, and so would every probability.
+
     positives: pair (i, i) is positive; otherwise no pair of the block is, and the third is empty.
     """
     image, text = image.contiguous(), text.contiguous()
-    image_lse, text_lse = _vector(image, scale), _vector(text, scale)
-    positive = torch.empty_like(image_lse) if positives else None
+    image_lse, text_lse = _lse_of(image, scale), _lse_of(text, scale)
+    positive = _vector(image, scale) if positives else None
     outputs = (image_lse, text_lse, positive, None)
     if not _forward(image, text, scale, None, positives, outputs):
         _clip_chunks(image, text, scale, image_lse, text_lse, positive)
     return image_lse, text_lse, image_lse.new_empty(0) if positive is None else positive
+
+
+def merge(a: Tensor, b: Tensor) -> Tensor:
+    """The log-sum-exp, (2, n), of two disjoint parts of the same rows."""
+    high = torch.maximum(a[0], b[0])
+    return torch.stack((high, torch.logaddexp(a[0] - high + a[1], b[0] - high + b[1])))
+
+
+def mean_loss(image_lse: Tensor, text_lse: Tensor, positive: Tensor) -> Tensor:
+    """mean(image_lse + text_lse) / 2 - mean(positive), the large numbers subtracted first."""
+    by_image, by_text = (lse[0] - positive + lse[1] for lse in (image_lse, text_lse))
+    return (by_image + by_text).mean() / 2
 
 
 def losses(
@@ -139,6 +154,10 @@ def losses(
 
 def _vector(features: Tensor, scale: Tensor) -> Tensor:
     return scale.new_empty(features.shape[:1])
+
+
+def _lse_of(features: Tensor, scale: Tensor) -> Tensor:
+    return scale.new_empty((2, *features.shape[:1]))
 
 
 def _forward(
@@ -188,28 +207,33 @@ def _clip_chunks(
     text_lse: Tensor,
     positive: Tensor | None,
 ) -> None:
-    text_max, text_sum = text_lse.fill_(-math.inf), torch.zeros_like(text_lse)
+    text_max, text_sum = text_lse
+    text_max.fill_(-math.inf)
+    text_sum.zero_()
     for rows, products in _chunks(image, text):
         diagonal = None if positive is None else positive[rows]
         first = rows.start if positive is not None else len(text)
-        out = (image_lse[rows], diagonal, text_max, text_sum)
+        row_max, row_log = image_lse[0, rows], image_lse[1, rows]
+        out = (row_max, row_log, diagonal, text_max, text_sum)
         if not _core.C.clip_rows(products, scale, first, *out):
             logits = products * scale
-            torch.logsumexp(logits, 1, out=image_lse[rows])
-            torch.logaddexp(text_lse, logits.logsumexp(0), out=text_lse)
-            text_sum.fill_(1)
+            torch.amax(logits, 1, out=row_max)
+            row_log.copy_((logits - row_max[:, None]).exp().sum(1).log())
+            high = torch.maximum(text_max, logits.amax(0))
+            text_sum.mul_((text_max - high).exp()).add_((logits - high).exp().sum(0))
+            text_max.copy_(high)
             if diagonal is not None:
                 diagonal.copy_(logits.diagonal(rows.start))
-    text_lse += text_sum.log()
+    text_sum.log_()
 
 
 def _clip_kernel(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     image_lse, text_lse, positive = statistics(image, text, scale)
-    return ((image_lse + text_lse) / 2 - positive).mean(), image_lse, text_lse
+    return mean_loss(image_lse, text_lse, positive), image_lse, text_lse
 
 
 def _clip_fake(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(scale), _vector(image, scale), _vector(text, scale)
+    return torch.empty_like(scale), _lse_of(image, scale), _lse_of(text, scale)
 
 
 def _siglip_kernel(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -236,13 +260,15 @@ def gradients(
     """Of a block of logits, with ds_ij = w_0 (p_row - positive) + w_1 (p_column - positive) given
     log-sum-exps, sigmoid(s) - positive without them:
 
+    image_lse, text_lse: as `statistics` gives them.
+
     Returns:
         factor * scale * ds text, factor * scale * ds^T image (empty where not wanted; fp32, or fp64
         for fp64 features), and [sum of ds * image · text, sum of ds].
     """
     image, text = image.contiguous(), text.contiguous()
     args = (image, text, scale, bias, image_lse, text_lse, factor, positives, weights)
-    dimage, dtext, totals = _gradients_fake(*args, image_grad, text_grad)
+    dimage, dtext, totals = gradients_fake(*args, image_grad, text_grad)
     out = (dimage if image_grad else None, dtext if text_grad else None)
     sums = panel = None
     if _has_cuda_kernel(image, text):
@@ -276,7 +302,7 @@ def _gradient_chunks(
     if dtext is not None:
         dtext.zero_()
     for rows, products in _chunks(image, text):
-        lse = None if image_lse is None else image_lse[rows]
+        lse = None if image_lse is None else image_lse[:, rows].contiguous()
         sums = totals.new_empty((2, len(products)))
         first = rows.start if positives else len(text)
         options: tuple[Any, ...] = (first, lse, text_lse, *weights, sums)
@@ -313,8 +339,8 @@ def _gradient_rows(
     if image_lse is None or text_lse is None:
         ds, share = logits.sigmoid(), 1.0
     else:
-        ds = image_weight * (logits - image_lse[:, None]).exp()
-        ds += text_weight * (logits - text_lse).exp()
+        ds = image_weight * (logits - image_lse[0, :, None] - image_lse[1, :, None]).exp()
+        ds += text_weight * (logits - text_lse[0] - text_lse[1]).exp()
         share = image_weight + text_weight
     if first_positive < ds.shape[1]:
         ds.diagonal(first_positive).sub_(share)
@@ -323,19 +349,10 @@ def _gradient_rows(
     return ds
 
 
-def _gradients_fake(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    image_lse: Tensor | None,
-    text_lse: Tensor | None,
-    factor: Tensor,
-    positives: bool,
-    weights: list[float],
-    image_grad: bool,
-    text_grad: bool,
+def gradients_fake(
+    image: Tensor, text: Tensor, scale: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    image_grad, text_grad = rest[-2:]
     dimage = scale.new_empty(image.shape if image_grad else 0)
     dtext = scale.new_empty(text.shape if text_grad else 0)
     return dimage, dtext, scale.new_empty(2)
@@ -388,7 +405,7 @@ _gradients_op = _library.define(
     "Tensor? image_lse, Tensor? text_lse, Tensor factor, bool positives, float[] weights, "
     "bool image_grad, bool text_grad) -> (Tensor, Tensor, Tensor)",
     kernel=gradients,
-    fake=_gradients_fake,
+    fake=gradients_fake,
     reference=gradients,
 )
 _clip_op = _library.define(
