@@ -28,16 +28,23 @@ static bool has_tensor_maps(const AttentionParams& p) {
            has_tensor_map(p.v, p.num_tokens_k, p.num_heads_k, batch);
 }
 
-bool takes_sm90(const AttentionParams& p) {
-    if (!p.plain() || p.float32_out || !hopper_tile_dim(p.head_dim) || !has_hopper()) return false;
-    if (p.seqlen_q == 0 || p.seqlen_k == 0 || p.num_tokens_q == 0 || p.num_tokens_k == 0)
-        return false;
+static bool has_tokens(const AttentionParams& p) {
+    return p.seqlen_q > 0 && p.seqlen_k > 0 && p.num_tokens_q > 0 && p.num_tokens_k > 0;
+}
+
+// What all Hopper kernels ask for.
+static bool fits_sm90(const AttentionParams& p) {
     const int64_t blocks = (int64_t(std::max(p.seqlen_q, p.seqlen_k)) + 63) / 64;
-    return blocks * p.num_heads * p.batch < int64_t(1) << 31 && has_tensor_maps(p);
+    return has_hopper() && has_tokens(p) && has_tensor_maps(p) &&
+           blocks * p.num_heads * p.batch < int64_t(1) << 31;
+}
+
+bool takes_sm90(const AttentionParams& p) {
+    return fits_sm90(p) && p.plain() && !p.float32_out && hopper_tile_dim(p.head_dim);
 }
 
 bool takes_sm90(const AttentionBackwardParams& p) {
-    return takes_sm90(static_cast<const AttentionParams&>(p)) &&
+    return fits_sm90(p) && p.plain() && !p.float32_out && hopper_tile_dim(p.head_dim) &&
            has_tensor_map(p.dout, p.num_tokens_q, p.num_heads, p.cu_seqlens_q ? 1 : p.batch);
 }
 
