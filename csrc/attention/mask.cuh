@@ -161,7 +161,7 @@ struct MaskedScores {
             const IdRange q = id_range<false>(p, s, {queries.begin, min(queries.end, s.seqlen_q)});
             if (p.spans) {
                 some = keys.begin < q.end_max() && keys.end > q.begin_min();
-                whole = keys.begin >= q.begin_max() && keys.end <= q.end_min();
+                whole = keys.begin >= q.begin_max() && keys.end <= min(q.end_min(), s.seqlen_k);
                 return;
             }
             const IdRange k = id_range<true>(p, s, {keys.begin, min(keys.end, s.seqlen_k)});
