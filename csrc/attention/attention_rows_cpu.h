@@ -48,7 +48,7 @@ class Rows {
     }
 
     // probabilities and ds, both [keys, lanes], of `keys` rows of k and v that begin with key
-    // `first`. Without slopes ds is that of the scores after the softcap.
+    // `first`; ds of the scores after the softcap, whose slopes are given too where there is one.
     template <int kCols>
     void differentiate(const float* k, const float* v, int64_t first, int64_t keys,
                        float* probabilities, float* ds, float* slopes) const {
@@ -71,8 +71,6 @@ class Rows {
                 store(probabilities + at, probability);
                 store(ds + at, probability * (load_vector(ds + at) - delta[c]));
             }
-        for (int64_t i = 0; slopes && i < keys * lanes; i += kWidth)
-            store(ds + i, load_vector(ds + i) * load_vector(slopes + i));
     }
 
     float *q, *dout;  // [count, ld]
