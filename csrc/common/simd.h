@@ -130,6 +130,21 @@ VLMKERNELS_INLINE Vec exp(Vec x) {
     return y * (Vec)((Bits)shifted << 23);  // the low bits of `shifted` are the exponent of 2^n
 }
 
+constexpr float kLog2e = 1.44269504f;
+
+// 2^x for x < 128, relative error 1e-7; exactly 0 from x = -126.5 down to -inf; NaN stays NaN.
+VLMKERNELS_INLINE Vec exp2(Vec x) {
+    x = max(splat(-127.f), x);
+    const Vec shifted = x + (12582912.f + 127.f);  // as in exp
+    const Vec f = x - (shifted - (12582912.f + 127.f));
+    Vec y = f * 1.32647242e-3f + 9.67151324e-3f;
+    y = y * f + 5.55073376e-2f;
+    y = y * f + 2.40222421e-1f;
+    y = y * f + 6.93146978e-1f;
+    y = y * f + 1.f;
+    return y * (Vec)((Bits)shifted << 23);
+}
+
 template <int half, int... i>
 VLMKERNELS_INLINE void exchange(Vec& a, Vec& b, std::integer_sequence<int, i...>) {
     Vec low = __builtin_shufflevector(a, b, ((i & half) ? i - half + kWidth : i)...);
