@@ -28,6 +28,12 @@ typedef uint16_t HalfBits __attribute__((vector_size(kWidth * 2)));
 #define VLMKERNELS_INLINED __attribute__((always_inline))  // after the arguments of a lambda
 #define VLMKERNELS_INLINE inline VLMKERNELS_INLINED
 
+template <uint32_t... i>
+constexpr Bits lanes_of(std::integer_sequence<uint32_t, i...>) {
+    return Bits{i...};
+}
+constexpr Bits kLanes = lanes_of(std::make_integer_sequence<uint32_t, kWidth>());  // 0, 1, 2, ...
+
 VLMKERNELS_INLINE Vec splat(float x) { return x - Vec{}; }
 
 VLMKERNELS_INLINE HalfBits load_bits(const void* p) {
@@ -110,6 +116,20 @@ VLMKERNELS_INLINE float sum(Vec x) {
     float total = 0;
     for (int i = 0; i < kWidth; ++i) total += x[i];
     return total;
+}
+
+// Where the lane's number is below n, or is n.
+VLMKERNELS_INLINE auto lanes_below(int64_t n) { return kLanes < Bits{} + uint32_t(n); }
+VLMKERNELS_INLINE auto lane_is(int64_t n) { return kLanes == Bits{} + uint32_t(n); }
+
+// About 1 ulp: an approximation of 14 bits and one step of Newton's, where there is one.
+VLMKERNELS_INLINE Vec reciprocal(Vec x) {
+#if defined(__AVX512F__)
+    const Vec y = (Vec)_mm512_rcp14_ps((__m512)x);
+    return y * (2.0f - x * y);
+#else
+    return 1.0f / x;
+#endif
 }
 
 // e^x for x <= 88, about 1 ulp; exactly 0 from x = -87.7 down to -inf; NaN stays NaN.

@@ -165,11 +165,13 @@ def test_panels(backend: Backend, kind: str, monkeypatch: pytest.MonkeyPatch) ->
     tensors = to(backend, inputs(kind, 150, 24), backend.dtypes[0])
     exact = gradients(open_clip, [x.double() for x in tensors])
     whole = gradients(ours, tensors)
-    for name in ("FORWARD_ROWS", "BACKWARD_ROWS", "CHUNK_ROWS"):
+    for name in ("FORWARD_ROWS", "BACKWARD_ROWS", "CHUNK_ROWS", "CHUNK_PRODUCTS"):
         monkeypatch.setattr(room, name, 64)
-    parts = gradients(ours, tensors)
-    for name, a, b, want in zip("litsb", parts, whole, exact, strict=False):
-        assert_as_accurate(name, a, b, want)
+    for kept in (room.KEPT_BYTES, 0):  # products in memory for the backward, or multiplied again
+        monkeypatch.setattr(room, "KEPT_BYTES", kept)
+        parts = gradients(ours, tensors)
+        for name, a, b, want in zip("litsb", parts, whole, exact, strict=False):
+            assert_as_accurate(name, a, b, want)
 
 
 def test_blocks(backend: Backend) -> None:
@@ -238,10 +240,11 @@ def test_memory(backend: Backend, kind: str, offset: int, size: tuple[int, int])
 
 
 @pytest.mark.parametrize("kind", PAIRS)
-def test_peak_memory(backend: Backend, kind: str) -> None:
-    """No batch x batch matrix, forward or backward."""
+def test_peak_memory(backend: Backend, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No batch x batch matrix, forward or backward, of more than KEPT_BYTES."""
     if backend.small:
         pytest.skip("the panels of the CUDA kernels hold more rows than an emulated batch has")
+    monkeypatch.setattr(room, "KEPT_BYTES", 0)
     ours, _ = PAIRS[kind]
     batch, dim = (16384, 64) if backend.name == "cuda" else (3072, 32)
     tensors = to(backend, inputs(kind, batch, dim), backend.dtypes[0])

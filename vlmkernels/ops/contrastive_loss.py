@@ -12,8 +12,11 @@ from vlmkernels import _core
 from vlmkernels.ops import _library
 
 # Rows of logits whose partial results (forward) or gradients (backward) the CUDA kernels keep at a
-# time, and rows that are multiplied at a time elsewhere: memory is linear in the batch.
-FORWARD_ROWS, BACKWARD_ROWS, CHUNK_ROWS = 8192, 4096, 512
+# time, and rows that are multiplied at a time elsewhere, or more while their products are few:
+# memory is linear in the batch.
+FORWARD_ROWS, BACKWARD_ROWS, CHUNK_ROWS, CHUNK_PRODUCTS = 8192, 4096, 512, 1 << 21
+# Up to this size the products of a forward on the CPU stay in memory for the backward.
+KEPT_BYTES = 64 << 20
 
 
 @_library.public
@@ -43,7 +46,7 @@ def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor
     Radford et al., arXiv 2103.00020, figure 3; two statistics in one sweep as in no paper we know.
     """
     scale = _scalar("clip_loss: logit_scale", logit_scale, image_features)
-    loss, _, _ = _clip_op(*_library.autocast(image_features, text_features), scale)
+    loss, *_ = _clip_op(*_library.autocast(image_features, text_features), scale)
     return loss  # type: ignore[no-any-return]
 
 
@@ -68,20 +71,22 @@ def siglip_loss(
     bias = None
     if logit_bias is not None:
         bias = _scalar("siglip_loss: logit_bias", logit_bias, image_features)
-    features = _library.autocast(image_features, text_features)
-    return _siglip_op(*features, scale, bias)  # type: ignore[no-any-return]
+    loss, _ = _siglip_op(*_library.autocast(image_features, text_features), scale, bias)
+    return loss  # type: ignore[no-any-return]
 
 
-def reference(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def reference(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
     logits = _logits(image, text, scale, None)
     image_lse, text_lse = logits.logsumexp(1), logits.logsumexp(0)
     loss = ((image_lse + text_lse) / 2 - logits.diagonal()).mean()
-    return loss, image_lse, text_lse
+    return loss, image_lse, text_lse, image.new_empty(0)
 
 
-def siglip_reference(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def siglip_reference(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
     logits = _logits(image, text, scale, bias)
-    return (-logsigmoid(-logits).sum(1) - logits.diagonal()).mean()
+    return (-logsigmoid(-logits).sum(1) - logits.diagonal()).mean(), image.new_empty(0)
 
 
 def _logits(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -105,32 +110,42 @@ def _scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
 
 
 def statistics(
-    image: Tensor, text: Tensor, scale: Tensor, positives: bool = True
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    positives: bool = True,
+    products: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of a block of logits: log-sum-exp of each row, of each column, and the positives' logits.
 
     positives: pair (i, i) is positive; otherwise no pair of the block is, and the third is empty.
+    products: from `_products_for`; filled.
     """
     image, text = image.contiguous(), text.contiguous()
     image_lse, text_lse = _vector(image, scale), _vector(text, scale)
     positive = torch.empty_like(image_lse) if positives else None
     outputs = (image_lse, text_lse, positive, None)
     if not _forward(image, text, scale, None, positives, outputs):
-        _clip_chunks(image, text, scale, image_lse, text_lse, positive)
+        _clip_chunks(image, text, scale, image_lse, text_lse, positive, products)
     return image_lse, text_lse, image_lse.new_empty(0) if positive is None else positive
 
 
 def losses(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, positives: bool = True
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    positives: bool = True,
+    products: Tensor | None = None,
 ) -> Tensor:
-    """Of a block of logits: the sum over each row of softplus(-z s)."""
+    """Of a block of logits: the sum over each row of softplus(-z s). products: filled."""
     image, text = image.contiguous(), text.contiguous()
     sums = _vector(image, scale)
     if not _forward(image, text, scale, bias, positives, (None, None, None, sums)):
-        for rows, products in _chunks(image, text):
+        for rows, part in _chunks(image, text, products):
             first = rows.start if positives else text.shape[0]
-            if not _core.C.siglip_rows(products, scale, bias, first, sums[rows]):
-                logits = products * scale if bias is None else products * scale + bias
+            if not _core.C.siglip_rows(part, scale, bias, first, sums[rows]):
+                logits = part * scale if bias is None else part * scale + bias
                 torch.sum(-logsigmoid(-logits), 1, out=sums[rows])
                 if positives:
                     sums[rows] -= logits.diagonal(rows.start)
@@ -170,14 +185,36 @@ def _operand(features: Tensor) -> Tensor:
     return features
 
 
-def _chunks(image: Tensor, text: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows at a time, and their products with all texts in memory that is used again."""
+def _products_for(image: Tensor, text: Tensor) -> Tensor | None:
+    """Memory for the products, where it pays to keep them for the backward."""
+    if image.device.type != "cpu" or _core.C.build_info()["emulated"]:
+        return None
+    dtype = torch.float32 if image.dtype == torch.float16 else image.dtype
+    if image.shape[0] * text.shape[0] * dtype.itemsize > KEPT_BYTES:
+        return None
+    return image.new_empty((image.shape[0], text.shape[0]), dtype=dtype)
+
+
+def _chunks(
+    image: Tensor, text: Tensor, products: Tensor | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows at a time, and their products with all texts: in `products`, or in memory that is
+    used again."""
     image, text = _operand(image), _operand(text)
-    count = min(len(image), CHUNK_ROWS)
-    buffer = image.new_empty((count, len(text)))
-    for first in range(0, len(image), max(count, 1)):
-        rows = slice(first, min(first + count, len(image)))
-        yield rows, torch.mm(image[rows], text.t(), out=buffer[: rows.stop - first])
+    buffer = image.new_empty((_chunk_rows(image, text), len(text))) if products is None else None
+    for rows in _row_chunks(image, text):
+        out = products[rows] if buffer is None else buffer[: rows.stop - rows.start]
+        yield rows, torch.mm(image[rows], text.t(), out=out)
+
+
+def _chunk_rows(image: Tensor, text: Tensor) -> int:
+    return min(len(image), max(CHUNK_ROWS, CHUNK_PRODUCTS // max(1, len(text))))
+
+
+def _row_chunks(image: Tensor, text: Tensor) -> Iterator[slice]:
+    count = _chunk_rows(image, text)
+    for first in range(0, len(image), max(1, count)):
+        yield slice(first, min(first + count, len(image)))
 
 
 def _clip_chunks(
@@ -187,14 +224,15 @@ def _clip_chunks(
     image_lse: Tensor,
     text_lse: Tensor,
     positive: Tensor | None,
+    products: Tensor | None,
 ) -> None:
     text_max, text_sum = text_lse.fill_(-math.inf), torch.zeros_like(text_lse)
-    for rows, products in _chunks(image, text):
+    for rows, part in _chunks(image, text, products):
         diagonal = None if positive is None else positive[rows]
         first = rows.start if positive is not None else len(text)
         out = (image_lse[rows], diagonal, text_max, text_sum)
-        if not _core.C.clip_rows(products, scale, first, *out):
-            logits = products * scale
+        if not _core.C.clip_rows(part, scale, first, *out):
+            logits = part * scale
             torch.logsumexp(logits, 1, out=image_lse[rows])
             torch.logaddexp(text_lse, logits.logsumexp(0), out=text_lse)
             text_sum.fill_(1)
@@ -203,21 +241,48 @@ def _clip_chunks(
     text_lse += text_sum.log()
 
 
-def _clip_kernel(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    image_lse, text_lse, positive = statistics(image, text, scale)
+def _clip_kernel(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    products = _products_for(image, text)
+    loss, image_lse, text_lse = _clip(image, text, scale, products)
+    return loss, image_lse, text_lse, image.new_empty(0) if products is None else products
+
+
+def _clip_inference(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    return _clip(image, text, scale, None)
+
+
+def _clip(
+    image: Tensor, text: Tensor, scale: Tensor, products: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    image_lse, text_lse, positive = statistics(image, text, scale, products=products)
     return ((image_lse + text_lse) / 2 - positive).mean(), image_lse, text_lse
 
 
-def _clip_fake(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(scale), _vector(image, scale), _vector(text, scale)
+def _clip_fake(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    lse = _vector(image, scale), _vector(text, scale)
+    products = _products_for(image, text)
+    return torch.empty_like(scale), *lse, image.new_empty(0) if products is None else products
 
 
-def _siglip_kernel(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    return losses(image, text, scale, bias).mean()
+def _siglip_kernel(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    products = _products_for(image, text)
+    loss = losses(image, text, scale, bias, products=products).mean()
+    return loss, image.new_empty(0) if products is None else products
 
 
-def _siglip_fake(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.empty_like(scale)
+def _siglip_inference(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None
+) -> tuple[Tensor, None]:
+    return losses(image, text, scale, bias).mean(), None
+
+
+def _siglip_fake(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    products = _products_for(image, text)
+    return torch.empty_like(scale), image.new_empty(0) if products is None else products
 
 
 def gradients(
@@ -232,9 +297,10 @@ def gradients(
     weights: list[float],
     image_grad: bool,
     text_grad: bool,
+    products: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of a block of logits, with ds_ij = w_0 (p_row - positive) + w_1 (p_column - positive) given
-    log-sum-exps, sigmoid(s) - positive without them:
+    log-sum-exps, sigmoid(s) - positive without them (products: those kept by the forward):
 
     Returns:
         factor * scale * ds text, factor * scale * ds^T image (empty where not wanted; fp32, or fp64
@@ -255,7 +321,7 @@ def gradients(
     ):
         assert sums is not None
         return dimage, dtext, torch.sum(sums, 1, out=totals)
-    _gradient_chunks(*args, *out, totals.zero_())
+    _gradient_chunks(*args, *out, totals.zero_(), products)
     return dimage, dtext, totals
 
 
@@ -272,30 +338,38 @@ def _gradient_chunks(
     dimage: Tensor | None,
     dtext: Tensor | None,
     totals: Tensor,
+    products: Tensor | None,
 ) -> None:
-    if dtext is not None:
+    if dtext is not None and not len(image):
         dtext.zero_()
-    for rows, products in _chunks(image, text):
+    by = factor * scale
+    chunks = _chunks(image, text, None)
+    if products is not None:
+        chunks = ((rows, products[rows]) for rows in _row_chunks(image, text))
+        buffer = products.new_empty((_chunk_rows(image, text), len(text)))
+    for rows, part in chunks:
         lse = None if image_lse is None else image_lse[rows]
-        sums = totals.new_empty((2, len(products)))
+        sums = totals.new_empty((2, len(part)))
         first = rows.start if positives else len(text)
-        options: tuple[Any, ...] = (first, lse, text_lse, *weights, sums)
-        ds = products
-        if not _core.C.contrastive_gradient_rows(products, scale, bias, *options):
-            ds = _gradient_rows(products, scale, bias, *options)
+        options: tuple[Any, ...] = (first, lse, text_lse, *weights, sums, by)
+        ds = part if products is None else buffer[: len(part)]
+        if not _core.C.contrastive_gradient_rows(part, scale, bias, *options, ds):
+            ds = _gradient_rows(part, scale, bias, *options)
         totals += sums.sum(1)
         if dimage is not None:
-            dimage[rows] = torch.mm(ds, _operand(text))
-        if dtext is None:
-            continue
-        part = _operand(image[rows])
-        if part.dtype == dtext.dtype:
-            dtext.addmm_(ds.t(), part)
-        else:
-            dtext += torch.mm(ds.t(), part)
-    for gradient in (dimage, dtext):
-        if gradient is not None:
-            gradient *= factor * scale
+            _add_product(dimage[rows], ds, _operand(text), first=True)
+        if dtext is not None:
+            _add_product(dtext, ds.t(), _operand(image[rows]), first=rows.start == 0)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total = a b, or total += a b where it isn't the first."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b, beta=0 if first else 1)
+    elif first:
+        total.copy_(a @ b)
+    else:
+        total += a @ b
 
 
 def _gradient_rows(
@@ -308,6 +382,7 @@ def _gradient_rows(
     image_weight: float,
     text_weight: float,
     sums: Tensor,
+    factor: Tensor,
 ) -> Tensor:
     logits = products * scale if bias is None else products * scale + bias
     if image_lse is None or text_lse is None:
@@ -320,7 +395,7 @@ def _gradient_rows(
         ds.diagonal(first_positive).sub_(share)
     torch.sum(ds * products, 1, out=sums[0])
     torch.sum(ds, 1, out=sums[1])
-    return ds
+    return ds.mul_(factor)
 
 
 def _gradients_fake(
@@ -335,6 +410,7 @@ def _gradients_fake(
     weights: list[float],
     image_grad: bool,
     text_grad: bool,
+    products: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dimage = scale.new_empty(image.shape if image_grad else 0)
     dtext = scale.new_empty(text.shape if text_grad else 0)
@@ -350,12 +426,12 @@ def _clip_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 def _clip_backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dloss is None:
         return None, None, None
-    image, text, scale, image_lse, text_lse = ctx.saved_tensors
+    image, text, scale, image_lse, text_lse, products = ctx.saved_tensors
     need_image, need_text, need_scale = ctx.needs_input_grad
     factor = dloss / (2 * len(image)) if len(image) else dloss
     dimage, dtext, totals = _gradients_op(
         *(image, text, scale, None, image_lse, text_lse, factor, True, [1.0, 1.0]),
-        *(need_image, need_text),
+        *(need_image, need_text, products if products.ndim == 2 else None),
     )
     return (
         dimage.to(image.dtype) if need_image else None,
@@ -364,16 +440,23 @@ def _clip_backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | N
     )
 
 
-def _siglip_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _siglip_setup_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
+) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs, output[1])
 
 
-def _siglip_backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-    image, text, scale, bias = ctx.saved_tensors
+def _siglip_backward(ctx: Any, dloss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dloss is None:
+        return None, None, None, None
+    image, text, scale, bias, products = ctx.saved_tensors
     need_image, need_text, need_scale, need_bias = ctx.needs_input_grad
     factor = dloss / len(image) if len(image) else dloss
     dimage, dtext, totals = _gradients_op(
-        *(image, text, scale, bias, None, None, factor, True, [1.0, 1.0]), need_image, need_text
+        *(image, text, scale, bias, None, None, factor, True, [1.0, 1.0]),
+        *(need_image, need_text, products if products.ndim == 2 else None),
     )
     return (
         dimage.to(image.dtype) if need_image else None,
@@ -386,22 +469,25 @@ def _siglip_backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
 _gradients_op = _library.define(
     "contrastive_gradients(Tensor image, Tensor text, Tensor scale, Tensor? bias, "
     "Tensor? image_lse, Tensor? text_lse, Tensor factor, bool positives, float[] weights, "
-    "bool image_grad, bool text_grad) -> (Tensor, Tensor, Tensor)",
+    "bool image_grad, bool text_grad, Tensor? products=None) -> (Tensor, Tensor, Tensor)",
     kernel=gradients,
     fake=_gradients_fake,
     reference=gradients,
 )
 _clip_op = _library.define(
-    "clip_loss(Tensor image, Tensor text, Tensor logit_scale) -> (Tensor, Tensor, Tensor)",
+    "clip_loss(Tensor image, Tensor text, Tensor logit_scale) -> (Tensor, Tensor, Tensor, Tensor)",
     kernel=_clip_kernel,
+    inference=_clip_inference,
     fake=_clip_fake,
     reference=reference,
     setup_context=_clip_setup_context,
     backward=_clip_backward,
 )
 _siglip_op = _library.define(
-    "siglip_loss(Tensor image, Tensor text, Tensor logit_scale, Tensor? logit_bias) -> Tensor",
+    "siglip_loss(Tensor image, Tensor text, Tensor logit_scale, Tensor? logit_bias)"
+    " -> (Tensor, Tensor)",
     kernel=_siglip_kernel,
+    inference=_siglip_inference,
     fake=_siglip_fake,
     reference=siglip_reference,
     setup_context=_siglip_setup_context,
