@@ -67,6 +67,17 @@ def test_encoder_decoder(case: str, t5: tuple[T5, Any]) -> None:
     assert_same(*t5, inputs, case)
 
 
+def test_what_comes_after_the_end_is_padding(t5: tuple[T5, Any]) -> None:
+    """As without beams; transformers puts the end token there where, as in T5, padding is 0."""
+    model, hf_model = t5
+    options = {"max_new_tokens": NEW, "num_beams": 4, "eos_token_id": 73, "length_penalty": 0.0}
+    ours = model.generate(test_t5.IDS, **options)
+    after = (ours == 73).cumsum(1) - (ours == 73).int() > 0
+    assert after.any() and not ours[after].any()
+    expected = hf_model.generate(test_t5.IDS, do_sample=False, **options)
+    assert torch.equal(ours, expected.masked_fill(after, 0))
+
+
 @pytest.mark.parametrize("rule", [{"repetition_penalty": 1.3}, {"min_new_tokens": 6}], ids=str)
 def test_rules_without_beams(rule: Any, opt: tuple[OPT, Any], t5: tuple[T5, Any]) -> None:
     for (model, hf_model), module in ((opt, test_opt), (t5, test_t5)):
@@ -121,7 +132,7 @@ def test_wide_beams_find_the_best_of_all_answers(length_penalty: float) -> None:
             scores[answer] = total / length**length_penalty
     best = sorted(scores, key=scores.__getitem__, reverse=True)[:3]
     beams = Beams(64, length_penalty, "never", num_return_sequences=3)
-    rules = Rules([eos], pad_id=9, max_new_tokens=longest)
+    rules = Rules(torch.tensor([eos]), pad_id=9, max_new_tokens=longest)
     found = beam_search(chain.logits[0, :1], chain, chain.decode, beams, rules).tolist()
     assert [tuple(x for x in row if x != 9) for row in found] == best
     assert chain.rows == 64
@@ -141,6 +152,7 @@ def test_streaming_is_refused(opt: tuple[OPT, Any]) -> None:
         ({"num_beams": 2, "num_return_sequences": 3}, "expected from 1 to num_beams 2, got 3"),
         ({"num_beams": 2, "length_penalty": float("nan")}, "length_penalty: expected a number"),
         ({"num_beams": 2, "temperature": 1.0}, "temperature: expected none with num_beams > 1"),
+        ({"num_beams": 2, "seed": 0}, "seed: expected none with num_beams > 1"),
         ({"min_new_tokens": 200}, "min_new_tokens: expected from 0 to max_new_tokens 20, got 200"),
         ({"repetition_penalty": 0.0}, "repetition_penalty: expected a positive number, got 0"),
         ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),

@@ -108,24 +108,24 @@ def beam_search(
     """
     batch, width, device = len(logits), beams.num_beams, logits.device
     # One more candidate per beam for each way to end: so width of them always go on.
-    num_kept = max(2, 1 + len(rules.eos_ids)) * width
+    num_kept = max(2, 1 + len(rules.eos)) * width
     first_row = torch.arange(batch, device=device)[:, None] * width
     rows = torch.arange(batch, device=device).repeat_interleave(width)
     state.select(rows)
     logits, seen = logits[rows], None if seen is None else seen[rows]
     running, ended = (Answers.none(batch, width, rules, device) for _ in range(2))
     running.scores[:, 0] = 0.0  # the others start alike: not to be chosen
-    open_ = torch.ones(batch, 1, dtype=torch.bool, device=device)  # may an answer get better?
+    improvable = torch.ones(batch, 1, dtype=torch.bool, device=device)
     for step in range(rules.max_new_tokens):
         kept, parents = _continuations(logits, running, rules, seen, step, num_kept)
         ends = kept.ended if step + 1 < rules.max_new_tokens else torch.ones_like(kept.ended)
         going = (kept.scores + ends * NEVER).topk(width)
         running = kept.take(going.indices)
         running.scores = going.values
-        ended = ended.best_with(_ended(kept, ends, ended, open_, beams, step + 1))
-        open_ = open_ & _may_improve(running, ended, beams, rules, step + 1)
-        full = beams.early_stopping is True and bool(ended.ended.all())
-        if full or bool(ends.all()) or not bool(open_.any()):
+        ended = ended.best_with(_ended(kept, ends, ended, improvable, beams, step + 1))
+        improvable = improvable & _may_improve(running, ended, beams, rules, step + 1)
+        full = ended.ended.all() & (beams.early_stopping is True)
+        if bool(full | ends.all() | ~improvable.any()):
             break
         rows = (parents.gather(1, going.indices) + first_row).flatten()
         tokens = running.tokens[:, :, step].flatten()
@@ -153,14 +153,14 @@ def _continuations(
 
 
 def _ended(
-    kept: Answers, ends: Tensor, ended: Answers, open_: Tensor, beams: Beams, length: int
+    kept: Answers, ends: Tensor, ended: Answers, improvable: Tensor, beams: Beams, length: int
 ) -> Answers:
     """Of the candidates, best first, those that end and are among the first num_beams."""
     first = torch.arange(kept.scores.shape[1], device=ends.device) < beams.num_beams
     new = ends & first
     full = ended.ended.all(dim=1, keepdim=True) & (beams.early_stopping is True)
     scores = kept.scores / length**beams.length_penalty
-    scores = scores + full * NEVER + ~open_ * NEVER + ~new * NEVER
+    scores = scores + full * NEVER + ~improvable * NEVER + ~new * NEVER
     return Answers(kept.tokens, scores, new, kept.lengths)
 
 

@@ -182,7 +182,8 @@ class Generates(ABC, Generic[State]):
         """The rules, and what they and the model make of the prompt."""
         eos_ids = self._eos_token_ids(eos_token_id)
         pad_id = self._pad_token_id(pad_token_id, eos_ids)
-        rules = Rules(eos_ids, pad_id, max_new_tokens, min_new_tokens, repetition_penalty)
+        eos = torch.tensor(eos_ids, dtype=torch.int64, device=self.device)
+        rules = Rules(eos, pad_id, max_new_tokens, min_new_tokens, repetition_penalty)
         logits, state = self.prefill(max_new_tokens, **inputs)
         ids = inputs.get("input_ids")
         before = self.before_answer(ids, len(logits))
@@ -207,8 +208,10 @@ class Generates(ABC, Generic[State]):
 
 
 def _expect_no_sampling(options: dict[str, Any]) -> None:
-    for name in ("temperature", "top_k", "top_p", "seed", "generator"):
-        if options.pop(name, None):
+    """Takes them out of `options`; ValueError when there are any."""
+    sampling = {"temperature": 0, "top_k": None, "top_p": None, "seed": None, "generator": None}
+    for name, absent in sampling.items():
+        if options.pop(name, absent) != absent:
             raise ValueError(f"{name}: expected none with num_beams > 1, got one")
 
 

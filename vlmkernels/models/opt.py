@@ -13,8 +13,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlmkernels.distributed import ContextPlan
-from vlmkernels.models.cache import LayerCache
 from vlmkernels.models.checkpoint import Json
 from vlmkernels.models.decoder import PackedDecoder, causal_attention
 from vlmkernels.models.fields import INDICES, NOT_NEGATIVE, expect_fields
@@ -125,19 +123,13 @@ class OPTAttention(nn.Module):
             nn.Linear(config.hidden_size, config.hidden_size) for _ in range(4)
         )
 
-    def forward(
-        self,
-        x: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        cache: LayerCache | None,
-        plan: ContextPlan | None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, *span: Any) -> Tensor:
+        """`span` as of `causal_attention`."""
         q, k, v = (
             proj(x).unflatten(-1, (self.num_heads, -1))
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        y: Tensor = self.out_proj(causal_attention(q, k, v, cu_seqlens, max_seqlen, cache, plan))
+        y: Tensor = self.out_proj(causal_attention(q, k, v, *span))
         return y
 
 
@@ -211,7 +203,8 @@ class OPTLanguage(nn.Module):
 
 @dataclass
 class OPTInputs:
-    """What a prompt is made of; the arguments of `OPT.forward`."""
+    """What a prompt is made of: input_ids (batch, seqlen) or inputs_embeds; attention_mask, 0 on
+    padding, on either side; position_ids, which start anew with every document of a row."""
 
     input_ids: Tensor | None = None
     attention_mask: Tensor | None = None
@@ -254,16 +247,15 @@ class OPT(VLM):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
+        *,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         logits_to_keep: int = 0,
+        **prompt: Tensor | None,
     ) -> VLMOutput:
-        """Logits of every token and, with labels, the loss; arguments as of `Llava.forward`."""
-        inputs = OPTInputs(input_ids, attention_mask, position_ids, inputs_embeds)
-        return self.run(inputs, labels, num_items_in_batch, logits_to_keep)
+        """Logits of every token and, with labels, the loss; `prompt` as in `OPTInputs`, otherwise
+        as of `Llava.forward`."""
+        return self.run(OPTInputs(input_ids, **prompt), labels, num_items_in_batch, logits_to_keep)
 
     def embed(self, inputs: OPTInputs) -> Embedded:
         x = embed_text(inputs.input_ids, inputs.inputs_embeds, self.decoder)

@@ -12,13 +12,13 @@ from torch import Tensor
 class Rules:
     """When an answer ends, and which tokens it may not or should not have.
 
-    eos_ids: an answer ends with one of these, or after max_new_tokens; not before it has
-    min_new_tokens. What comes after the end is pad_id.
+    eos: (n,) int64 token ids on the model's device; an answer ends with one of them, or after
+    max_new_tokens, and not before it has min_new_tokens. What comes after the end is pad_id.
     repetition_penalty: the score s of a token that prompt or answer already have becomes
     s / repetition_penalty where s > 0, else s * repetition_penalty (arXiv 1909.05858, section 4.1).
     """
 
-    eos_ids: list[int]
+    eos: Tensor
     pad_id: int = 0
     max_new_tokens: int = 128
     min_new_tokens: int = 0
@@ -39,9 +39,7 @@ class Rules:
 
     def ends(self, tokens: Tensor) -> Tensor:
         """Which of these tokens end an answer."""
-        return torch.isin(
-            tokens, torch.tensor(self.eos_ids, dtype=torch.int64, device=tokens.device)
-        )
+        return torch.isin(tokens, self.eos)
 
     def apply(self, scores: Tensor, seen: Tensor | None, num_new: int) -> Tensor:
         """scores (rows, vocab_size) of the token after num_new others, as they count."""
@@ -49,10 +47,8 @@ class Rules:
             penalty = self.repetition_penalty
             penalized = torch.where(scores < 0, scores * penalty, scores / penalty)
             scores = torch.where(seen, penalized, scores)
-        if self.eos_ids and num_new < self.min_new_tokens:
-            scores = scores.index_fill(
-                -1, torch.tensor(self.eos_ids, device=scores.device), -torch.inf
-            )
+        if num_new < self.min_new_tokens:
+            scores = scores.index_fill(-1, self.eos, -torch.inf)
         return scores
 
     def seen(self, ids: Tensor, mask: Tensor | None, vocab_size: int) -> Tensor | None:

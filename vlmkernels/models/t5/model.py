@@ -46,20 +46,16 @@ class T5(Generates[T5State], Pretrained):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        decoder_input_ids: Tensor | None = None,
-        decoder_attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
+        **answer: Any,
     ) -> VLMOutput:
-        """Logits of every decoder token and, with labels, the loss; see `T5Language`.
+        """Logits of every decoder token and, with labels, the loss; `answer`, decoder_input_ids or
+        labels, as of `T5Language.forward`.
 
         The encoder gets input_ids (batch, seqlen) or inputs_embeds (batch, seqlen, d_model), with 0
         in attention_mask on padding, on either side.
         """
         memory = self._encode(input_ids, attention_mask, inputs_embeds)
-        output: VLMOutput = self.language_model(
-            memory, decoder_input_ids, decoder_attention_mask, labels, num_items_in_batch
-        )
+        output: VLMOutput = self.language_model(memory, **answer)
         return output
 
     def _encode(
