@@ -9,8 +9,10 @@ import torch
 import transformers
 
 from bench.measure import measure
-from bench.models import clip, llava, qwen2_vl, qwen_vl, vit
+from bench.models import blip2, clip, llava, qwen2_vl, qwen_vl, vit
 from bench.whole import same_weights
+from tests.models.blip2.conftest import QFORMER, TEXT, VISION
+from vlmkernels.models.blip2 import Blip2Config
 from vlmkernels.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig
 from vlmkernels.models.llava import LlavaConfig, LlavaTextConfig
 from vlmkernels.models.qwen2_5_vl import Qwen25VLConfig, Qwen25VLVisionConfig
@@ -62,7 +64,11 @@ def tiny_cases() -> dict[str, Any]:
     visual = QwenVisionConfig(28, 14, 32, 2, 2, 2.0, 128, 4, image_start_id=8000)
     first_qwen = QwenVLConfig(8192, 128, 96, 2, 2, 64, seq_length=8, visual=visual)
     on = ("tiny", "cpu", torch.float32)
+    text = TEXT["opt"] | {"vocab_size": 8192}
+    raw = {"vision_config": VISION, "qformer_config": QFORMER, "text_config": text}
+    blip2_config = Blip2Config.from_dict(raw | {"num_query_tokens": 4, "image_token_index": 8000})
     return {
+        "blip2": lambda: blip2.cases_of(blip2_config, (2, 5), *on),
         "vit": lambda: vit.cases_of(ViTConfig(**tower, num_labels=5), 2, *on),
         "clip": lambda: clip.cases_of(clip_config, 2, *on),
         "llava": lambda: llava.cases_of(llava_config, (2, 5), *on),
@@ -71,7 +77,7 @@ def tiny_cases() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", ["vit", "clip", "llava", "qwen_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["vit", "blip2", "clip", "llava", "qwen_vl", "qwen2_5_vl"])
 def test_every_model_computes_what_its_rivals_do(name: str) -> None:
     ceiling = {"copy_gbps": 1.0, "gemm_tflops": 1.0}
     rows = [measure(case, ceiling, rounds=1) for case in tiny_cases()[name]()]

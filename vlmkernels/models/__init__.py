@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vlmkernels.models import clip, llava, qwen2_5_vl, qwen2_vl, qwen_vl, vit
+from vlmkernels.models import blip2, clip, llava, qwen2_5_vl, qwen2_vl, qwen_vl, vit
 from vlmkernels.models.checkpoint import CONFIG, read_json
 
 
@@ -38,6 +38,12 @@ MODELS: dict[str, Entry] = {
         *(clip.Clip, clip.ClipProcessor, tuple(clip.config.PRESETS)),
         does="image, text -> similarity",
         paper="arXiv 2103.00020",
+    ),
+    "blip-2": Entry(
+        "BLIP-2",
+        *(blip2.Blip2, blip2.Blip2Processor, tuple(blip2.config.PRESETS)),
+        does="images, text -> text; image, text -> similarity, match",
+        paper="arXiv 2301.12597",
     ),
     "llava": Entry(
         "LLaVA-1.5",

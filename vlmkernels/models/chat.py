@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from vlmkernels.models.checkpoint import Json
+from vlmkernels.models.checkpoint import Json, read_json
+from vlmkernels.models.fields import OBJECT, expect
 from vlmkernels.models.generation import Generates, stream_text
 from vlmkernels.models.tokenizer import Tokenizer
 
@@ -36,6 +38,16 @@ class ChatProcessor:
             self.apply_chat_template(messages), images, **options
         )
         return arguments
+
+
+def read_processor(path: Path) -> tuple[Json, Json]:
+    """processor_config.json, empty where there is none, and the image settings: in a file of
+    their own, else in there."""
+    own, image = (
+        read_json(path / name) if (path / name).is_file() else {}
+        for name in ("processor_config.json", "preprocessor_config.json")
+    )
+    return own, image or expect("image_processor", own.get("image_processor") or {}, OBJECT)
 
 
 class Chat:

@@ -38,6 +38,18 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     return ACTIVATIONS[name]
 
 
+class Dense(nn.Module):
+    """A linear layer under the name that the published files give it."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(in_features, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.dense(x)
+        return y
+
+
 class Mlp(nn.Module):
     """fc2(act(fc1(x)))"""
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -14,11 +13,11 @@ from torch import Tensor
 from vlmkernels.distributed import ContextPlan
 from vlmkernels.distributed.context import active_plan, mean_over_ranks
 from vlmkernels.models.cache import KVCache
-from vlmkernels.models.checkpoint import GENERATION_CONFIG, Json, read_json
+from vlmkernels.models.checkpoint import Json
 from vlmkernels.models.decoder import PackedDecoder, next_token_loss
 from vlmkernels.models.generation import DecodeState, Generates
 from vlmkernels.models.packing import Packing, expect_grid, expect_no_empty_row, make_packing
-from vlmkernels.models.pretrained import Pretrained
+from vlmkernels.models.pretrained import PretrainedGenerator
 
 
 @dataclass
@@ -39,7 +38,7 @@ class Embedded:
     text_positions: Tensor | None = None  # (batch, seqlen) running indices of packed documents
 
 
-class VLM(Generates[DecodeState], Pretrained):
+class VLM(Generates[DecodeState], PretrainedGenerator):
     """A vision tower and a decoder. A model says where they are and how inputs become `Embedded`.
 
     All rows of a batch go through the decoder as one run of tokens: padding never reaches a kernel.
@@ -178,18 +177,6 @@ class VLM(Generates[DecodeState], Pretrained):
     def _head(self, h: Tensor) -> Tensor:
         """(..., hidden_size) -> (..., vocab_size)"""
         return torch.nn.functional.linear(h, self.head_weight)
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path, **options: Any) -> Self:
-        """The model of a checkpoint directory, in eval mode; see `vlmkernels.models.load`."""
-        model = super().from_pretrained(path, **options)
-        if (Path(path) / GENERATION_CONFIG).is_file():
-            model.generation_config = read_json(Path(path) / GENERATION_CONFIG)
-        return model
-
-    def other_configs(self) -> dict[str, Json]:
-        generation = self.generation_config or {"eos_token_id": self.config.eos_token_id}
-        return {GENERATION_CONFIG: generation}
 
     def tied_names(self) -> Mapping[str, str]:
         # Files of models with tied embeddings may hold the head as well.

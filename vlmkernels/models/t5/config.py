@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from vlmkernels.models.checkpoint import Json
 from vlmkernels.models.fields import INDICES, expect_fields
 
-FEED_FORWARD = ("gated-gelu", "relu")
+# feed_forward_proj -> its activations, the default first: BLIP-2's FlanT5 has the exact GELU.
+FEED_FORWARD = {"gated-gelu": ("gelu_new", "gelu"), "relu": ("relu",)}
 # Published sizes of FlanT5 (hub config.json files).
 PRESETS: dict[str, Json] = {
     "flan-t5-xl": {"d_model": 2048, "d_ff": 5120, "num_layers": 24, "num_heads": 32},
@@ -36,6 +37,7 @@ class T5Config:
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
     feed_forward_proj: str = "relu"
+    dense_act_fn: str | None = None  # None: the default of feed_forward_proj
     tie_word_embeddings: bool = True
     decoder_start_token_id: int | None = 0
     pad_token_id: int | None = 0
@@ -46,8 +48,13 @@ class T5Config:
         expect_fields(self, eos_token_id=INDICES)
         if self.feed_forward_proj not in FEED_FORWARD:
             raise ValueError(
-                f"feed_forward_proj: expected one of {FEED_FORWARD}, got {self.feed_forward_proj!r}"
+                f"feed_forward_proj: expected one of {[*FEED_FORWARD]}, "
+                f"got {self.feed_forward_proj!r}"
             )
+        acts = FEED_FORWARD[self.feed_forward_proj]
+        self.dense_act_fn = self.dense_act_fn or acts[0]
+        if self.dense_act_fn not in acts:
+            raise ValueError(f"dense_act_fn: expected one of {acts}, got {self.dense_act_fn!r}")
         if self.relative_attention_num_buckets % 4:
             raise ValueError(
                 "relative_attention_num_buckets: expected a multiple of 4, "

@@ -165,6 +165,7 @@ class T5FeedForward(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.gated = config.feed_forward_proj == "gated-gelu"
+        self.approximate = "none" if config.dense_act_fn == "gelu" else "tanh"
         if self.gated:
             self.wi_0, self.wi_1 = (
                 nn.Linear(config.d_model, config.d_ff, bias=False) for _ in range(2)
@@ -175,7 +176,7 @@ class T5FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gated:
-            h = ops.geglu(self.wi_0(x), self.wi_1(x), approximate="tanh")
+            h = ops.geglu(self.wi_0(x), self.wi_1(x), approximate=self.approximate)
         else:
             h = nn.functional.relu(self.wi(x))
         y: Tensor = self.wo(h)

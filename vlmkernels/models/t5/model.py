@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlmkernels.models.checkpoint import Json
 from vlmkernels.models.generation import Generates
-from vlmkernels.models.pretrained import Pretrained
+from vlmkernels.models.pretrained import PretrainedGenerator
 from vlmkernels.models.vlm import VLMOutput, embed_text
 
 from .config import T5Config
@@ -18,7 +18,7 @@ from .language import Memory, T5Language, T5State
 from .weights import own_name, tied_names
 
 
-class T5(Generates[T5State], Pretrained):
+class T5(Generates[T5State], PretrainedGenerator):
     """T5 with the published parameter names and transformers' keywords."""
 
     config_class = T5Config
