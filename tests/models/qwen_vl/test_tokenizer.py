@@ -109,6 +109,11 @@ def test_texts_that_cannot_be_encoded(text: str, message: str) -> None:
         QwenTokenizer(make_ranks(), num_slots=8).encode(text)
 
 
+def test_only_special_tokens_are_allowed_as_such() -> None:
+    with pytest.raises(ValueError, match=r"expected special tokens, got \['dog'\]"):
+        QwenTokenizer(make_ranks()).encode("a dog", allowed_special=["dog", "<ref>"])
+
+
 def test_any_ids_decode() -> None:
     """Those of half a character, of broken images, of no token; tags of boxes stay."""
     tokenizer = QwenTokenizer(make_ranks(), num_slots=8)

@@ -98,13 +98,15 @@ class QwenTokenizer(Tokenizer):
 
         Raises:
             ValueError: an <img> without </img>, a path of more than num_slots bytes, a special
-                token in it, half a surrogate pair.
+                token in it, half a surrogate pair, an unknown token in allowed_special.
         """
         text = unicodedata.normalize("NFC", text)
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"text: expected Unicode text: {error}") from error
+        if unknown := sorted(set(allowed_special) - self.special.keys()):
+            raise ValueError(f"allowed_special: expected special tokens, got {unknown}")
         parts = [text]
         if allowed_special:
             pattern = "|".join(re.escape(token) for token in allowed_special)
