@@ -120,7 +120,7 @@ def test_any_ids_decode() -> None:
     start, end = tokenizer.special["<img>"], tokenizer.special["</img>"]
     half = tokenizer.encode("é")[:1]
     assert tokenizer.decode(half) == "\ufffd"
-    for ids in ([start], [end, start], [start, 300, end], [10**6, -1], []):
+    for ids in ([start], [end, start], [start, 300, end], [start, -1, end], [10**6, -1], []):
         assert tokenizer.decode([*ids, *tokenizer.encode("dog")]).endswith("dog")
     answer = "<ref>dog</ref><box>(1,2),(3,4)</box>"
     ids = tokenizer.encode(f"<|im_start|>{answer}<|im_end|><|endoftext|>")
