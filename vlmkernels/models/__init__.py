@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from vlmkernels.models import clip, llava, qwen2_5_vl, qwen2_vl, vit
+from vlmkernels.models import blip2, clip, llava, qwen2_5_vl, qwen2_vl, vit
+from vlmkernels.models import clip, llava, qwen2_5_vl, qwen2_vl, qwen_vl, vit
 from vlmkernels.models.checkpoint import CONFIG, read_json
 
 
@@ -39,11 +40,23 @@ MODELS: dict[str, Entry] = {
         does="image, text -> similarity",
         paper="arXiv 2103.00020",
     ),
+    "blip-2": Entry(
+        "BLIP-2",
+        *(blip2.Blip2, blip2.Blip2Processor, tuple(blip2.config.PRESETS)),
+        does="images, text -> text; image, text -> similarity, match",
+        paper="arXiv 2301.12597",
+    ),
     "llava": Entry(
         "LLaVA-1.5",
         *(llava.Llava, llava.LlavaProcessor, tuple(llava.config.PRESETS)),
         does="images, text -> text",
         paper="arXiv 2310.03744",
+    ),
+    "qwen": Entry(
+        "Qwen-VL",
+        *(qwen_vl.QwenVL, qwen_vl.QwenVLProcessor, tuple(qwen_vl.config.PRESETS)),
+        does="images, text -> text, boxes",
+        paper="arXiv 2308.12966",
     ),
     "qwen2_vl": Entry(
         "Qwen2-VL",

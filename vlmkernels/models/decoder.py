@@ -1,4 +1,5 @@
-"""Decoder-only language model (LLaMA, Qwen2: GQA, SwiGLU, RMSNorm, rotary) on packed tokens.
+"""Decoder-only language models on packed tokens; `Decoder` is LLaMA and Qwen2 (GQA, SwiGLU,
+RMSNorm, rotary), vlmkernels/models/opt.py another one.
 
 There is no padding and no mask here: a batch is one run of tokens, `cu_seqlens` marks where each
 sequence starts (vlmkernels/models/packing.py).
@@ -6,7 +7,9 @@ sequence starts (vlmkernels/models/packing.py).
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol, cast
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 from vlmkernels.distributed import ContextPlan, ring_attention
 from vlmkernels.models.cache import KVCache, LayerCache
 from vlmkernels.models.layers import GatedMlp, add_norm, run_layer
-from vlmkernels.nn import RMSNorm
+from vlmkernels.nn import LayerNorm, RMSNorm
 from vlmkernels.ops import attention, attention_decode
 
 
@@ -23,14 +26,11 @@ class Rotary(Protocol):
         """q, k (num_tokens, heads, head_dim) turned by position_ids (..., num_tokens)."""
 
 
-class DecoderConfig(Protocol):
-    """What the decoder wants to know; the config of a model has it under these names."""
+class StackConfig(Protocol):
+    """What every decoder wants to know; the config of a model has it under these names."""
 
-    hidden_act: str
     hidden_size: int
-    intermediate_size: int
     num_hidden_layers: int
-    rms_norm_eps: float
     vocab_size: int
 
     @property
@@ -39,6 +39,38 @@ class DecoderConfig(Protocol):
     def num_heads_k(self) -> int: ...
     @property
     def head_dim(self) -> int: ...
+
+
+class DecoderConfig(StackConfig, Protocol):
+    """What `Decoder` wants to know besides."""
+
+    hidden_act: str
+    intermediate_size: int
+    rms_norm_eps: float
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    cache: LayerCache | None,
+    plan: ContextPlan | None,
+) -> Tensor:
+    """q (num_tokens, num_heads, head_dim); k, v alike -> (num_tokens, num_heads * head_dim).
+
+    Keys and values go to the `cache`, if there is one; see `PackedDecoder`.
+    """
+    if cache is not None:
+        cache.write(k, v)
+    if cache is not None and cache.decoding:
+        out = attention_decode(q.unsqueeze(1), cache.keys, cache.values, cache.seqlens)
+    elif plan is not None:
+        out = ring_attention(q, k, v, plan)
+    else:
+        out = attention(q, k, v, causal=True, cu_seqlens_q=cu_seqlens, max_seqlen_q=max_seqlen)
+    return cast(Tensor, out).reshape(len(q), q.shape[1] * q.shape[2])
 
 
 class Attention(nn.Module):
@@ -67,15 +99,7 @@ class Attention(nn.Module):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = self.rotary(q, k, position_ids)
-        if cache is not None:
-            cache.write(k, v)
-        if cache is not None and cache.decoding:
-            out = attention_decode(q.unsqueeze(1), cache.keys, cache.values, cache.seqlens)
-        elif plan is not None:
-            out = ring_attention(q, k, v, plan)
-        else:
-            out = attention(q, k, v, causal=True, cu_seqlens_q=cu_seqlens, max_seqlen_q=max_seqlen)
-        y: Tensor = self.o_proj(cast(Tensor, out).reshape(len(x), self.o_proj.in_features))
+        y: Tensor = self.o_proj(causal_attention(q, k, v, cu_seqlens, max_seqlen, cache, plan))
         return y
 
 
@@ -107,26 +131,44 @@ class DecoderLayer(nn.Module):
         return self.mlp(y), residual
 
 
-class Decoder(nn.Module):
+class PackedDecoder(nn.Module):
     """Token embeddings (num_tokens, hidden_size) -> normed hidden states of the same shape.
 
-    position_ids: (num_axes, num_tokens); `rotary` gets them, one axis as (num_tokens,).
+    position_ids: (num_axes, num_tokens); the layers get them, one axis as (num_tokens,).
     cu_seqlens: (num_sequences + 1,) int32. With a `cache` the new keys and values go where it
     reserved, and a decoding step (one token per row) attends to the whole cache. With a `plan` the
     tokens are this rank's, and attention goes over all ranks.
     """
 
     num_axes: ClassVar[int] = 1
+    max_positions: int | None = None  # None: no table of positions to run out of
 
-    def __init__(self, config: DecoderConfig, rotary: Rotary, *, bias: bool) -> None:
+    def __init__(self, config: StackConfig, make_layer: Callable[[], nn.Module]) -> None:
         super().__init__()
         self.gradient_checkpointing = False
         self.num_heads_k, self.head_dim = config.num_heads_k, config.head_dim
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, rotary, bias) for _ in range(config.num_hidden_layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleList(make_layer() for _ in range(config.num_hidden_layers))
+
+    @property
+    @abstractmethod
+    def last_norm(self) -> RMSNorm | LayerNorm:
+        """Of the hidden states after the layers."""
+
+    def add_positions(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        """x before the first layer, for positions that are not a matter of attention."""
+        return x
+
+    def layer_positions(
+        self,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        cache: KVCache | None,
+        plan: ContextPlan | None,
+    ) -> Any:
+        """What the layers get to know of the positions."""
+        return position_ids[0] if self.num_axes == 1 else position_ids
 
     def forward(
         self,
@@ -138,17 +180,30 @@ class Decoder(nn.Module):
         plan: ContextPlan | None = None,
     ) -> Tensor:
         residual = None
-        position_ids = position_ids[0] if self.num_axes == 1 else position_ids
+        positions = self.layer_positions(position_ids, cu_seqlens, max_seqlen, cache, plan)
+        x = self.add_positions(x, positions)
         for i, layer in enumerate(self.layers):
             x, residual = run_layer(
                 layer,
-                *(x, residual, position_ids, cu_seqlens, max_seqlen),
+                *(x, residual, positions, cu_seqlens, max_seqlen),
                 cache.layers[i] if cache is not None else None,
                 plan,
                 recompute=self.gradient_checkpointing,
             )
-        y, _ = add_norm(self.norm, x, residual)
+        y, _ = add_norm(self.last_norm, x, residual)
         return y
+
+
+class Decoder(PackedDecoder):
+    """LLaMA, Qwen2: rotary positions, q, k, v with `bias`."""
+
+    def __init__(self, config: DecoderConfig, rotary: Rotary, *, bias: bool) -> None:
+        super().__init__(config, lambda: DecoderLayer(config, rotary, bias))
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    @property
+    def last_norm(self) -> RMSNorm:
+        return self.norm
 
 
 def next_token_loss(

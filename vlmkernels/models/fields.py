@@ -40,6 +40,7 @@ MAYBE_INDEX = Kind("an integer of at least 0 or null", lambda x: x is None or IN
 THREE_INDICES = Kind("three integers of at least 0", lambda x: _are(INDEX.holds, x, 3))
 POSITIVE = Kind("a positive number", lambda x: _is_number(x) and x > 0)
 NOT_NEGATIVE = Kind("a number of at least 0", lambda x: _is_number(x) and x >= 0)
+FRACTION = Kind("a number of at least 0 and below 1", lambda x: _is_number(x) and 0 <= x < 1)
 THREE_NUMBERS = Kind("three numbers", lambda x: _are(_is_number, x, 3))
 THREE_POSITIVE = Kind("three positive numbers", lambda x: _are(POSITIVE.holds, x, 3))
 FLAG = Kind("true or false", lambda x: isinstance(x, bool))
@@ -67,6 +68,19 @@ def expect_fields(config: Any, prefix: str = "", /, **kinds: Kind) -> None:
         kind = kinds.get(field.name) or _BY_TYPE.get(str(field.type))
         if kind is not None:
             expect(prefix + field.name, getattr(config, field.name), kind)
+
+
+def known_fields(cls: type, raw: dict[str, Any]) -> dict[str, Any]:
+    """What a JSON object says about the fields of a dataclass; null says nothing."""
+    names = {f.name for f in dataclasses.fields(cls)}
+    return {k: v for k, v in raw.items() if k in names and v is not None}
+
+
+def expect_multiple(config: Any, prefix: str, name: str, by: str) -> None:
+    """ValueError unless field `name` of a dataclass is a multiple of its field `by`."""
+    value, divisor = getattr(config, name), getattr(config, by)
+    if value % divisor:
+        raise ValueError(f"{prefix}{name}: expected a multiple of {by} = {divisor}, got {value}")
 
 
 def _is_file_name(name: Any) -> bool:

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
 
+from vlmkernels.models.beam_search import Beams, State, beam_search
 from vlmkernels.models.cache import KVCache
 from vlmkernels.models.checkpoint import Json
 from vlmkernels.models.fields import INDEX, INDICES, expect
+from vlmkernels.models.rules import Rules
 from vlmkernels.models.tokenizer import Tokenizer
 
 
 @dataclass
 class DecodeState:
-    """What a model carries from step to step."""
+    """What a decoder-only model carries from step to step."""
 
     cache: KVCache
     next_positions: Tensor  # (batch,) int64: position of the next token along every axis
+
+    def select(self, rows: Tensor) -> None:
+        """See `beam_search.Rows`."""
+        self.cache.select(rows)
+        self.next_positions = self.next_positions[rows]
 
 
 @dataclass(frozen=True)
@@ -72,74 +80,115 @@ class Sampling:
         return torch.multinomial(probability, 1, generator=generator)[:, 0]
 
 
-class Generates(ABC):
-    """Gives a model `generate`, from two things that it can do: `prefill` and `decode`."""
+class Generates(ABC, Generic[State]):
+    """Gives a model `generate`, from two things that it can do: `prefill` and `decode`.
+
+    State is what it carries from step to step.
+    """
 
     config: Any
     generation_config: Json  # the checkpoint's generation_config.json
     device: Any
 
     @abstractmethod
-    def prefill(self, max_new_tokens: int, **inputs: Any) -> tuple[Tensor, DecodeState]:
+    def prefill(self, max_new_tokens: int, **inputs: Any) -> tuple[Tensor, State]:
         """Logits (batch, vocab_size) of the token after each prompt, and room for the answer."""
 
     @abstractmethod
-    def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:
+    def decode(self, tokens: Tensor, state: State) -> Tensor:
         """One more token (batch,) of every row -> logits (batch, vocab_size) of the next."""
 
-    def generate(self, input_ids: Tensor, **options: Any) -> Tensor:
+    def before_answer(self, input_ids: Tensor | None, batch: int) -> Tensor:
+        """(batch, n) ids that `generate` returns in front of the new tokens: the prompt's."""
+        if input_ids is None:  # it came as inputs_embeds
+            return torch.empty(batch, 0, dtype=torch.int64, device=self.device)
+        return input_ids
+
+    def generate(self, input_ids: Tensor | None = None, **options: Any) -> Tensor:
         """Prompt and new tokens, (batch, seqlen + num_new), as transformers returns them.
 
         Args:
             input_ids, attention_mask, pixel_values, ...: as of `forward`. Rows may be padded on
                 either side; the new tokens are appended to the padded row.
+            num_beams, length_penalty, early_stopping: beam search, see `Beams`; 1 for none.
+            num_return_sequences: so many rows for each prompt, the best first; with beams.
             max_new_tokens: at most so many (128); fewer when every row has ended.
-            temperature, top_k, top_p: see `Sampling`; greedy by default.
+            min_new_tokens, repetition_penalty: see `Rules`.
+            temperature, top_k, top_p: see `Sampling`; greedy by default. Without beams.
             seed, generator: make sampling repeatable; at most one of them.
             eos_token_id: one or several; the checkpoint's by default. () for none.
             pad_token_id: what a row gets after its end; the checkpoint's by default.
 
         Raises:
             ValueError: naming the argument; so too when top_k, top_p, seed or generator comes at
-                temperature 0, where nothing is drawn.
+                temperature 0, where nothing is drawn, or an option of beams without them.
         """
-        steps = list(self.generate_steps(input_ids=input_ids, **options))
-        return torch.cat([input_ids, torch.stack(steps, dim=1)], dim=1)
+        names = {field.name for field in dataclasses.fields(Beams)}
+        beams = Beams(**{name: options.pop(name) for name in names & options.keys()})
+        if beams.num_beams == 1:
+            new = torch.stack(list(self.generate_steps(input_ids=input_ids, **options)), dim=1)
+        else:
+            _expect_no_sampling(options)
+            rules, logits, state, seen = self._begin(input_ids=input_ids, **options)
+            new = beam_search(logits, state, self.decode, beams, rules, seen)
+        count = beams.num_return_sequences
+        before = self.before_answer(input_ids, len(new) // count)
+        return torch.cat([before.repeat_interleave(count, dim=0), new], dim=1)
 
     def generate_steps(
         self,
         *,
-        max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-        pad_token_id: int | None = None,
-        **inputs: Any,
+        num_beams: int = 1,
+        **options: Any,
     ) -> Iterator[Tensor]:
-        """The new tokens as they are made, (batch,) for each step; arguments as of `generate`."""
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+        """The new tokens as they are made, (batch,) for each step; arguments as of `generate`,
+        without beams: their tokens are known at the end only."""
+        if num_beams != 1:
+            raise ValueError(f"num_beams: expected 1 to get tokens as they come, got {num_beams}")
         sampling = Sampling(temperature, top_k, top_p)
         sampling.expect_drawing(seed=seed, generator=generator)
         if seed is not None and generator is not None:
             raise ValueError("seed: expected at most one of seed and generator, got both")
-        eos_ids = self._eos_token_ids(eos_token_id)
-        pad_id = self._pad_token_id(pad_token_id, eos_ids)
         if seed is not None:
             generator = torch.Generator(self.device).manual_seed(seed)
-        logits, state = self.prefill(max_new_tokens, **inputs)
-        eos = torch.tensor(eos_ids, dtype=torch.int64, device=logits.device)
+        rules, logits, state, seen = self._begin(**options)
         ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-        for step in range(max_new_tokens):
-            tokens = sampling.draw(logits, generator).masked_fill(ended, pad_id)
-            ended = ended | torch.isin(tokens, eos)
+        for step in range(rules.max_new_tokens):
+            scores = rules.apply(logits, seen, step)
+            tokens = sampling.draw(scores, generator).masked_fill(ended, rules.pad_id)
+            ended = ended | rules.ends(tokens)
             yield tokens
-            if step + 1 == max_new_tokens or bool(ended.all()):
+            if step + 1 == rules.max_new_tokens or bool(ended.all()):
                 return
+            if seen is not None:
+                seen = seen.scatter(1, tokens[:, None], True)
             logits = self.decode(tokens, state)
+
+    def _begin(
+        self,
+        *,
+        max_new_tokens: int = 128,
+        min_new_tokens: int = 0,
+        repetition_penalty: float = 1.0,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        **inputs: Any,
+    ) -> tuple[Rules, Tensor, State, Tensor | None]:
+        """The rules, and what they and the model make of the prompt."""
+        eos_ids = self._eos_token_ids(eos_token_id)
+        pad_id = self._pad_token_id(pad_token_id, eos_ids)
+        eos = torch.tensor(eos_ids, dtype=torch.int64, device=self.device)
+        rules = Rules(eos, pad_id, max_new_tokens, min_new_tokens, repetition_penalty)
+        logits, state = self.prefill(max_new_tokens, **inputs)
+        ids = inputs.get("input_ids")
+        before = self.before_answer(ids, len(logits))
+        mask = inputs.get("attention_mask") if before is ids else None
+        return rules, logits, state, rules.seen(before, mask, logits.shape[-1])
 
     def _eos_token_ids(self, given: int | Sequence[int] | None) -> list[int]:
         if given is None:
@@ -156,6 +205,14 @@ class Generates(ABC):
             return eos_ids[0] if eos_ids else 0
         expect("pad_token_id", given, INDEX)
         return given
+
+
+def _expect_no_sampling(options: dict[str, Any]) -> None:
+    """Takes them out of `options`; ValueError when there are any."""
+    sampling = {"temperature": 0, "top_k": None, "top_p": None, "seed": None, "generator": None}
+    for name, absent in sampling.items():
+        if options.pop(name, absent) != absent:
+            raise ValueError(f"{name}: expected none with num_beams > 1, got one")
 
 
 def stream_text(tokenizer: Tokenizer, steps: Iterator[Tensor]) -> Iterator[str]:

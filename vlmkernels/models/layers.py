@@ -27,6 +27,7 @@ def add_norm(
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": ops.quick_gelu,
     "gelu": ops.gelu,
+    "relu": nn.functional.relu,
     "silu": nn.functional.silu,
 }
 
@@ -35,6 +36,18 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     if name not in ACTIVATIONS:
         raise ValueError(f"hidden_act: expected one of {sorted(ACTIVATIONS)}, got {name!r}")
     return ACTIVATIONS[name]
+
+
+class Dense(nn.Module):
+    """A linear layer under the name that the published files give it."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(in_features, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.dense(x)
+        return y
 
 
 class Mlp(nn.Module):

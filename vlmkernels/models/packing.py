@@ -38,6 +38,12 @@ def expect_grid(name: str, tensor: Tensor | None, x: Tensor) -> None:
         raise ValueError(f"{name}: expected shape {tuple(x.shape[:2])}, got {tuple(tensor.shape)}")
 
 
+def expect_no_empty_row(packing: Packing) -> None:
+    """ValueError unless every row has a token to go on from."""
+    if not bool(packing.cu_seqlens.diff().all()):
+        raise ValueError("attention_mask: expected a token in every row, got a row of padding")
+
+
 def make_packing(
     batch: int,
     seqlen: int,

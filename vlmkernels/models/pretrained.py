@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vlmkernels.models.checkpoint import (
     CONFIG,
+    GENERATION_CONFIG,
     Json,
     Piece,
     load_weights,
@@ -43,7 +44,7 @@ class Pretrained(nn.Module):
     ) -> Self:
         """The model of a checkpoint directory, in eval mode; see `vlmkernels.models.load`."""
         path = Path(path)
-        model = cls.on_meta(cls.config_class.from_dict(read_json(path / CONFIG)))
+        model = cls.on_meta(cls.read_config(path))
         load_weights(
             model,
             path,
@@ -53,6 +54,10 @@ class Pretrained(nn.Module):
             device=device,
         )
         return model.eval()
+
+    @classmethod
+    def read_config(cls, path: Path) -> Any:
+        return cls.config_class.from_dict(read_json(path / CONFIG))
 
     @classmethod
     def on_meta(cls, config: Any) -> Self:
@@ -98,3 +103,21 @@ class Pretrained(nn.Module):
                 parameter.normal_(std=self.config.initializer_range)
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+class PretrainedGenerator(Pretrained):
+    """A model whose directory says how to generate as well."""
+
+    generation_config: Json
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options: Any) -> Self:
+        """The model of a checkpoint directory, in eval mode; see `vlmkernels.models.load`."""
+        model = super().from_pretrained(path, **options)
+        if (Path(path) / GENERATION_CONFIG).is_file():
+            model.generation_config = read_json(Path(path) / GENERATION_CONFIG)
+        return model
+
+    def other_configs(self) -> dict[str, Json]:
+        generation = self.generation_config or {"eos_token_id": self.config.eos_token_id}
+        return {GENERATION_CONFIG: generation}

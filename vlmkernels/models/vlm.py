@@ -5,8 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -14,11 +13,11 @@ from torch import Tensor
 from vlmkernels.distributed import ContextPlan
 from vlmkernels.distributed.context import active_plan, mean_over_ranks
 from vlmkernels.models.cache import KVCache
-from vlmkernels.models.checkpoint import GENERATION_CONFIG, Json, read_json
-from vlmkernels.models.decoder import Decoder, next_token_loss
+from vlmkernels.models.checkpoint import Json
+from vlmkernels.models.decoder import PackedDecoder, next_token_loss
 from vlmkernels.models.generation import DecodeState, Generates
-from vlmkernels.models.packing import Packing, expect_grid, make_packing
-from vlmkernels.models.pretrained import Pretrained
+from vlmkernels.models.packing import Packing, expect_grid, expect_no_empty_row, make_packing
+from vlmkernels.models.pretrained import PretrainedGenerator
 
 
 @dataclass
@@ -39,7 +38,7 @@ class Embedded:
     text_positions: Tensor | None = None  # (batch, seqlen) running indices of packed documents
 
 
-class VLM(Generates, Pretrained):
+class VLM(Generates[DecodeState], PretrainedGenerator):
     """A vision tower and a decoder. A model says where they are and how inputs become `Embedded`.
 
     All rows of a batch go through the decoder as one run of tokens: padding never reaches a kernel.
@@ -54,7 +53,7 @@ class VLM(Generates, Pretrained):
 
     @property
     @abstractmethod
-    def decoder(self) -> Decoder: ...
+    def decoder(self) -> PackedDecoder: ...
 
     @property
     @abstractmethod
@@ -135,10 +134,14 @@ class VLM(Generates, Pretrained):
         if prompt.text_positions is not None:
             raise ValueError("position_ids: expected no documents, generation continues one")
         packing = make_packing(x.shape[0], x.shape[1], x.device, mask)
-        if not bool(packing.cu_seqlens.diff().all()):
-            raise ValueError("attention_mask: expected a token in every row, got a row of padding")
+        expect_no_empty_row(packing)
+        max_seqlen = packing.max_seqlen + max_new_tokens
+        if (limit := self.decoder.max_positions) is not None and max_seqlen > limit:
+            raise ValueError(
+                f"max_new_tokens: expected at most {limit} tokens with the prompt, got {max_seqlen}"
+            )
         cache = KVCache(
-            *(len(self.decoder.layers), x.shape[0], packing.max_seqlen + max_new_tokens),
+            *(len(self.decoder.layers), x.shape[0], max_seqlen),
             *(self.decoder.num_heads_k, self.decoder.head_dim),
             dtype=x.dtype,
             device=x.device,
@@ -175,34 +178,22 @@ class VLM(Generates, Pretrained):
         """(..., hidden_size) -> (..., vocab_size)"""
         return torch.nn.functional.linear(h, self.head_weight)
 
-    @classmethod
-    def from_pretrained(cls, path: str | Path, **options: Any) -> Self:
-        """The model of a checkpoint directory, in eval mode; see `vlmkernels.models.load`."""
-        model = super().from_pretrained(path, **options)
-        if (Path(path) / GENERATION_CONFIG).is_file():
-            model.generation_config = read_json(Path(path) / GENERATION_CONFIG)
-        return model
-
-    def other_configs(self) -> dict[str, Json]:
-        generation = self.generation_config or {"eos_token_id": self.config.eos_token_id}
-        return {GENERATION_CONFIG: generation}
-
     def tied_names(self) -> Mapping[str, str]:
         # Files of models with tied embeddings may hold the head as well.
         tied = self.config.tie_word_embeddings
         return {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
 
 
-def expect_ids(ids: Tensor, vocab_size: int) -> None:
+def expect_ids(ids: Tensor, vocab_size: int, name: str = "input_ids") -> None:
     """Token ids (batch, seqlen) that the embedding has; else ValueError or TypeError."""
     if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"input_ids: expected int32 or int64, got {ids.dtype}")
+        raise TypeError(f"{name}: expected int32 or int64, got {ids.dtype}")
     if ids.ndim != 2 or ids.numel() == 0:
-        raise ValueError(f"input_ids: expected shape (batch, seqlen), got {tuple(ids.shape)}")
+        raise ValueError(f"{name}: expected shape (batch, seqlen), got {tuple(ids.shape)}")
     # On a GPU the values are not looked at: that would stall every batch.
     if looks_at(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
         raise ValueError(
-            f"input_ids: expected in [0, {vocab_size}), got {int(ids.min())} to {int(ids.max())}"
+            f"{name}: expected in [0, {vocab_size}), got {int(ids.min())} to {int(ids.max())}"
         )
 
 
@@ -211,17 +202,38 @@ def looks_at(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def embed_text(ids: Tensor | None, embeds: Tensor | None, decoder: Decoder) -> Tensor:
+class HasEmbedding(Protocol):
+    @property
+    def embed_tokens(self) -> torch.nn.Embedding: ...
+
+
+def embed_text(ids: Tensor | None, embeds: Tensor | None, language: HasEmbedding) -> Tensor:
     """(batch, seqlen, hidden_size) from exactly one of input_ids and inputs_embeds."""
     if (ids is None) == (embeds is None):
         raise ValueError("input_ids: expected exactly one of input_ids and inputs_embeds")
     if ids is not None:
-        expect_ids(ids, decoder.embed_tokens.num_embeddings)
-        embeds = decoder.embed_tokens(ids)
+        expect_ids(ids, language.embed_tokens.num_embeddings)
+        embeds = language.embed_tokens(ids)
     assert embeds is not None
     if embeds.ndim != 3 or embeds.numel() == 0:
         raise ValueError(f"inputs_embeds: expected 3 dimensions, got shape {tuple(embeds.shape)}")
     return embeds
+
+
+def embedded(x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Embedded:
+    """x (batch, seqlen, hidden_size) at the positions given, or counted without the padding.
+
+    Given positions mark documents: attention stays inside of a run that goes up by one.
+    """
+    expect_grid("attention_mask", attention_mask, x)
+    expect_grid("position_ids", position_ids, x)
+    if position_ids is not None:
+        return Embedded(x, position_ids[None], attention_mask, position_ids)
+    if attention_mask is None:
+        running = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+    else:
+        running = ((attention_mask != 0).cumsum(dim=1) - 1).clamp(min=0)
+    return Embedded(x, running[None], attention_mask)
 
 
 def splice(name: str, x: Tensor, here: Tensor, rows: Tensor | None) -> Tensor:

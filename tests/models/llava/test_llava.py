@@ -127,6 +127,14 @@ def test_a_row_does_not_depend_on_its_batch_or_padding_side(
     )
 
 
+def test_beams_match_transformers(model: Llava, hf_model: Any, processor: LlavaProcessor) -> None:
+    # One image a row: of two, transformers 5.17 gives some beams the first one twice.
+    inputs = processor(["<image> a dog", "What is in the <image>?"], [CAT, DOG])
+    options = {"max_new_tokens": 8, "num_beams": 4, "num_return_sequences": 2}
+    expected = hf_model.generate(**inputs, do_sample=False, **options)
+    assert torch.equal(model.generate(**inputs, **options), expected)
+
+
 def test_streamed_text_is_the_decoded_answer(model: Llava, processor: LlavaProcessor) -> None:
     inputs = make("one image", processor)
     options = {"max_new_tokens": 12, "temperature": 2.0, "seed": 0, "eos_token_id": ()}

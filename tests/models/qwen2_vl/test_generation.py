@@ -16,18 +16,20 @@ from vlmkernels.models.qwen2_vl import Qwen2VL, Qwen2VLProcessor
 NEW = 8
 
 
+@pytest.mark.parametrize("search", [{}, {"num_beams": 4, "num_return_sequences": 2}], ids=str)
 @pytest.mark.parametrize(
     "case", ["one_image", "two_images", "text", "padded_left", "image_and_video"]
 )
-def test_greedy_tokens_match_transformers(
+def test_tokens_match_transformers(
     case: str,
+    search: dict[str, int],
     model: Qwen2VL,
     hf_model: transformers.Qwen2VLForConditionalGeneration,
     processor: Qwen2VLProcessor,
 ) -> None:
     inputs = cases.make(case, processor)
-    expected = hf_model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
-    assert torch.equal(model.generate(**inputs, max_new_tokens=NEW), expected)
+    expected = hf_model.generate(**inputs, max_new_tokens=NEW, do_sample=False, **search)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=NEW, **search), expected)
 
 
 def step_logits(model: Qwen2VL, inputs: dict[str, Any], steps: int) -> tuple[torch.Tensor, ...]:

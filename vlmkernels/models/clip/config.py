@@ -10,7 +10,16 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlmkernels.models.fields import INDEX, NOT_NEGATIVE, OBJECT, Kind, expect, expect_fields
+from vlmkernels.models.fields import (
+    INDEX,
+    NOT_NEGATIVE,
+    OBJECT,
+    Kind,
+    expect,
+    expect_fields,
+    expect_multiple,
+    known_fields,
+)
 
 Json = dict[str, Any]
 
@@ -68,7 +77,7 @@ class ClipVisionConfig:
 
     def __post_init__(self) -> None:
         expect_fields(self, "vision_config.")
-        _check_heads("vision_config", self)
+        expect_multiple(self, "vision_config.", "hidden_size", "num_attention_heads")
         if self.image_size < self.patch_size:
             raise ValueError(
                 f"vision_config.image_size: expected at least patch_size = {self.patch_size}, "
@@ -82,7 +91,7 @@ class ClipVisionConfig:
 
     @classmethod
     def from_dict(cls, raw: Json) -> ClipVisionConfig:
-        return cls(**_known(cls, raw))
+        return cls(**known_fields(cls, raw))
 
 
 @dataclass
@@ -101,7 +110,7 @@ class ClipTextConfig:
 
     def __post_init__(self) -> None:
         expect_fields(self, "text_config.", eos_token_id=INDEX)
-        _check_heads("text_config", self)
+        expect_multiple(self, "text_config.", "hidden_size", "num_attention_heads")
 
 
 @dataclass
@@ -144,7 +153,7 @@ class ClipConfig:
             for name in ("projection_dim", "logit_scale_init_value")
             if raw.get(name) is not None
         }
-        text = ClipTextConfig(**_known(ClipTextConfig, towers[0]))
+        text = ClipTextConfig(**known_fields(ClipTextConfig, towers[0]))
         vision = ClipVisionConfig.from_dict(towers[1])
         return cls(**known, text=text, vision=vision, raw=copy.deepcopy(raw))
 
@@ -159,16 +168,3 @@ class ClipConfig:
             new = {"projection_dim": self.projection_dim} | (out.get(key) or {})
             out[key] = new | dataclasses.asdict(tower)
         return out
-
-
-def _known(cls: type, raw: Json) -> Json:
-    names = {f.name for f in dataclasses.fields(cls)}
-    return {k: v for k, v in raw.items() if k in names and v is not None}
-
-
-def _check_heads(name: str, config: ClipTextConfig | ClipVisionConfig) -> None:
-    if config.hidden_size % config.num_attention_heads:
-        raise ValueError(
-            f"{name}.hidden_size: expected a multiple of num_attention_heads = "
-            f"{config.num_attention_heads}, got {config.hidden_size}"
-        )

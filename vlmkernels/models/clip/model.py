@@ -9,13 +9,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from vlmkernels.models.encoder import TowerConfig
 from vlmkernels.models.pretrained import Pretrained
 from vlmkernels.models.vlm import expect_ids
 from vlmkernels.nn import ClipLoss
 
 from . import open_clip
 from .config import ClipConfig, ClipTextConfig
-from .towers import ClipText, ClipVision, TowerConfig
+from .towers import ClipText, ClipVision
 
 
 @dataclass

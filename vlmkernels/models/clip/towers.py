@@ -5,21 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vlmkernels.models.encoder import (
-    Span,
-    attend,
-    expect_pixels,
-    positions_for,
-    pre_norm_block,
-    prepend,
-)
-from vlmkernels.models.layers import Mlp, add_norm, run_layer
+from vlmkernels.models.encoder import Encoder, Span, TowerConfig, attend, embed_patches
+from vlmkernels.models.layers import add_norm
 from vlmkernels.models.packing import expect_grid, make_packing
 from vlmkernels.nn import LayerNorm, PatchEmbed2d
 
 from .config import ClipTextConfig, ClipVisionConfig
-
-TowerConfig = ClipTextConfig | ClipVisionConfig
 
 
 class Attention(nn.Module):
@@ -36,38 +27,6 @@ class Attention(nn.Module):
         return y
 
 
-class Layer(nn.Module):
-    """Pre-norm block. Takes and returns (x, residual): the next norm adds them in its kernel."""
-
-    def __init__(self, config: TowerConfig) -> None:
-        super().__init__()
-        self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = Attention(config)
-        self.mlp = Mlp(config.hidden_size, config.intermediate_size, config.hidden_act)
-
-    def forward(self, x: Tensor, residual: Tensor | None, span: Span) -> tuple[Tensor, Tensor]:
-        norms = (self.layer_norm1, self.layer_norm2)
-        return pre_norm_block(x, residual, norms, self.self_attn, self.mlp, span)
-
-
-class Encoder(nn.Module):
-    """Returns (x, residual) after the first `depth` layers; their sum is the hidden state."""
-
-    def __init__(self, config: TowerConfig) -> None:
-        super().__init__()
-        self.gradient_checkpointing = False
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-
-    def forward(
-        self, x: Tensor, span: Span, depth: int | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        residual = None
-        for layer in self.layers[:depth]:
-            x, residual = run_layer(layer, x, residual, span, recompute=self.gradient_checkpointing)
-        return x, residual
-
-
 class VisionEmbeddings(nn.Module):
     """[class; E patch_1; ...; E patch_N] + positions."""
 
@@ -82,14 +41,11 @@ class VisionEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(1 + height * width, config.hidden_size)
 
     def forward(self, pixel_values: Tensor, interpolate: bool) -> Tensor:
-        config, patch = self.config, self.config.patch_size
-        size = (config.image_size, config.image_size)
-        expect_pixels(pixel_values, config.num_channels, size, interpolate)
-        grid = (pixel_values.shape[2] // patch, pixel_values.shape[3] // patch)
         table = self.position_embedding.weight
-        positions = positions_for(table[1:], config.grid, grid)
-        pixels = pixel_values.to(self.patch_embedding.weight.dtype)
-        return prepend(self.class_embedding + table[0], self.patch_embedding(pixels, positions))
+        return embed_patches(
+            *(self.patch_embedding, pixel_values, self.class_embedding, table),
+            *(self.config, interpolate),
+        )
 
 
 class ClipVision(nn.Module):
@@ -99,7 +55,7 @@ class ClipVision(nn.Module):
         super().__init__()
         self.embeddings = VisionEmbeddings(config)
         self.pre_layrnorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # so published
-        self.encoder = Encoder(config)
+        self.encoder = Encoder(config, Attention)
         self.post_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: Tensor, interpolate: bool = False) -> Tensor:
@@ -147,7 +103,7 @@ class ClipText(nn.Module):
         super().__init__()
         self.eos_token_id = config.eos_token_id
         self.embeddings = TextEmbeddings(config)
-        self.encoder = Encoder(config)
+        self.encoder = Encoder(config, Attention)
         self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from vlmkernels.models.decoder import Decoder
-from vlmkernels.models.packing import expect_grid
-from vlmkernels.models.vlm import VLM, Embedded, VLMOutput, embed_text, splice
+from vlmkernels.models.decoder import PackedDecoder
+from vlmkernels.models.vlm import VLM, Embedded, VLMOutput, embed_text, embedded, splice
 
 from .config import LlavaConfig
 from .language import LlavaLanguage
@@ -47,7 +45,7 @@ class Llava(VLM):
         self.reset_parameters()
 
     @property
-    def decoder(self) -> Decoder:
+    def decoder(self) -> PackedDecoder:
         return self.language_model.model
 
     @property
@@ -96,21 +94,13 @@ class Llava(VLM):
         return self.run(inputs, labels, num_items_in_batch, logits_to_keep)
 
     def embed(self, inputs: LlavaInputs) -> Embedded:
-        ids, mask, positions = inputs.input_ids, inputs.attention_mask, inputs.position_ids
+        ids = inputs.input_ids
         x = embed_text(ids, inputs.inputs_embeds, self.decoder)
-        expect_grid("attention_mask", mask, x)
-        expect_grid("position_ids", positions, x)
         if ids is not None:
             pixels = inputs.pixel_values
             rows = None if pixels is None else self.image_features(pixels).flatten(0, 1)
             x = splice("image", x, ids == self.config.image_token_index, rows)
-        if positions is not None:
-            return Embedded(x, positions[None], mask, positions)
-        if mask is None:
-            running = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
-        else:
-            running = ((mask != 0).cumsum(dim=1) - 1).clamp(min=0)
-        return Embedded(x, running[None], mask)
+        return embedded(x, inputs.attention_mask, inputs.position_ids)
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """(num_images, 3, height, width) -> (num_images, num_features, text hidden_size)."""

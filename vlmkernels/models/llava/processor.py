@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from vlmkernels.models.chat import ChatProcessor, as_texts, grow
+from vlmkernels.models.chat import ChatProcessor, as_texts, grow, read_processor
 from vlmkernels.models.checkpoint import CONFIG, Json, read_json, write_json
-from vlmkernels.models.fields import OBJECT, expect
 from vlmkernels.models.pixels import ImageSettings, as_list
 from vlmkernels.models.tokenizer import Tokenizer
 
@@ -73,11 +72,7 @@ class LlavaProcessor(ChatProcessor):
     def from_pretrained(cls, path: str | Path) -> LlavaProcessor:
         """From a checkpoint directory; config.json says what processor_config.json does not."""
         path = Path(path)
-        own, image = (
-            read_json(path / name) if (path / name).is_file() else {}
-            for name in ("processor_config.json", "preprocessor_config.json")
-        )
-        image = image or expect("image_processor", own.get("image_processor") or {}, OBJECT)
+        own, image = read_processor(path)
         config = LlavaConfig.from_dict(read_json(path / CONFIG))
         return cls(
             Tokenizer.from_pretrained(path),

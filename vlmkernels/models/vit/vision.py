@@ -8,15 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vlmkernels.models.encoder import (
-    Span,
-    attend,
-    expect_pixels,
-    positions_for,
-    pre_norm_block,
-    prepend,
-)
-from vlmkernels.models.layers import activation, add_norm, run_layer
+from vlmkernels.models.encoder import Span, attend, embed_patches, pre_norm_block
+from vlmkernels.models.layers import Dense, activation, add_norm, run_layer
 from vlmkernels.nn import LayerNorm, PatchEmbed2d
 
 from .config import ViTConfig
@@ -42,15 +35,9 @@ class Embeddings(nn.Module):
         self.patch_embeddings = PatchEmbeddings(config)
 
     def forward(self, pixel_values: Tensor, interpolate: bool) -> Tensor:
-        config, patch = self.config, self.config.patch_size
-        size = (config.image_size, config.image_size)
-        expect_pixels(pixel_values, config.num_channels, size, interpolate)
-        grid = (pixel_values.shape[2] // patch, pixel_values.shape[3] // patch)
-        table = self.position_embeddings[0]
-        positions = positions_for(table[1:], config.grid, grid)
+        table, cls = self.position_embeddings[0], self.cls_token[0, 0]
         projection = self.patch_embeddings.projection
-        patches = projection(pixel_values.to(projection.weight.dtype), positions)
-        return prepend(self.cls_token[0, 0] + table[0], patches)
+        return embed_patches(projection, pixel_values, cls, table, self.config, interpolate)
 
 
 class SelfAttention(nn.Module):
@@ -62,18 +49,6 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, span: Span) -> Tensor:
         return attend(x, self.query, self.key, self.value, self.num_heads, span)
-
-
-class Dense(nn.Module):
-    """A linear layer under the name that the published files give it."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.dense = nn.Linear(in_features, out_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.dense(x)
-        return y
 
 
 class Attention(nn.Module):
