@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from vlmkernels.models import blip2, clip, llava, qwen2_5_vl, qwen2_vl, vit
-from vlmkernels.models import clip, llava, qwen2_5_vl, qwen2_vl, qwen_vl, vit
+from vlmkernels.models import blip2, clip, llava, qwen2_5_vl, qwen2_vl, qwen_vl, vit
 from vlmkernels.models.checkpoint import CONFIG, read_json
 
 
