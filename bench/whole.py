@@ -68,7 +68,7 @@ def _loss_and_gradients(
     model: Any, inputs: Inputs, loss: Callable[[Any, Inputs], Tensor], watched: str
 ) -> tuple[Tensor, Tensor]:
     """The loss and one gradient, that of the parameter whose name ends with `watched`."""
-    parameters = dict(model.named_parameters())
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     value = loss(model, inputs)
     gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
     of = dict(zip(parameters, gradients, strict=True))

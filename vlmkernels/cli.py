@@ -14,6 +14,8 @@ from vlmkernels.recipes.digits.cli import demo, train_app
 if TYPE_CHECKING:
     import torch
 
+    from vlmkernels.models.chat import Chat
+
 app = typer.Typer(
     help="Vision-language models on fused kernels.",
     add_completion=False,
@@ -91,6 +93,53 @@ def ask(
     for piece in stream_text(processor.tokenizer, steps):
         print(piece, end="", flush=True)
     print()
+
+
+@app.command()
+def chat(
+    model: Annotated[Path, typer.Option(help="Checkpoint directory.")],
+    image: Annotated[list[Path] | None, typer.Option(help="Image file; may repeat.")] = None,
+    system: Annotated[str | None, typer.Option(help="Text before the conversation.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of an answer at most.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(help="Sample from this share.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; a GPU if there is one.")] = "",
+    dtype: Annotated[str, typer.Option(help="bfloat16, ...; the checkpoint's if empty.")] = "",
+) -> None:
+    """Talk about images: a question a line. "/image FILE" shows another one with the next question,
+    "/draw FILE" saves the last with the boxes of the answer; an empty line ends."""
+    from vlmkernels.models import load, load_processor
+    from vlmkernels.models.chat import Chat, ChatProcessor
+
+    where, computed_in = _device(device), _dtype(dtype)
+    processor = load_processor(model)
+    if not isinstance(processor, ChatProcessor):
+        raise ValueError(f"model: expected one that answers in text, got {model}")
+    talk = Chat(load(model, dtype=computed_in, device=where), processor, system)
+    options = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+    shown: list[Path] = list(image or [])
+    for line in iter(sys.stdin.readline, ""):
+        command, _, rest = line.strip().partition(" ")
+        if not command:
+            return
+        if command == "/image":
+            shown.append(Path(rest))
+        elif command == "/draw":
+            _draw(talk, Path(rest))
+        else:
+            for piece in talk.stream(line.strip(), shown, **options):
+                print(piece, end="", flush=True)
+            print()
+            shown = []
+
+
+def _draw(talk: Chat, file: Path) -> None:
+    from vlmkernels.models.qwen_vl import draw
+
+    picture = talk.last_image()
+    if picture is None:
+        raise ValueError("/draw: expected an answer about an image before, found none")
+    draw(picture, talk.messages[-1]["content"][0]["text"]).save(file)
 
 
 @app.command()

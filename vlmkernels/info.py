@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 import vlmkernels
-import vlmkernels.distributed
+import vlmkernels.distributed.contrastive_loss
 import vlmkernels.ops  # define the ops that are listed here
 from vlmkernels import _core
 from vlmkernels.ops import _library

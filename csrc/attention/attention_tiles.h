@@ -6,9 +6,11 @@
 namespace vlmkernels {
 
 inline constexpr int kHopperTileDims[] = {64, 80, 96, 112, 128};
+inline constexpr int kHopperMaskedTileDims[] = {64, 80, 96, 128, 192, 256};
 
-// What decides between the tiles of a head_dim.
-enum class FwdCase { kFull, kCausal, kShort };  // kShort: no sequence has more than 64 queries
+// What decides between the tiles of a head_dim. kShort: no sequence has more than 64 queries;
+// kMasked: whatever the mask is, float32 results, several heads in a tile.
+enum class FwdCase { kFull, kCausal, kShort, kMasked };
 
 struct AttentionFwdChoice {
     int tile_dim;  // columns: a head_dim takes the next one, missing columns are zero-filled
@@ -30,7 +32,10 @@ inline constexpr AttentionFwdChoice kAttentionFwdTable[] = {
     {96, FwdCase::kShort, 1, 64, 2, 2, 2, false},   {112, FwdCase::kFull, 2, 128, 2, 2, 1, true},
     {112, FwdCase::kCausal, 2, 128, 2, 2, 1, true}, {112, FwdCase::kShort, 1, 64, 2, 2, 2, false},
     {128, FwdCase::kFull, 2, 176, 2, 1, 1, true},   {128, FwdCase::kCausal, 2, 128, 2, 2, 1, true},
-    {128, FwdCase::kShort, 1, 64, 2, 2, 2, false},
+    {128, FwdCase::kShort, 1, 64, 2, 2, 2, false},  {64, FwdCase::kMasked, 2, 128, 2, 2, 1, true},
+    {80, FwdCase::kMasked, 2, 128, 2, 2, 1, true},  {96, FwdCase::kMasked, 2, 128, 2, 2, 1, true},
+    {128, FwdCase::kMasked, 2, 128, 2, 2, 1, true}, {192, FwdCase::kMasked, 2, 112, 2, 1, 1, true},
+    {256, FwdCase::kMasked, 2, 80, 2, 1, 1, true},
 };
 
 // The backward has two kernels: one holds queries and gives dq, one holds keys and gives dk and dv.
@@ -66,10 +71,11 @@ constexpr AttentionFwdChoice fwd_choice(int tile_dim, FwdCase which) {
     return {};
 }
 
-// Columns of the Hopper tile of a head_dim; 0 where there is none.
+// Columns of the first of some tiles that holds head_dim; 0 where there is none.
+template <const auto& kTileDims>
 constexpr int hopper_tile_dim(int head_dim) {
     if (head_dim > 32)
-        for (int tile_dim : kHopperTileDims)
+        for (int tile_dim : kTileDims)
             if (head_dim <= tile_dim) return tile_dim;
     return 0;
 }

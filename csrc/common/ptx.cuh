@@ -54,6 +54,14 @@ __device__ inline void store_shared(uint32_t shared, const uint32_t (&r)[4]) {
                  : "memory");
 }
 
+__device__ inline void store_shared(uint32_t shared, int x) {
+    asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(shared), "r"(x) : "memory");
+}
+__device__ inline int load_shared_int(uint32_t shared) {
+    int x;
+    asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(x) : "r"(shared) : "memory");
+    return x;
+}
 __device__ inline float4 load_shared_float4(uint32_t shared) {
     float4 x;
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n"

@@ -22,7 +22,9 @@ inline constexpr float kHeadroom = std::is_same_v<T, __half> ? 1024 : 1;
 // What turns a product image . text into ds.
 template <bool kSigmoid>
 struct ContrastiveGradient {
-    const float *logit_scale, *logit_bias, *image_lse, *text_lse;
+    const float *logit_scale, *logit_bias;
+    const float *image_lse, *text_lse;  // [2, num_images] from this panel on, [2, num_columns]
+    int num_images;
     float image_weight, text_weight;
     int first_positive;  // column of the positive of row 0
     int num_rows, num_columns;
@@ -45,13 +47,17 @@ struct ContrastiveGradient {
     __device__ void compute(int row, int column, int positive, float (&x)[8],
                             float (&total)[2]) const {
         const float scale = *logit_scale * kLog2e;
-        const float offset = kSigmoid ? (logit_bias ? *logit_bias * kLog2e : 0.f)
-                                      : -kLog2e * image_lse[min(row, num_rows - 1)];
+        // A log-sum-exp in one rounded number is enough for a ds of 16 bits.
+        auto lse = [](const float* two, int count, int i) { return two[i] + two[count + i]; };
+        const float offset = kSigmoid
+                                 ? (logit_bias ? *logit_bias * kLog2e : 0.f)
+                                 : -kLog2e * lse(image_lse, num_images, min(row, num_rows - 1));
         float columns[8];
         if constexpr (!kSigmoid)
 #pragma unroll
             for (int i = 0; i < 8; ++i)
-                columns[i] = text_lse[kChecked ? min(column + i, num_columns - 1) : column + i];
+                columns[i] = lse(text_lse, num_columns,
+                                 kChecked ? min(column + i, num_columns - 1) : column + i);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             const float s = x[i] * scale;  // in powers of two

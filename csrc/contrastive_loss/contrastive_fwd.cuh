@@ -1,6 +1,6 @@
 // One sweep over the tiles of s: each warp reduces its part of a tile, over columns and over rows,
-// to one partial result for each of its rows and columns; contrastive_combine_kernel adds the parts
-// in order. No atomics: same input, same bits.
+// to one partial result for each of its rows and columns; combine kernels add the parts in order.
+// No atomics: same input, same bits.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,6 +12,22 @@ namespace vlmkernels {
 
 // Beyond this distance of two logits (in powers of two) exp2 of their difference is subnormal.
 inline constexpr float kMaxSpread = 120;
+
+// A log-sum-exp in powers of two, max + log2(sum): kept apart, so that a large maximum takes no
+// digits from the sum. -inf and 0: of nothing.
+struct Lse {
+    float max, sum;
+};
+
+// Of count of them.
+template <class F>
+__device__ Lse merge(int count, F&& part) {
+    Lse all{negative_infinity(), 0};
+    for (int n = 0; n < count; ++n) all.max = fmaxf(all.max, part(n).max);
+    const float offset = all.max == negative_infinity() ? 0 : all.max;
+    for (int n = 0; n < count; ++n) all.sum += part(n).sum * exp2_approx(part(n).max - offset);
+    return all;
+}
 
 template <int kFirst, int kLast>
 __device__ float lanes_max(float x) {
@@ -74,6 +90,11 @@ struct WarpLogits {
     __device__ float at(int m, int n) const { return product(m, n) * scale + bias; }
     // From here on logits are computed anew: only products stay in registers.
     __device__ void forget() { asm volatile("" : "+f"(scale), "+r"(row0), "+r"(column0)); }
+    // The same where ptxas, which sees through that, would keep them: it does not see through this.
+    __device__ void recompute() {
+        forget();
+        scale = __shfl_sync(~0u, scale, 0);
+    }
     __device__ float masked(int m, int n) const {  // -inf outside
         return row(m) < num_rows && column(n) < num_columns ? at(m, n) : negative_infinity();
     }
@@ -98,7 +119,7 @@ __device__ int scatter_sums(float (&x)[kCount], int lane) {
 }
 
 // s in powers of two. One exponential serves row and column: both are taken from the largest value
-// of the part. row(row, lse), column(column, lse) get log2(sum exp2).
+// of the part. row(row, lse), column(column, lse) get the results.
 template <int kI, int kJ, class Row, class Column>
 __device__ void lse_from_one_max(WarpLogits<kI, kJ> s, float max, int lane, Row&& row,
                                  Column&& column) {
@@ -121,53 +142,51 @@ __device__ void lse_from_one_max(WarpLogits<kI, kJ> s, float max, int lane, Row&
         const int first = scatter_sums(column_sums, lane);
 #pragma unroll
         for (int n = 0; n < kAtOnce / 8; ++n)
-            column(s.column(n0 + first + n), max + log2f(column_sums[n]));
+            column(s.column(n0 + first + n), Lse{max, column_sums[n]});
     }
 #pragma unroll
     for (int m = 0; m < kI * 2; ++m) {
         const float sum = quad_sum(row_sums[m]);
-        if (lane % 4 == 0) row(s.row(m), max + log2f(sum));
+        if (lane % 4 == 0) row(s.row(m), Lse{max, sum});
     }
 }
 
-// log2(sum over count of exp2(value(n))), each value in one of the lanes kFirst..kLast apart; -inf
-// where all values are.
-template <int kFirst, int kLast, int kCount, class F>
-__device__ float lse2(F&& value) {
-    float max = negative_infinity();
+// Of count values of each of the lanes 4, 8 and 16 apart.
+template <int kCount, class F>
+__device__ Lse column_lse(F&& value) {
+    float max = negative_infinity(), sum = 0;
 #pragma unroll
     for (int n = 0; n < kCount; ++n) max = fmaxf(max, value(n));
-    max = lanes_max<kFirst, kLast>(max);
+    max = lanes_max<4, 16>(max);
     const float offset = max == negative_infinity() ? 0 : max;
-    float sum = 0;
 #pragma unroll
     for (int n = 0; n < kCount; ++n) sum += exp2_approx(value(n) - offset);
-    return offset + log2f(lanes_sum<kFirst, kLast>(sum));
+    return {max, lanes_sum<4, 16>(sum)};
 }
 
 // The same from each row's and each column's own maximum.
 template <int kI, int kJ, class Row, class Column>
 __device__ void lse_from_all_max(WarpLogits<kI, kJ> s, int lane, Row&& row, Column&& column) {
-    constexpr int kAtOnce = 8;  // columns
-    float row_lse[kI * 2];
 #pragma unroll
-    for (int n0 = 0; n0 < kJ * 2; n0 += kAtOnce) {
+    for (int m = 0; m < kI * 2; ++m) {
+        float max = negative_infinity(), sum = 0;
 #pragma unroll
-        for (int m = 0; m < kI * 2; ++m) {
-            s.forget();
-            const float lse = lse2<1, 2, kAtOnce>([&](int n) { return s.masked(m, n0 + n); });
-            row_lse[m] = n0 ? lse2<1, 0, 2>([&](int n) { return n ? lse : row_lse[m]; }) : lse;
-        }
+        for (int n = 0; n < kJ * 2; ++n) max = fmaxf(max, s.masked(m, n));
+        max = quad_max(max);
+        s.recompute();
+        const float offset = max == negative_infinity() ? 0 : max;
 #pragma unroll
-        for (int n = n0; n < n0 + kAtOnce; ++n) {
-            if (n % 4 == 0) s.forget();
-            const float lse = lse2<4, 16, kI * 2>([&](int m) { return s.masked(m, n); });
-            if (lane < 4 && s.column(n) < s.num_columns) column(s.column(n), lse);
-        }
+        for (int n = 0; n < kJ * 2; ++n) sum += exp2_approx(s.masked(m, n) - offset);
+        sum = quad_sum(sum);
+        if (lane % 4 == 0 && s.row(m) < s.num_rows) row(s.row(m), Lse{max, sum});
+        s.recompute();
     }
 #pragma unroll
-    for (int m = 0; m < kI * 2; ++m)
-        if (lane % 4 == 0 && s.row(m) < s.num_rows) row(s.row(m), row_lse[m]);
+    for (int n = 0; n < kJ * 2; ++n) {
+        if (n % 4 == 0) s.forget();
+        const Lse lse = column_lse<kI * 2>([&](int m) { return s.masked(m, n); });
+        if (lane < 4 && s.column(n) < s.num_columns) column(s.column(n), lse);
+    }
 }
 
 // Log-sum-exps of the rows and columns of a part, to row(row, lse) and column(column, lse).
@@ -212,20 +231,17 @@ __device__ void part_softplus(const WarpLogits<kI, kJ>& s, int first_positive, i
 }
 
 // rows: [parts of a row, rows of the panel]; columns: [parts of a column, num_texts], CLIP only.
+template <bool kSigmoid>
 struct ContrastiveParts {
-    float *rows, *columns, *positive;
+    using Part = std::conditional_t<kSigmoid, float, Lse>;
+    Part *rows, *columns;
+    float* positive;
     const float *logit_scale, *logit_bias;
     int first_positive;  // column of the positive of row 0
 
     // s: natural for SigLIP, in powers of two for CLIP.
-    template <bool kSigmoid>
-    __device__ float scale() const {
-        return *logit_scale * (kSigmoid ? 1 : kLog2e);
-    }
-    template <bool kSigmoid>
-    __device__ float bias() const {
-        return kSigmoid && logit_bias ? *logit_bias : 0;
-    }
+    __device__ float scale() const { return *logit_scale * (kSigmoid ? 1 : kLog2e); }
+    __device__ float bias() const { return kSigmoid && logit_bias ? *logit_bias : 0; }
     template <int kI, int kJ>
     __device__ void store_positives(const WarpLogits<kI, kJ>& s) const {
         if (!s.has_diagonal(first_positive)) return;
@@ -235,7 +251,7 @@ struct ContrastiveParts {
             for (int n = 0; n < kJ * 2; ++n)
                 if (s.column(n) == s.row(m) + first_positive && s.row(m) < s.num_rows &&
                     s.column(n) < s.num_columns)
-                    positive[s.row(m)] = s.at(m, n) * kLn2;
+                    positive[s.row(m)] = s.product(m, n) * *logit_scale;
     }
 };
 
@@ -243,7 +259,7 @@ template <class Tile, class T, bool kSigmoid>
 __global__ void __launch_bounds__(Tile::kThreads)
     contrastive_forward_kernel(const __grid_constant__ MatrixView<const T> image,
                                const __grid_constant__ MatrixView<const T> text,
-                               const __grid_constant__ ContrastiveParts parts) {
+                               const __grid_constant__ ContrastiveParts<kSigmoid> parts) {
     extern __shared__ __align__(1024) unsigned char shared[];
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     const int tiles_m = (image.num_rows + Tile::kM - 1) / Tile::kM;
@@ -255,52 +271,69 @@ __global__ void __launch_bounds__(Tile::kThreads)
                                          operand_loader<Tile, Operand::kB>(text, n0, thread));
     const int row0 = m0 + warp / Tile::kWarpsN * Tile::kWarpM,
               column0 = n0 + warp % Tile::kWarpsN * Tile::kWarpN;
-    const WarpLogits s(c, parts.scale<kSigmoid>(), parts.bias<kSigmoid>(), row0, column0,
-                       image.num_rows, text.num_rows, lane);
-    float* rows = parts.rows + int64_t(column0 / Tile::kWarpN) * image.num_rows;
-    auto row = [&](int row, float result) { rows[row] = result; };
+    const WarpLogits s(c, parts.scale(), parts.bias(), row0, column0, image.num_rows, text.num_rows,
+                       lane);
+    auto* rows = parts.rows + int64_t(column0 / Tile::kWarpN) * image.num_rows;
+    auto row = [&](int row, auto result) { rows[row] = result; };
     if constexpr (kSigmoid) {
         part_softplus(s, parts.first_positive, lane, row);
     } else {
         parts.store_positives(s);
-        float* columns = parts.columns + int64_t(row0 / Tile::kWarpM) * text.num_rows;
-        part_lse(s, lane, row, [&](int column, float lse) { columns[column] = lse; });
+        Lse* columns = parts.columns + int64_t(row0 / Tile::kWarpM) * text.num_rows;
+        part_lse(s, lane, row, [&](int column, Lse lse) { columns[column] = lse; });
     }
 }
 
 inline constexpr int kCombineColumns = 32, kCombineSlices = 16;
 
-// out[i] = the sum over parts[.][i], or their log-sum-exp, of powers of two turned into one of e.
-// grow: out counts as one more part.
-template <bool kSigmoid>
-__global__ void __launch_bounds__(kCombineColumns* kCombineSlices)
-    contrastive_combine_kernel(const float* parts, int num_parts, int count, bool grow,
-                               float* out) {
-    __shared__ float results[kCombineSlices][kCombineColumns];
-    const int i = blockIdx.x * kCombineColumns + threadIdx.x;
-    const float nothing = kSigmoid ? 0 : negative_infinity();
-    auto combine = [&](auto&& value, int first, int step, int end) {
-        float max = 0, sum = 0;
-        if constexpr (!kSigmoid) {
-            max = negative_infinity();
-            for (int n = first; n < end; n += step) max = fmaxf(max, value(n));
-            if (max == negative_infinity()) max = 0;
-        }
-        for (int n = first; n < end; n += step)
-            sum += kSigmoid ? value(n) : exp2_approx(value(n) - max);
-        return kSigmoid ? sum : max + log2f(sum);
-    };
-    float result = nothing;
-    if (i < count)
-        result = combine([&](int n) { return parts[int64_t(n) * count + i]; }, threadIdx.y,
-                         kCombineSlices, num_parts);
-    results[threadIdx.y][threadIdx.x] = result;
+// result(i, all): all the parts[.][i] added up; merge(count, part) adds some.
+template <class Part, class Merge, class Result>
+__device__ void combine(const Part* parts, int num_parts, int count, Merge&& merge,
+                        Result&& result) {
+    __shared__ Part slices[kCombineSlices][kCombineColumns];
+    const int i = blockIdx.x * kCombineColumns + threadIdx.x, first = threadIdx.y;
+    if (i < count) {
+        const int mine = (num_parts - first + kCombineSlices - 1) / kCombineSlices;
+        slices[first][threadIdx.x] = merge(
+            mine, [&](int n) { return parts[int64_t(first + n * kCombineSlices) * count + i]; });
+    }
     __syncthreads();
     if (threadIdx.y || i >= count) return;
-    const float before = grow ? out[i] * (kSigmoid ? 1 : kLog2e) : nothing;
-    result = combine([&](int n) { return n ? results[n - 1][threadIdx.x] : before; }, 0, 1,
-                     kCombineSlices + 1);
-    out[i] = result * (kSigmoid ? 1 : kLn2);
+    result(i, merge(kCombineSlices, [&](int n) { return slices[n][threadIdx.x]; }));
+}
+
+static __global__ void __launch_bounds__(kCombineColumns* kCombineSlices)
+    contrastive_combine_losses_kernel(const float* parts, int num_parts, int count, float* out) {
+    auto add = [](int count, auto&& part) {
+        float sum = 0;
+        for (int n = 0; n < count; ++n) sum += part(n);
+        return sum;
+    };
+    combine(parts, num_parts, count, add, [&](int i, float sum) { out[i] = sum; });
+}
+
+// out: [2, stride]. grow: it holds the result of the parts before, in powers of two, as it will
+// where these are not the last.
+static __global__ void __launch_bounds__(kCombineColumns* kCombineSlices)
+    contrastive_combine_lse_kernel(const Lse* parts, int num_parts, int count,
+                                   const float* logit_scale, bool grow, bool last, float* out,
+                                   int stride) {
+    auto add = [](int count, auto&& part) { return merge(count, part); };
+    combine(parts, num_parts, count, add, [&](int i, Lse lse) {
+        if (grow) {
+            const Lse now = lse, before{out[i], out[stride + i]};
+            lse = merge(2, [&](int n) { return n ? now : before; });
+        }
+        if (last) {
+            // To powers of e, of logits that were multiplied by the rounded scale log2(e).
+            const float scale = *logit_scale, scale2 = scale * kLog2e;
+            const float ln2_rest = scale2 == 0 ? 0 : fmaf(-scale2, kLn2, scale) / scale2;
+            const float max = lse.max * kLn2, rest = fmaf(lse.max, kLn2, -max);
+            lse = {max, log2f(lse.sum) * kLn2 + fmaf(lse.max, ln2_rest, rest)};
+        }
+        out[i] = lse.max;
+        out[stride + i] = lse.sum;
+    });
 }
 
 }  // namespace vlmkernels

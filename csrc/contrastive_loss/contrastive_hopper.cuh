@@ -19,21 +19,14 @@ using ProductTile =
 // The column results of the four warps of a consumer become one: of 64 rows.
 template <class Tile>
 struct ColumnExchange {
-    float* results;  // [4, kN], the consumer's own
+    Lse* results;  // [4, kN], the consumer's own
     int barrier, thread;
 
     __device__ void sync() const { named_barrier_sync(barrier, 128); }
-    __device__ void combine(float* columns, int column0, int num_columns) const {
+    __device__ void combine(Lse* columns, int column0, int num_columns) const {
         sync();
         for (int n = thread; n < Tile::kN && column0 + n < num_columns; n += 128) {
-            float max = negative_infinity(), sum = 0;
-#pragma unroll
-            for (int warp = 0; warp < 4; ++warp) max = fmaxf(max, results[warp * Tile::kN + n]);
-            const float offset = max == negative_infinity() ? 0 : max;
-#pragma unroll
-            for (int warp = 0; warp < 4; ++warp)
-                sum += exp2_approx(results[warp * Tile::kN + n] - offset);
-            columns[column0 + n] = offset + log2f(sum);
+            columns[column0 + n] = merge(4, [&](int warp) { return results[warp * Tile::kN + n]; });
         }
         sync();
     }
@@ -44,7 +37,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     contrastive_forward_hopper_kernel(const __grid_constant__ CUtensorMap image,
                                       const __grid_constant__ CUtensorMap text, int num_rows,
                                       int num_columns, int dim,
-                                      const __grid_constant__ ContrastiveParts parts) {
+                                      const __grid_constant__ ContrastiveParts<kSigmoid> parts) {
     if constexpr (kHopperCode) {
         extern __shared__ __align__(1024) unsigned char shared[];
         const int tiles_m = (num_rows + Tile::kM - 1) / Tile::kM;
@@ -61,19 +54,20 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                 const int thread = threadIdx.x % 128, consumer = threadIdx.x / 128 - 1;
                 const int row64 = tile % tiles_m * Tile::kM + consumer * 64,
                           row0 = row64 + thread / 32 * 16, column0 = tile / tiles_m * Tile::kN;
-                const WarpLogits s(c, parts.scale<kSigmoid>(), parts.bias<kSigmoid>(), row0,
-                                   column0, num_rows, num_columns, store.lane);
-                float* rows = parts.rows + int64_t(column0 / Tile::kN) * num_rows;
-                auto row = [&](int row, float result) { rows[row] = result; };
+                const WarpLogits s(c, parts.scale(), parts.bias(), row0, column0, num_rows,
+                                   num_columns, store.lane);
+                auto* rows = parts.rows + int64_t(column0 / Tile::kN) * num_rows;
+                auto row = [&](int row, auto result) { rows[row] = result; };
                 if constexpr (kSigmoid) {
                     part_softplus(s, parts.first_positive, store.lane, row);
                 } else {
                     parts.store_positives(s);
                     const ColumnExchange<Tile> exchange{
-                        store.part - thread / 32 * Tile::kPieceBytes / 4, 1 + consumer, thread};
-                    float* mine = exchange.results + thread / 32 * Tile::kN;
+                        reinterpret_cast<Lse*>(store.part - thread / 32 * Tile::kPieceBytes / 4),
+                        1 + consumer, thread};
+                    Lse* mine = exchange.results + thread / 32 * Tile::kN;
                     part_lse(s, store.lane, row,
-                             [&](int column, float lse) { mine[column - column0] = lse; });
+                             [&](int column, Lse lse) { mine[column - column0] = lse; });
                     exchange.combine(parts.columns + int64_t(row64 / 64) * num_columns, column0,
                                      row64 < num_rows ? num_columns : 0);
                 }

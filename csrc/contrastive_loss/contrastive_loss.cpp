@@ -79,8 +79,8 @@ static bool contrastive_forward(py::handle image_, py::handle text_, py::handle 
     const ContrastivePairs pairs = pairs_of(image, text, scale, bias, positives, panel_rows);
     const DType compute = compute_dtype(image.dtype);
     const int64_t m = pairs.num_images, n = pairs.num_texts;
-    expect_statistics(image_lse, image, compute, {m}, "(batch,)");
-    expect_statistics(text_lse, image, compute, {n}, "(batch,)");
+    expect_statistics(image_lse, image, compute, {2, m}, "(2, batch)");
+    expect_statistics(text_lse, image, compute, {2, n}, "(2, batch)");
     expect_statistics(positive, image, compute, {m}, "(batch,)");
     expect_statistics(losses, image, compute, {m}, "(batch,)");
     if (image_lse.given != text_lse.given || image_lse.given == losses.given ||
@@ -90,6 +90,7 @@ static bool contrastive_forward(py::handle image_, py::handle text_, py::handle 
     expect_panel_rows(image, panel_rows);
     expect_statistics(workspace, image, DType::kFloat32, {contrastive_workspace(panel_rows, n)},
                       "(contrastive_workspace,)");
+    expect_aligned(workspace);
     const ContrastiveForwardParams p{.pairs = pairs,
                                      .image_lse = image_lse.ptr<float>(),
                                      .text_lse = text_lse.ptr<float>(),
@@ -118,8 +119,8 @@ static bool contrastive_backward(py::handle image_, py::handle text_, py::handle
     const int64_t rows = panel.given ? panel.unpack<2>("(panel_rows, panel_stride)")[0] : 1;
     const ContrastivePairs pairs = pairs_of(image, text, scale, bias, positives, rows);
     const int64_t m = pairs.num_images, n = pairs.num_texts, dim = pairs.dim;
-    expect_statistics(image_lse, image, compute, {m}, "(batch,)");
-    expect_statistics(text_lse, image, compute, {n}, "(batch,)");
+    expect_statistics(image_lse, image, compute, {2, m}, "(2, batch)");
+    expect_statistics(text_lse, image, compute, {2, n}, "(2, batch)");
     if (image_lse.given != text_lse.given)
         value_error(op, "image_lse and text_lse are given together, or neither is");
     expect_scalar(factor, image);
@@ -170,21 +171,23 @@ static bool on_cpu(const Tensor& t) {
 }
 
 static bool clip_rows(py::handle products_, py::handle scale_, int64_t first_positive,
-                      py::handle image_lse_, py::handle positive_, py::handle text_max_,
-                      py::handle text_sum_) {
+                      py::handle image_max_, py::handle image_log_, py::handle positive_,
+                      py::handle text_max_, py::handle text_sum_) {
     const char* op = "clip_rows";
     Tensor products(op, "products", products_), scale(op, "logit_scale", scale_),
-        image_lse(op, "image_lse", image_lse_), positive(op, "positive", positive_, true),
-        text_max(op, "text_max", text_max_), text_sum(op, "text_sum", text_sum_);
+        image_max(op, "image_max", image_max_), image_log(op, "image_log", image_log_),
+        positive(op, "positive", positive_, true), text_max(op, "text_max", text_max_),
+        text_sum(op, "text_sum", text_sum_);
     const ContrastiveProducts x =
         products_of(products, scale, Tensor(op, "", py::none(), true), first_positive);
     if (!on_cpu(products)) return false;
-    for (const Tensor* t : {&image_lse, &positive})
+    for (const Tensor* t : {&image_max, &image_log, &positive})
         expect_statistics(*t, products, DType::kFloat32, {x.num_rows}, "(rows,)");
     for (const Tensor* t : {&text_max, &text_sum})
         expect_statistics(*t, products, DType::kFloat32, {x.num_texts}, "(batch,)");
     ClipRowsParams p{.x = x,
-                     .image_lse = image_lse.ptr<float>(),
+                     .image_max = image_max.ptr<float>(),
+                     .image_log = image_log.ptr<float>(),
                      .positive = positive.ptr<float>(),
                      .text_max = text_max.ptr<float>(),
                      .text_sum = text_sum.ptr<float>()};
@@ -212,17 +215,22 @@ static bool siglip_rows(py::handle products_, py::handle scale_, py::handle bias
 static bool contrastive_gradient_rows(py::handle products_, py::handle scale_, py::handle bias_,
                                       int64_t first_positive, py::handle image_lse_,
                                       py::handle text_lse_, float image_weight, float text_weight,
-                                      py::handle sums_) {
+                                      py::handle sums_, py::handle factor_, py::handle ds_) {
     const char* op = "contrastive_gradient_rows";
     Tensor products(op, "products", products_), scale(op, "logit_scale", scale_),
         bias(op, "logit_bias", bias_, true), image_lse(op, "image_lse", image_lse_, true),
-        text_lse(op, "text_lse", text_lse_, true), sums(op, "sums", sums_);
+        text_lse(op, "text_lse", text_lse_, true), sums(op, "sums", sums_),
+        factor(op, "factor", factor_), ds(op, "ds", ds_);
     const ContrastiveProducts x = products_of(products, scale, bias, first_positive);
     if (!on_cpu(products)) return false;
-    expect_statistics(image_lse, products, DType::kFloat32, {x.num_rows}, "(rows,)");
-    expect_statistics(text_lse, products, DType::kFloat32, {x.num_texts}, "(batch,)");
+    expect_statistics(image_lse, products, DType::kFloat32, {2, x.num_rows}, "(2, rows)");
+    expect_statistics(text_lse, products, DType::kFloat32, {2, x.num_texts}, "(2, batch)");
     expect_statistics(sums, products, DType::kFloat32, {2, x.num_rows}, "(2, rows)");
+    expect_scalar(factor, products);
+    expect_statistics(ds, products, x.dtype, {x.num_rows, x.num_texts}, "(rows, batch)");
     const ContrastiveGradientRowsParams p{.x = x,
+                                          .ds = ds.data,
+                                          .factor = factor.ptr<const float>(),
                                           .image_lse = image_lse.ptr<const float>(),
                                           .text_lse = text_lse.ptr<const float>(),
                                           .image_weight = image_weight,

@@ -19,6 +19,9 @@
 
 namespace vlmkernels {
 
+// A log-sum-exp is kept in two parts, [2, n]: the largest logit, and the logarithm of the sum of
+// exp(s - largest). Their sum, rounded, would cost a large logit's digits.
+
 // Tiles of s are square; a warp reduces a quarter of one.
 inline int contrastive_tile(int64_t panel_rows, int64_t num_texts) {
     return panel_rows * num_texts >= 100 * 128 * 128 ? 128 : 64;
@@ -39,8 +42,8 @@ struct ContrastivePairs {
 
 struct ContrastiveForwardParams {
     ContrastivePairs pairs;
-    float* image_lse;  // [num_images], CLIP; null: SigLIP
-    float* text_lse;   // [num_texts], CLIP
+    float* image_lse;  // [2, num_images], CLIP; null: SigLIP
+    float* text_lse;   // [2, num_texts], CLIP
     float* positive;   // [num_images], CLIP: s_ii; untouched where there are no positives
     float* losses;     // [num_images], SigLIP: sum_j of softplus(-z_ij s_ij)
     float* workspace;  // contrastive_workspace floats
@@ -48,8 +51,8 @@ struct ContrastiveForwardParams {
 
 struct ContrastiveBackwardParams {
     ContrastivePairs pairs;
-    const float* image_lse;           // [num_images], CLIP; null: SigLIP
-    const float* text_lse;            // [num_texts], CLIP
+    const float* image_lse;           // [2, num_images], CLIP; null: SigLIP
+    const float* text_lse;            // [2, num_texts], CLIP
     float image_weight, text_weight;  // CLIP: of the loss by rows and of that by columns
     const float* factor;              // one value: of all gradients
     float* dimage;                    // [num_images, dim]; null: not wanted
@@ -65,7 +68,7 @@ Error launch_contrastive_backward(const ContrastiveBackwardParams& p, Stream str
 
 // Products [num_rows, num_texts] = image rows * text^T, multiplied by someone else.
 struct ContrastiveProducts {
-    void* products;
+    const void* products;
     const float* logit_scale;
     const float* logit_bias;
     int64_t num_rows, num_texts;
@@ -75,7 +78,8 @@ struct ContrastiveProducts {
 
 struct ClipRowsParams {
     ContrastiveProducts x;
-    float* image_lse;  // [num_rows]
+    float* image_max;  // [num_rows]
+    float* image_log;  // [num_rows]: log of the sum of exp(s - image_max)
     float* positive;   // [num_rows] or null
     float* text_max;   // [num_texts], of the rows so far
     float* text_sum;   // [num_texts], of exp(s - text_max)
@@ -87,10 +91,12 @@ struct SiglipRowsParams {
     float* losses;  // [num_rows]
 };
 
-struct ContrastiveGradientRowsParams {  // products become ds
+struct ContrastiveGradientRowsParams {
     ContrastiveProducts x;
-    const float* image_lse;  // [num_rows], CLIP; null: SigLIP
-    const float* text_lse;   // [num_texts], CLIP
+    void* ds;  // [num_rows, num_texts], of x.dtype, times the factor; may be x.products
+    const float* factor;     // one value
+    const float* image_lse;  // [2, num_rows], CLIP; null: SigLIP
+    const float* text_lse;   // [2, num_texts], CLIP
     float image_weight, text_weight;
     float* sums;  // [2, num_rows]: of ds * product, and of ds
 };
@@ -98,10 +104,11 @@ struct ContrastiveGradientRowsParams {  // products become ds
 inline constexpr int64_t kStrip = 256;  // columns that a thread takes at a time
 inline int64_t num_strips(int64_t num_texts) { return (num_texts + kStrip - 1) / kStrip; }
 
-// Floats of a panel's partial results: two for each tile's row, and for each tile's column.
+// Floats of a panel's partial results: of each row and column of a tile two, a maximum and a sum
+// each.
 inline int64_t contrastive_workspace(int64_t panel_rows, int64_t num_texts) {
     const int tile = contrastive_tile(panel_rows, num_texts);
-    return 2 * (tiles_of(num_texts, tile) * panel_rows + tiles_of(panel_rows, tile) * num_texts);
+    return 4 * (tiles_of(num_texts, tile) * panel_rows + tiles_of(panel_rows, tile) * num_texts);
 }
 inline int64_t contrastive_num_sums(int64_t panel_rows, int64_t num_texts) {
     const int tile = contrastive_tile(panel_rows, num_texts);

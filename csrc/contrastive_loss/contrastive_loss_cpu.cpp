@@ -38,9 +38,7 @@ VLMKERNELS_INLINE Vec log1p_unit(Vec e) {
 // n products from column on, as logits; lanes from n on hold `fill`.
 template <class T>
 VLMKERNELS_INLINE Vec logits(const T* x, int64_t n, float scale, float bias, float fill) {
-    Vec s = load_first(x, n) * scale + bias;
-    for (int64_t i = n; i < kWidth; ++i) s[i] = fill;
-    return s;
+    return lanes_below(n) ? load_first(x, n) * scale + bias : splat(fill);
 }
 
 template <class T>
@@ -133,8 +131,9 @@ void clip_strip(const ClipRowsParams& p, int64_t strip) {
         strip_from_all_max(s, part_max, part_sum, p.text_max + first, p.text_sum + first);
 }
 
-// The parts of a row, in order.
-float row_lse(const float* part_max, const float* part_sum, int64_t num_parts, int64_t stride) {
+// The parts of a row, in order, to its maximum and the logarithm of its sum.
+void row_lse(const float* part_max, const float* part_sum, int64_t num_parts, int64_t stride,
+             float* row_max, float* row_log) {
     float high = -kInfinity;
     double total = 0;
     for (int64_t i = 0; i < num_parts; ++i)
@@ -142,7 +141,8 @@ float row_lse(const float* part_max, const float* part_sum, int64_t num_parts, i
     const float offset = high == -kInfinity ? 0 : high;
     for (int64_t i = 0; i < num_parts; ++i)
         total += double(part_sum[i * stride]) * std::exp(part_max[i * stride] - offset);
-    return offset + float(std::log(total));
+    *row_max = offset;
+    *row_log = float(std::log(total));
 }
 
 template <class T>
@@ -155,9 +155,8 @@ float siglip_row(const ContrastiveProducts& p, int64_t row) {
         const int64_t end = first + kStrip < p.num_texts ? first + kStrip : p.num_texts;
         Vec loss{};
         for (int64_t j = first; j < end; j += kWidth) {
-            Vec s = logits(x + j, end - j, scale, bias, -kInfinity);
-            if (positive >= j && positive < j + kWidth && positive < end)
-                s[positive - j] = -s[positive - j];
+            const Vec logit = logits(x + j, end - j, scale, bias, -kInfinity);
+            const Vec s = lane_is(positive < end ? positive - j : -1) ? -logit : logit;
             loss += max(Vec{}, s) + log1p_unit(exp(-abs(s)));  // softplus; a NaN stays
         }
         total += double(sum(loss));
@@ -168,9 +167,12 @@ float siglip_row(const ContrastiveProducts& p, int64_t row) {
 template <class T, bool kSigmoid>
 void gradient_row(const ContrastiveGradientRowsParams& p, int64_t row) {
     const int64_t n = p.x.num_texts, positive = p.x.first_positive + row;
-    T* x = static_cast<T*>(p.x.products) + row * n;
+    const T* x = static_cast<const T*>(p.x.products) + row * n;
+    T* to = static_cast<T*>(p.ds) + row * n;
     const float scale = *p.x.logit_scale, bias = p.x.logit_bias ? *p.x.logit_bias : 0;
-    const float lse = kSigmoid ? 0 : p.image_lse[row];
+    const float row_max = kSigmoid ? 0 : p.image_lse[row];
+    const float row_log = kSigmoid ? 0 : p.image_lse[p.x.num_rows + row];
+    const float factor = *p.factor;
     // The positive's share, subtracted in fp32 before ds is rounded.
     const float share = kSigmoid ? 1 : p.image_weight + p.text_weight;
     double by_product = 0, total = 0;
@@ -183,16 +185,17 @@ void gradient_row(const ContrastiveGradientRowsParams& p, int64_t row) {
             Vec ds;
             if constexpr (kSigmoid) {
                 const Vec e = exp(-abs(s));
-                ds = (s < 0 ? e : splat(1)) / (1 + e);
+                ds = (s < 0 ? e : splat(1)) * reciprocal(1 + e);
             } else {
-                ds = exp(s - lse) * p.image_weight +
-                     exp(s - load_first(p.text_lse + j, left)) * p.text_weight;
+                const float* text = p.text_lse + j;
+                ds = exp(s - row_max - row_log) * p.image_weight +
+                     exp(s - load_first(text, left) - load_first(text + n, left)) * p.text_weight;
             }
-            if (positive >= j && positive < j + kWidth) ds[positive - j] -= share;
-            for (int64_t i = left; i < kWidth; ++i) ds[i] = 0;
+            ds -= lane_is(positive - j) ? splat(share) : Vec{};
+            ds = lanes_below(left) ? ds : Vec{};
             strip_by_product += ds * product;
             strip += ds;
-            store_first(x + j, ds, left);
+            store_first(to + j, ds * factor, left);
         }
         by_product += double(sum(strip_by_product));
         total += double(sum(strip));
@@ -215,8 +218,8 @@ void clip_rows_cpu(const ClipRowsParams& p) {
         const T* x = static_cast<const T*>(p.x.products);
         for (int64_t i = 0; i < rows; ++i) {
             const int64_t positive = p.x.first_positive + i;
-            p.image_lse[i] =
-                row_lse(p.workspace + i, p.workspace + strips * rows + i, strips, rows);
+            row_lse(p.workspace + i, p.workspace + strips * rows + i, strips, rows, p.image_max + i,
+                    p.image_log + i);
             if (p.positive && positive >= 0 && positive < p.x.num_texts)
                 p.positive[i] = to_float(x[i * p.x.num_texts + positive]) * *p.x.logit_scale;
         }

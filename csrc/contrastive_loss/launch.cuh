@@ -40,17 +40,17 @@ MatrixView<const T> texts(const ContrastivePairs& p) {
     return {static_cast<const T*>(p.text), p.dim, p.num_texts, p.dim};
 }
 
-template <bool kSigmoid>
-Error combine(const float* parts, int num_parts, int count, bool grow, float* out, Stream stream) {
-    contrastive_combine_kernel<kSigmoid>
-        <<<(count + kCombineColumns - 1) / kCombineColumns, dim3(kCombineColumns, kCombineSlices),
-           0, stream>>>(parts, num_parts, count, grow, out);
+template <class... Args>
+Error launch_combine(void (*kernel)(Args...), int count, Stream stream,
+                     const std::type_identity_t<Args>&... args) {
+    kernel<<<(count + kCombineColumns - 1) / kCombineColumns, dim3(kCombineColumns, kCombineSlices),
+             0, stream>>>(args...);
     return cudaGetLastError();
 }
 
 template <class T, bool kSigmoid>
-Error forward_panel(const ContrastivePairs& p, int first, int rows, const ContrastiveParts& parts,
-                    Stream stream) {
+Error forward_panel(const ContrastivePairs& p, int first, int rows,
+                    const ContrastiveParts<kSigmoid>& parts, Stream stream) {
     if (takes_hopper(p)) return forward_panel_hopper<T, kSigmoid>(p, first, rows, parts, stream);
     return with_tile<T>(p.panel_rows, p.num_texts, [&]<class Tile>() {
         return launch(contrastive_forward_kernel<Tile, T, kSigmoid>,
@@ -69,20 +69,29 @@ Error forward(const ContrastiveForwardParams& p, Stream stream) {
         const int row_parts =
             hopper ? tiles_of(pairs.num_texts, 256) : 2 * tiles_of(pairs.num_texts, tile);
         const int column_parts = hopper ? tiles_of(rows, 64) : 2 * tiles_of(rows, tile);
-        float* columns = p.workspace + int64_t(row_parts) * rows;
-        const ContrastiveParts parts{.rows = p.workspace,
-                                     .columns = columns,
-                                     .positive = kSigmoid ? nullptr : p.positive + first,
-                                     .logit_scale = pairs.logit_scale,
-                                     .logit_bias = pairs.logit_bias,
-                                     .first_positive = pairs.positives ? first : kNoPositive};
+        auto* workspace = reinterpret_cast<ContrastiveParts<kSigmoid>::Part*>(p.workspace);
+        const ContrastiveParts<kSigmoid> parts{
+            .rows = workspace,
+            .columns = workspace + int64_t(row_parts) * rows,
+            .positive = kSigmoid ? nullptr : p.positive + first,
+            .logit_scale = pairs.logit_scale,
+            .logit_bias = pairs.logit_bias,
+            .first_positive = pairs.positives ? first : kNoPositive};
         Error error = forward_panel<T, kSigmoid>(pairs, first, rows, parts, stream);
-        if (!error)
-            error = combine<kSigmoid>(p.workspace, row_parts, rows, false,
-                                      (kSigmoid ? p.losses : p.image_lse) + first, stream);
-        if (!error && !kSigmoid)
-            error = combine<kSigmoid>(columns, column_parts, pairs.num_texts, first > 0, p.text_lse,
-                                      stream);
+        if (error) return error;
+        if constexpr (kSigmoid) {
+            error = launch_combine(contrastive_combine_losses_kernel, rows, stream, parts.rows,
+                                   row_parts, rows, p.losses + first);
+        } else {
+            const bool grow = first > 0, last = first + rows == pairs.num_images;
+            error = launch_combine(contrastive_combine_lse_kernel, rows, stream, parts.rows,
+                                   row_parts, rows, pairs.logit_scale, false, true,
+                                   p.image_lse + first, pairs.num_images);
+            if (!error)
+                error = launch_combine(contrastive_combine_lse_kernel, pairs.num_texts, stream,
+                                       parts.columns, column_parts, pairs.num_texts,
+                                       pairs.logit_scale, grow, last, p.text_lse, pairs.num_texts);
+        }
         if (error) return error;
     }
     return cudaSuccess;
@@ -132,6 +141,7 @@ Error backward(const ContrastiveBackwardParams& p, Stream stream) {
             .logit_bias = pairs.logit_bias,
             .image_lse = kSigmoid ? nullptr : p.image_lse + first,
             .text_lse = p.text_lse,
+            .num_images = pairs.num_images,
             .image_weight = p.image_weight,
             .text_weight = p.text_weight,
             .first_positive = pairs.positives ? first : kNoPositive,

@@ -43,7 +43,7 @@ Error launch_persistent(void (*kernel)(Args...), int64_t m, int64_t n, Stream st
 
 template <class T, bool kSigmoid>
 Error forward_panel_hopper(const ContrastivePairs& p, int first, int rows,
-                           const ContrastiveParts& parts, Stream stream) {
+                           const ContrastiveParts<kSigmoid>& parts, Stream stream) {
     using Tile = LogitsTile<T>;
     CUtensorMap image, text;
     Error error = image_map<typename Tile::A>(&image, p, first, rows);

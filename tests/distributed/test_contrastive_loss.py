@@ -50,6 +50,12 @@ def process(rank: int, folder: str) -> None:
         for mode in MODES:
             results["clip", world, *mode] = run(nn.ClipLoss(*mode, **place), "clip", rank, world)
         results["siglip", world] = run(nn.SigLipLoss(**place), "siglip", rank, world)
+        for kind, module in (
+            ("clip", nn.ClipLoss(False, True, **place)),
+            ("siglip", nn.SigLipLoss(**place)),
+        ):
+            compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+            results["compiled", kind, world] = run(compiled, kind, rank, world)
         half = nn.ClipLoss(True, True, **place)
         image, text, scale = whole_batch("clip", world)
         mine = slice(rank * LOCAL, (rank + 1) * LOCAL)
@@ -149,6 +155,18 @@ def test_one_gradient_in_bf16(results: Any, world: int) -> None:
     got = torch.cat([results[rank]["locked", world][0] for rank in range(world)])
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.double() / world, text.grad, atol=2e-3, rtol=3e-2)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_compile(results: Any, world: int, kind: str) -> None:
+    """In one graph, without a break; backward too."""
+    eager = ("clip", world, False, True) if kind == "clip" else ("siglip", world)
+    for rank in range(world):
+        for got, want in zip(
+            results[rank]["compiled", kind, world], results[rank][eager], strict=True
+        ):
+            assert torch.equal(got, want)
 
 
 def test_open_clip(results: Any) -> None:

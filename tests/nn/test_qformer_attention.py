@@ -1,5 +1,6 @@
 """QFormerCrossAttention against transformers' modules, Resampler against the published code."""
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,43 @@ def test_one_image_for_all_queries() -> None:
         inputs = torch.randn(batches[0], 5, 48), torch.randn(batches[1], 9, 88)
         for got, want in zip(run(ours, *inputs), run(theirs, *inputs), strict=True):
             torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["blip_2", "instructblip"])
+def test_signature(family: str) -> None:
+    """Takes what transformers' module takes; and of its options all, as long as they ask for
+    nothing."""
+    from transformers.utils import TransformersKwargs
+
+    theirs = hf_attention(family).attention
+    ours = nn.QFormerCrossAttention.from_attention(theirs)
+    parameters = inspect.signature(type(theirs).forward).parameters.values()
+    kinds = [(p.name, p.kind, p.default) for p in parameters if p.kind != p.VAR_KEYWORD]
+    mine = inspect.signature(type(ours).forward).parameters.values()
+    assert [(p.name, p.kind, p.default) for p in mine if p.kind != p.VAR_KEYWORD] == kinds
+    queries, tokens = torch.randn(2, 5, 48), torch.randn(2, 9, 88)
+    options = dict.fromkeys(TransformersKwargs.__annotations__)
+    assert options
+    want, _ = ours(queries, encoder_hidden_states=tokens)
+    got, weights = ours(queries, encoder_hidden_states=tokens, **options)
+    assert torch.equal(got, want) and weights is None
+    positional, _ = ours(queries, None, tokens, torch.ones(2, 9))
+    torch.testing.assert_close(positional, want)
+    options = {"output_attentions": False, "num_items_in_batch": torch.tensor(2)}
+    assert torch.equal(ours(queries, encoder_hidden_states=tokens, **options)[0], want)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("output_attentions", True), ("is_causal", True), ("cu_seq_lens_k", torch.tensor([0, 9]))],
+)
+def test_options_that_cannot_be(name: str, value: object) -> None:
+    ours = nn.QFormerCrossAttention(48, 88, 3)
+    queries, tokens = torch.randn(2, 5, 48), torch.randn(2, 9, 88)
+    with pytest.raises(ValueError, match=f"QFormerCrossAttention: {name} must be None: "):
+        ours(queries, encoder_hidden_states=tokens, **{name: value})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'past_key_value'"):
+        ours(queries, encoder_hidden_states=tokens, past_key_value=None)
 
 
 def test_bad_input() -> None:

@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -113,6 +115,28 @@ def test_vector_quantize(name: str) -> None:
             torch.testing.assert_close(got, want.get_output_from_indices(indices))
 
 
+@pytest.mark.parametrize("learnable", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("leaf", [False, True])
+def test_where_the_gradient_goes(learnable: bool, training: bool, leaf: bool) -> None:
+    """To x in training alone; to learnable codes where x takes none."""
+    options = {"learnable_codebook": learnable, "ema_update": not learnable}
+    want = theirs.VectorQuantize(dim=6, codebook_size=9, **options).train(training)
+    ours = nn.VectorQuantize(dim=6, codebook_size=9, **options).train(training)
+    ours.load_state_dict(want.state_dict())
+    x = torch.randn(1, 7, 6)
+    gradients = []
+    for module in (ours, want):
+        tokens = x.clone().requires_grad_(leaf)
+        quantized, _, _ = module(tokens)
+        if quantized.requires_grad:
+            quantized.square().sum().backward()
+        gradients.append((tokens.grad, getattr(module._codebook.embed, "grad", None)))
+    for got, value in zip(*gradients, strict=True):
+        assert (got is None) == (value is None)
+        torch.testing.assert_close(got, value)
+
+
 def test_masked_tokens_do_not_count() -> None:
     want = theirs.VectorQuantize(dim=8, codebook_size=10, rotation_trick=False)
     ours = nn.VectorQuantize(dim=8, codebook_size=10, rotation_trick=False)
@@ -152,6 +176,54 @@ def test_kmeans_init_finds_clusters() -> None:
     before = vq.codebook.clone()
     vq(x)
     assert torch.equal(vq.codebook, before)
+
+
+def test_kmeans_init_from_few_tokens() -> None:
+    """Fewer tokens than codes: every code is a token, and stays one while nothing chooses it."""
+    x = torch.randn(1, 5, 6)
+    vq = nn.VectorQuantize(dim=6, codebook_size=13, kmeans_init=True)
+    vq(x[:, :0])  # nothing to start from yet
+    assert not vq._codebook.initted
+    for _ in range(3):
+        quantized, _, _ = vq(x)
+        torch.testing.assert_close(quantized, x, atol=1e-4, rtol=1e-4)
+        nearest_token = torch.cdist(vq.codebook, x[0]).amin(1)
+        assert vq._codebook.initted and nearest_token.max() < 1e-3
+
+
+MEMORY = """
+import torch
+from vector_quantize_pytorch import VectorQuantize as Theirs
+from vlmkernels import nn
+
+def resident(name):  # kB
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+def peak(module, x):
+    open("/proc/self/clear_refs", "w").write("5")  # starts VmHWM anew
+    before = resident("VmRSS")
+    module(x)
+    return resident("VmHWM") - before
+
+torch.set_num_threads(1)
+options = {"dim": 16, "codebook_size": 8192, "rotation_trick": False}
+x = torch.randn(1, 4096, 16)
+for training in (False, True):
+    ours, theirs = nn.VectorQuantize(**options), Theirs(**options)
+    ours.train(training)(x[:, :8]), theirs.train(training)(x[:, :8])
+    print(peak(ours, x), peak(theirs, x))
+"""
+
+
+def test_memory() -> None:
+    """Of the whole process, as the kernel of the operating system counts it."""
+    output = subprocess.run([sys.executable, "-c", MEMORY], check=True, capture_output=True)
+    matrix = 4096 * 8192 * 4 / 1024
+    in_evaluation, in_training = output.stdout.decode().splitlines()
+    for line in (in_evaluation, in_training):
+        ours, peer = map(int, line.split())
+        assert 50 * ours <= matrix and 10 * ours <= peer, line
 
 
 def test_residual() -> None:

@@ -9,13 +9,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.distributed import ProcessGroup
+from torch import distributed as dist
+from torch.distributed import ProcessGroup, distributed_c10d
 
 from vlmkernels import ops
 from vlmkernels.distributed.transport import Pending, Transport, transport_of
 from vlmkernels.ops import _library
-from vlmkernels.ops.contrastive_loss import _scalar, gradients, losses, statistics
+from vlmkernels.ops.contrastive_loss import (
+    _scalar,
+    gradients,
+    gradients_fake,
+    losses,
+    mean_loss,
+    merge,
+    statistics,
+)
 
 WHAT = "contrastive_loss"
 
@@ -46,12 +54,12 @@ def clip_loss(
     as its mean over the processes.
     """
     scale = _scalar("clip_loss: logit_scale", logit_scale, image_features)
-    if transport_of(group).size == 1:
+    name, size = _name_and_size(group)
+    if size == 1:
         return ops.clip_loss(image_features, text_features, scale)
     features = _library.autocast(image_features, text_features)
-    apply: Any = _ClipLoss.apply
-    loss: Tensor = apply(*features, scale, group, local_loss, gather_with_grad)
-    return loss
+    loss, _, _ = _clip_op(*features, scale, name, local_loss, gather_with_grad)
+    return loss  # type: ignore[no-any-return]
 
 
 def siglip_loss(
@@ -71,12 +79,26 @@ def siglip_loss(
     bias = None
     if logit_bias is not None:
         bias = _scalar("siglip_loss: logit_bias", logit_bias, image_features)
-    if transport_of(group).size == 1:
+    name, size = _name_and_size(group)
+    if size == 1:
         return ops.siglip_loss(image_features, text_features, scale, bias)
     features = _library.autocast(image_features, text_features)
-    apply: Any = _SiglipLoss.apply
-    loss: Tensor = apply(*features, scale, bias, group)
-    return loss
+    return _siglip_op(*features, scale, bias, name)  # type: ignore[no-any-return]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _name_and_size(group: ProcessGroup | None) -> tuple[str, int]:
+    """Ops know a process group by its name."""
+    if group is None and not dist.is_initialized():
+        return "", 1
+    group = dist.group.WORLD if group is None else group
+    assert group is not None
+    return group.group_name, group.size()
+
+
+def _ring(name: str) -> Transport:
+    resolve: Any = distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+    return transport_of(resolve(name))
 
 
 def _ring_statistics(
@@ -91,41 +113,79 @@ def _ring_statistics(
         if hop + 1 < ring.size:
             ahead = ring.rotate(block, what=WHAT)
         rows, columns, _ = statistics(image, block, scale, positives=False)
-        image_lse = torch.logaddexp(image_lse, rows)
-        behind = ring.rotate(torch.logaddexp(behind.wait()[0], columns), what=WHAT)
+        image_lse = merge(image_lse, rows)
+        behind = ring.rotate(merge(behind.wait()[0], columns), what=WHAT)
     return image_lse, behind.wait()[0], positive
 
 
-def _ring_gradients(
-    ring: Transport,
+def _clip_kernel(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    group: str,
+    local_loss: bool,
+    gather_with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    ring = _ring(group)
+    image_lse, text_lse, positive = _ring_statistics(ring, image, text, scale)
+    loss = mean_loss(image_lse, text_lse, positive)
+    return loss if local_loss else ring.total(loss, WHAT) / ring.size, image_lse, text_lse
+
+
+def _clip_fake(
+    image: Tensor, text: Tensor, scale: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    image_lse, text_lse = (scale.new_empty((2, len(features))) for features in (image, text))
+    return torch.empty_like(scale), image_lse, text_lse
+
+
+def _siglip_kernel(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, group: str
+) -> Tensor:
+    ring = _ring(group)
+    ahead, block = ring.rotate(text, what=WHAT), text
+    total = losses(image, block, scale, bias)
+    for hop in range(1, ring.size):
+        (block,) = ahead.wait()
+        if hop + 1 < ring.size:
+            ahead = ring.rotate(block, what=WHAT)
+        total = total + losses(image, block, scale, bias, positives=False)
+    return total.mean()
+
+
+def _gradients_kernel(
     image: Tensor,
     text: Tensor,
     scale: Tensor,
     bias: Tensor | None,
-    lse: tuple[Tensor, Tensor] | None,
+    image_lse: Tensor | None,
+    text_lse: Tensor | None,
     factor: Tensor,
-    wanted: tuple[bool, bool],
-    detached: bool = False,
+    group: str,
+    detached: bool,
+    image_grad: bool,
+    text_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `gradients`, of this process's images and, over all images, of its texts.
 
     detached: images by the loss of their rows only, texts by that of their columns.
     """
-    calls = [([1.0, 1.0], wanted)]
+    ring = _ring(group)
+    calls = [([1.0, 1.0], (image_grad, text_grad))]
     if detached:
-        calls = [([1.0, 0.0], (wanted[0], False)), ([0.0, 1.0], (False, wanted[1]))]
-    dimage = scale.new_zeros(image.shape) if wanted[0] else scale.new_empty(0)
+        calls = [([1.0, 0.0], (image_grad, False)), ([0.0, 1.0], (False, text_grad))]
+    dimage = scale.new_zeros(image.shape if image_grad else 0)
     dtext, totals = scale.new_empty(0), scale.new_zeros(2)
     block = text
-    block_lse: list[Tensor] = [] if lse is None else [lse[1]]
+    block_lse: list[Tensor] = [] if text_lse is None else [text_lse]
     behind: Pending | None = None
     for hop in range(ring.size):
         ahead = ring.rotate(block, *block_lse, what=WHAT) if hop + 1 < ring.size else None
-        rows, columns = (None, None) if lse is None else (lse[0], block_lse[0])
+        columns = block_lse[0] if block_lse else None
         dblock: Tensor | None = None
         for weights, want in calls:
             dimage_part, dtext_part, part = gradients(
-                *(image, block, scale, bias, rows, columns, factor, hop == 0, weights), *want
+                *(image, block, scale, bias, image_lse, columns, factor, hop == 0, weights), *want
             )
             totals += part
             if want[0]:
@@ -139,80 +199,88 @@ def _ring_gradients(
     return dimage, dtext if behind is None else behind.wait()[0], totals
 
 
-class _ClipLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        image: Tensor,
-        text: Tensor,
-        scale: Tensor,
-        group: ProcessGroup | None,
-        local_loss: bool,
-        gather_with_grad: bool,
-    ) -> Tensor:
-        ring = transport_of(group)
-        image_lse, text_lse, positive = _ring_statistics(ring, image, text, scale)
-        ctx.save_for_backward(image, text, scale, image_lse, text_lse)
-        ctx.ring, ctx.local_loss, ctx.gather_with_grad = ring, local_loss, gather_with_grad
-        loss = ((image_lse + text_lse) / 2 - positive).mean()
-        return loss if local_loss else ring.total(loss, WHAT) / ring.size
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        image, text, scale, *lse = ctx.saved_tensors
-        ring, wanted = ctx.ring, ctx.needs_input_grad[:2]
-        factor = ring.total(dloss, WHAT) / (ring.size * 2 * len(image))
-        detached = not ctx.gather_with_grad and ctx.local_loss
-        if not ctx.gather_with_grad and not ctx.local_loss:
-            factor = factor / ring.size
-        dimage, dtext, totals = _ring_gradients(
-            *(ring, image, text, scale, None, lse, factor, wanted), detached=detached
-        )
-        dscale = None
-        if ctx.needs_input_grad[2]:
-            mean = factor if not ctx.gather_with_grad and not ctx.local_loss else factor / ring.size
-            dscale = ring.total(totals[0] * mean, WHAT)
-        return (
-            dimage.to(image.dtype) if wanted[0] else None,
-            dtext.to(text.dtype) if wanted[1] else None,
-            *(dscale, None, None, None),
-        )
+def _mean_kernel(x: Tensor, group: str) -> Tensor:
+    ring = _ring(group)
+    return ring.total(x, WHAT) / ring.size
 
 
-class _SiglipLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        image: Tensor,
-        text: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        group: ProcessGroup | None,
-    ) -> Tensor:
-        ctx.ring = ring = transport_of(group)
-        ctx.save_for_backward(image, text, scale, bias)
-        ahead, block = ring.rotate(text, what=WHAT), text
-        total = losses(image, block, scale, bias)
-        for hop in range(1, ring.size):
-            (block,) = ahead.wait()
-            if hop + 1 < ring.size:
-                ahead = ring.rotate(block, what=WHAT)
-            total = total + losses(image, block, scale, bias, positives=False)
-        return total.mean()
+def _clip_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *features, ctx.group, ctx.local_loss, ctx.gather_with_grad = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*features, *output[1:])
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        image, text, scale, bias = ctx.saved_tensors
-        wanted, factor = ctx.needs_input_grad[:2], dloss / len(image)
-        dimage, dtext, totals = _ring_gradients(
-            *(ctx.ring, image, text, scale, bias, None, factor, wanted)
-        )
-        return (
-            dimage.to(image.dtype) if wanted[0] else None,
-            dtext.to(text.dtype) if wanted[1] else None,
-            totals[0] * factor if ctx.needs_input_grad[2] else None,
-            totals[1] * factor if ctx.needs_input_grad[3] else None,
-            None,
-        )
+
+def _clip_backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dloss is None:
+        return (None,) * 6
+    image, text, scale, *lse = ctx.saved_tensors
+    need_image, need_text, need_scale = ctx.needs_input_grad[:3]
+    factor = _mean_op(dloss, ctx.group) / (2 * len(image))
+    own = not ctx.gather_with_grad and not ctx.local_loss  # by this process's features alone
+    part = factor / _ring(ctx.group).size if own else factor
+    detached = not ctx.gather_with_grad and ctx.local_loss
+    dimage, dtext, totals = _gradients_op(
+        image, text, scale, None, *lse, part, ctx.group, detached, need_image, need_text
+    )
+    return (
+        dimage.to(image.dtype) if need_image else None,
+        dtext.to(text.dtype) if need_text else None,
+        _mean_op(totals[0] * factor, ctx.group) if need_scale else None,
+        *(None, None, None),
+    )
+
+
+def _siglip_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.group = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _siglip_backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+    image, text, scale, bias = ctx.saved_tensors
+    need_image, need_text, need_scale, need_bias = ctx.needs_input_grad[:4]
+    factor = dloss / len(image)
+    dimage, dtext, totals = _gradients_op(
+        *(image, text, scale, bias, None, None, factor, ctx.group, False), need_image, need_text
+    )
+    return (
+        dimage.to(image.dtype) if need_image else None,
+        dtext.to(text.dtype) if need_text else None,
+        totals[0] * factor if need_scale else None,
+        totals[1] * factor if need_bias else None,
+        None,
+    )
+
+
+_mean_op = _library.define(
+    "mean_over_group(Tensor x, str group) -> Tensor",
+    kernel=_mean_kernel,
+    fake=lambda x, group: torch.empty_like(x),
+    reference=_mean_kernel,
+)
+_gradients_op = _library.define(
+    "contrastive_ring_gradients(Tensor image, Tensor text, Tensor scale, Tensor? bias, "
+    "Tensor? image_lse, Tensor? text_lse, Tensor factor, str group, bool detached, "
+    "bool image_grad, bool text_grad) -> (Tensor, Tensor, Tensor)",
+    kernel=_gradients_kernel,
+    fake=gradients_fake,
+    reference=_gradients_kernel,
+)
+_clip_op = _library.define(
+    "clip_loss_ring(Tensor image, Tensor text, Tensor logit_scale, str group, bool local_loss, "
+    "bool gather_with_grad) -> (Tensor, Tensor, Tensor)",
+    kernel=_clip_kernel,
+    fake=_clip_fake,
+    reference=_clip_kernel,
+    setup_context=_clip_setup_context,
+    backward=_clip_backward,
+)
+_siglip_op = _library.define(
+    "siglip_loss_ring(Tensor image, Tensor text, Tensor logit_scale, Tensor? logit_bias, "
+    "str group) -> Tensor",
+    kernel=_siglip_kernel,
+    fake=lambda image, text, scale, *_: torch.empty_like(scale),
+    reference=_siglip_kernel,
+    setup_context=_siglip_setup_context,
+    backward=_siglip_backward,
+)

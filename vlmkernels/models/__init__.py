@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vlmkernels.models import blip2, clip, llava, qwen2_5_vl, qwen2_vl, vit
+from vlmkernels.models import blip2, clip, llava, qwen2_5_vl, qwen2_vl, qwen_vl, vit
 from vlmkernels.models.checkpoint import CONFIG, read_json
 
 
@@ -50,6 +50,12 @@ MODELS: dict[str, Entry] = {
         *(llava.Llava, llava.LlavaProcessor, tuple(llava.config.PRESETS)),
         does="images, text -> text",
         paper="arXiv 2310.03744",
+    ),
+    "qwen": Entry(
+        "Qwen-VL",
+        *(qwen_vl.QwenVL, qwen_vl.QwenVLProcessor, tuple(qwen_vl.config.PRESETS)),
+        does="images, text -> text, boxes",
+        paper="arXiv 2308.12966",
     ),
     "qwen2_vl": Entry(
         "Qwen2-VL",

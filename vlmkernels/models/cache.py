@@ -52,6 +52,7 @@ class KVCache:
         keys, values = torch.empty(shape, dtype=dtype, device=device)
         self.layers = [LayerCache(self, k, v) for k, v in zip(keys, values, strict=True)]
         self.seqlens = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.prompt_seqlens = self.seqlens  # what they were after `start`
         self.rows = torch.arange(batch, device=device)
         self.columns = self.seqlens.long()
         self.length = 0
@@ -60,6 +61,7 @@ class KVCache:
     def start(self, packing: Packing) -> None:
         """Reserve the places of a prompt, packed as `packing`, in an empty cache."""
         self.seqlens, self.length = packing.cu_seqlens.diff(), packing.max_seqlen
+        self.prompt_seqlens = self.seqlens
         self.rows = torch.repeat_interleave(self.seqlens)
         self.columns = torch.arange(len(self.rows), device=self.rows.device)
         self.columns -= packing.cu_seqlens[self.rows]
@@ -82,4 +84,4 @@ class KVCache:
         else:
             for layer in self.layers:
                 layer.keys, layer.values = layer.keys[rows], layer.values[rows]
-        self.seqlens = self.seqlens[rows]
+        self.seqlens, self.prompt_seqlens = self.seqlens[rows], self.prompt_seqlens[rows]

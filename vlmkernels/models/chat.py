@@ -1,9 +1,9 @@
-"""What the processors of chat models share: conversations, and placeholders that grow."""
+"""What chat models share: conversations, and placeholders that grow."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlmkernels.models.checkpoint import Json, read_json
 from vlmkernels.models.fields import OBJECT, expect
+from vlmkernels.models.generation import Generates, stream_text
 from vlmkernels.models.tokenizer import Tokenizer
 
 
@@ -47,6 +48,49 @@ def read_processor(path: Path) -> tuple[Json, Json]:
         for name in ("processor_config.json", "preprocessor_config.json")
     )
     return own, image or expect("image_processor", own.get("image_processor") or {}, OBJECT)
+
+
+class Chat:
+    """A conversation that remembers what was said: `messages`, as of `from_messages`."""
+
+    def __init__(
+        self, model: Generates[Any], processor: ChatProcessor, system: str | None = None
+    ) -> None:
+        self.model, self.processor = model, processor
+        self.messages: list[Json] = []
+        if system is not None:
+            self.messages.append({"role": "system", "content": system})
+
+    def stream(self, text: str, images: Sequence[Any] = (), **options: Any) -> Iterator[str]:
+        """The answer to a question about images and all that was said, as it is made.
+
+        options: as of `generate`. What is asked is remembered once its answer is complete.
+        """
+        content: list[Json] = [{"type": "image", "image": image} for image in images]
+        question = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+        inputs = self.processor.from_messages([*self.messages, question])
+        tensors: dict[str, Any] = {name: x.to(self.model.device) for name, x in inputs.items()}
+        answer = ""
+        steps = self.model.generate_steps(**tensors, **options)
+        for piece in stream_text(self.processor.tokenizer, steps):
+            answer += piece
+            yield piece
+        reply = {"type": "text", "text": answer}
+        self.messages += [question, {"role": "assistant", "content": [reply]}]
+
+    def ask(self, text: str, images: Sequence[Any] = (), **options: Any) -> str:
+        """`stream` at once."""
+        return "".join(self.stream(text, images, **options))
+
+    def last_image(self) -> Any:
+        """The picture that was shown last; None without one."""
+        parts = (
+            p for m in self.messages if not isinstance(m["content"], str) for p in m["content"]
+        )
+        image = None
+        for part in parts:
+            image = part.get("image", image)
+        return image
 
 
 def as_texts(text: str | Sequence[str]) -> list[str]:

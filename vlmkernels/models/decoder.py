@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -159,6 +159,17 @@ class PackedDecoder(nn.Module):
         """x before the first layer, for positions that are not a matter of attention."""
         return x
 
+    def layer_positions(
+        self,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        cache: KVCache | None,
+        plan: ContextPlan | None,
+    ) -> Any:
+        """What the layers get to know of the positions."""
+        return position_ids[0] if self.num_axes == 1 else position_ids
+
     def forward(
         self,
         x: Tensor,
@@ -169,12 +180,12 @@ class PackedDecoder(nn.Module):
         plan: ContextPlan | None = None,
     ) -> Tensor:
         residual = None
-        position_ids = position_ids[0] if self.num_axes == 1 else position_ids
-        x = self.add_positions(x, position_ids)
+        positions = self.layer_positions(position_ids, cu_seqlens, max_seqlen, cache, plan)
+        x = self.add_positions(x, positions)
         for i, layer in enumerate(self.layers):
             x, residual = run_layer(
                 layer,
-                *(x, residual, position_ids, cu_seqlens, max_seqlen),
+                *(x, residual, positions, cu_seqlens, max_seqlen),
                 cache.layers[i] if cache is not None else None,
                 plan,
                 recompute=self.gradient_checkpointing,

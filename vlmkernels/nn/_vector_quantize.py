@@ -71,7 +71,8 @@ class VectorQuantize(torch.nn.Module):
 
     Keyword-compatible with vector-quantize-pytorch's `VectorQuantize`, with its state_dict; the
     look-up is exact and makes no num_tokens x num_codes matrix. loss = commitment_weight times
-    mean |x - sg(code)|^2 in training, 0 otherwise. Arguments of theirs beyond those below are
+    mean |x - sg(code)|^2 in training, 0 otherwise. In evaluation quantized has no gradient to x, as
+    theirs. Arguments of theirs beyond those below are
     refused unless at their defaults.
 
     Args:
@@ -167,7 +168,7 @@ class VectorQuantize(torch.nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             rows, places = self._heads(self.project_in(tokens).float(), mask)
             quantized, indices, loss = self._look_up(rows, places, frozen)
-        quantized = quantized.to(x.dtype).reshape(*tokens.shape[:-1], -1)
+        quantized = quantized.to(x.dtype).reshape(*tokens.shape[:-1], self.heads * rows.shape[-1])
         quantized = self.project_out(quantized)
         indices = indices.view(*tokens.shape[:-1], *([self.heads] * (self.heads > 1)))
         if mask is not None:
@@ -208,8 +209,14 @@ class VectorQuantize(torch.nn.Module):
         self, x: Tensor, places: Tensor | None, frozen: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         x = self._codebook._unit(x)
+        codebooks = self._codebook.embed.float()
         found = self._codebook(x, places, update=not frozen)
         quantized = torch.stack([f.quantized for f in found])
+        if not (self.training and x.requires_grad):  # then codes are looked up and no more
+            quantized = quantized.detach()
+            if self.learnable_codebook:
+                pairs = zip(codebooks, found, strict=True)
+                quantized = torch.stack([codes[f.indices] for codes, f in pairs])
         indices = torch.stack([f.indices for f in found])
         loss = x.new_zeros(())
         if self.training:
@@ -218,8 +225,6 @@ class VectorQuantize(torch.nn.Module):
                 loss = self._loss(x, found, codes, places, frozen) * self.commitment_weight
             if self.rotation_trick and x.requires_grad:
                 quantized = rotate_to(x, codes)
-        else:
-            quantized = quantized.detach() if not x.requires_grad else quantized
         if self.separate_codebook_per_head:
             return quantized.transpose(0, 1), indices.t(), loss
         return quantized, indices, loss

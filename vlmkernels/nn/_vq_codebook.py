@@ -72,9 +72,7 @@ class Codebook(torch.nn.Module):
         """
         seen = x.detach() if mask is None else x.detach()[:, mask]
         if self._needs_init:
-            if not self.initted:
-                self._kmeans(seen)
-            self._needs_init = False
+            self._needs_init = not self.initted and not self._kmeans(seen)
         found = [
             ops.vq_lookup(tokens, codes, metric=self.metric)
             for tokens, codes in zip(x, self.embed.float(), strict=True)
@@ -96,12 +94,13 @@ class Codebook(torch.nn.Module):
 
     def _totals(self, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """How many tokens each code has, and their sum, over all ranks: a sum by segments."""
-        counts = x.new_zeros(self.cluster_size.shape)
-        for head in range(x.shape[0]):
-            counts[head].index_add_(0, indices[head], x.new_ones(x.shape[1]))
+        size = self.codebook_size
+        counts = torch.stack(  # integers, whose sum has no order
+            [i.new_zeros(size).scatter_add_(0, i, torch.ones_like(i)) for i in indices]
+        )
         heads = zip(x, indices, strict=True)
-        sums = torch.stack([sum_by_code(rows, codes, counts.shape[1]) for rows, codes in heads])
-        return self._all_reduce(counts), self._all_reduce(sums)
+        sums = torch.stack([sum_by_code(rows, codes, size) for rows, codes in heads])
+        return self._all_reduce(counts).to(x), self._all_reduce(sums)
 
     def _all_reduce(self, x: Tensor) -> Tensor:
         if self.sync:
@@ -139,10 +138,18 @@ class Codebook(torch.nn.Module):
         return self._all_reduce(tokens), self._all_reduce(mine.to(x.dtype)) > 0
 
     @torch.no_grad()
-    def _kmeans(self, x: Tensor) -> None:
-        """Lloyd's iterations from tokens of the batch."""
+    def _kmeans(self, x: Tensor) -> bool:
+        """Lloyd's iterations from tokens of the batch, duplicates of them where they are fewer than
+        codes; False where there is none. A code that no token chose keeps its place with a count of
+        1, as codes start without k-means: from a count of 0 it would become 0."""
         everything = torch.ones(self.codebook_size, dtype=torch.bool, device=x.device)
-        means = torch.stack([self._sample(tokens, everything)[0] for tokens in x])
+        samples = [self._sample(tokens, everything) for tokens in x]
+        drawn = samples[0][1].nonzero()[:, 0]  # the same codes of all heads
+        if not len(drawn):
+            return False
+        code = torch.arange(self.codebook_size, device=x.device)
+        source = torch.where(samples[0][1], code, drawn[code % len(drawn)])
+        means = torch.stack([tokens[source] for tokens, _ in samples])
         counts = torch.zeros_like(self.cluster_size)
         for _ in range(self.kmeans_iters):
             indices = torch.stack(
@@ -154,7 +161,9 @@ class Codebook(torch.nn.Module):
             counts, sums = self._totals(x, indices)
             moved = self._unit(sums / counts.clamp(min=1)[..., None])
             means = torch.where(counts[..., None] == 0, means, moved)
+        counts.clamp_(min=1)
         self.cluster_size.copy_(counts)
         self.embed_avg.copy_(means * counts[..., None])
         self._follow()
         self.initted.fill_(True)
+        return True

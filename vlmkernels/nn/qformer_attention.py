@@ -72,7 +72,7 @@ class QFormerCrossAttention(torch.nn.Module):
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        **_: Any,
+        **options: Any,
     ) -> tuple[Tensor, None]:
         """Attends from the queries to the image tokens.
 
@@ -83,13 +83,17 @@ class QFormerCrossAttention(torch.nn.Module):
             encoder_attention_mask: which tokens exist: (batch, num_tokens), not 0 where one does;
                 or what transformers makes of it, (batch, 1, 1 or num_queries, num_tokens), all
                 rows alike: True, or 0 to be added, where one does.
+            options: those of transformers' TransformersKwargs. None and False always pass; what
+                would change the result is an error, what its eager attention ignores is ignored.
 
         Returns:
             (out, None), out as hidden_states.
 
         Raises:
-            ValueError: no encoder_hidden_states, a mask of another shape, dropout in training.
+            ValueError: no encoder_hidden_states, a mask of another shape, dropout in training,
+                output_attentions and other options that cannot be. TypeError: unknown options.
         """
+        _check_options(options)
         x = encoder_hidden_states
         if x is None:
             raise ValueError("QFormerCrossAttention: encoder_hidden_states must be given, got None")
@@ -110,6 +114,27 @@ class QFormerCrossAttention(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_attention_heads={self.num_attention_heads}, form={self.form!r}"
+
+
+# Of transformers' TransformersKwargs: those that cannot be followed; those that mean
+# nothing to an attention.
+_REFUSED = {
+    "output_attentions": "attention weights are never formed",
+    "is_causal": "image tokens have no order",
+    **dict.fromkeys(
+        ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
+        "packed sequences are not supported, give encoder_attention_mask",
+    ),
+}
+_IGNORED = ("num_items_in_batch", "output_hidden_states", "output_router_logits", "position_ids")
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        if name not in _REFUSED and name not in _IGNORED:
+            raise TypeError(f"QFormerCrossAttention: unexpected keyword argument {name!r}")
+        if name in _REFUSED and value is not None and value is not False:
+            raise ValueError(f"QFormerCrossAttention: {name} must be None: {_REFUSED[name]}")
 
 
 def _dropout(attention: torch.nn.Module) -> float:

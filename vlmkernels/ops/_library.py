@@ -69,12 +69,15 @@ def define(
         function = _autograd_function(name, eager or kernel, setup_context, backward)
     overload = getattr(torch.ops.vlmkernels, name).default
     direct = inference or eager or kernel
+    # Behind the last tensor there is nothing to look at, and looking is what a call costs.
+    is_tensor = ["Tensor" in str(argument.type) for argument in overload._schema.arguments]
+    num_args = len(is_tensor) - is_tensor[::-1].index(True)
 
     def call(*args: Any) -> Any:
         # Kernels know no tangents and no torch.func transforms; plain PyTorch does.
         if _references_only or forward_ad._current_level >= 0 or _transforms_active():
             return reference(*args)
-        kind = _kind_of_call(args)
+        kind = _kind_of_call(args[:num_args])
         if kind == _DISPATCHED:
             return overload(*args)
         if kind == _DIFFERENTIABLE and function is not None and _is_grad_enabled():

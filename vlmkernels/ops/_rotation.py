@@ -19,7 +19,7 @@ def head_dim(q: Tensor) -> int:
 
 
 def check_sections(op: str, sections: list[int]) -> None:
-    if len(sections) != 3 or not all(isinstance(count, int) for count in sections):
+    if list(map(type, sections)) != [int, int, int]:
         raise ValueError(f"{op}: sections must be three ints (t, h, w), got {sections}")
 
 
@@ -86,8 +86,7 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x.dtype)
 
 
-def empty(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+empty = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
 
 
 def heads(x: Tensor) -> Tensor:

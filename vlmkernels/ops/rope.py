@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vlmkernels import _core
 from vlmkernels.ops import _library, _rotation
+from vlmkernels.ops._rotation import empty, frequencies_of_core, heads
 
 
 @_library.public
@@ -238,14 +239,6 @@ def _copy_to(outputs: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         output.copy_(value)
 
 
-def _run(q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, *args: Any) -> bool:
-    position_ids, theta, rotary_dim, sections, layout, inverse = args
-    inv_freq, axis = _rotation.frequencies_of_core(theta, rotary_dim, tuple(sections), layout)
-    return _core.C.rope(  # type: ignore[no-any-return]
-        q, k, position_ids, q_out, k_out, inv_freq, axis, len(sections), inverse
-    )
-
-
 def _run_from_tables(q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, *args: Any) -> bool:
     cos, sin, rotary_dim, inverse = args
     return _core.C.rope_from_tables(  # type: ignore[no-any-return]
@@ -253,23 +246,36 @@ def _run_from_tables(q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, *args: 
     )
 
 
-def _kernel(q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    q_out, k_out = _rotation.empty(q), _rotation.empty(k)
-    return (q_out, k_out) if _run(q, k, q_out, k_out, *args) else reference(q, k, *args)
+def _kernel(
+    q: Tensor,
+    k: Tensor,
+    position_ids: Tensor,
+    theta: float,
+    rotary_dim: int,
+    sections: Sequence[int],
+    layout: str,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    inv_freq, axis = frequencies_of_core(theta, rotary_dim, tuple(sections), layout)
+    q_out, k_out = empty(q), empty(k)
+    num_axes = len(sections)
+    if _core.C.rope(q, k, position_ids, q_out, k_out, inv_freq, axis, num_axes, inverse):
+        return q_out, k_out
+    return reference(q, k, position_ids, theta, rotary_dim, sections, layout, inverse)
 
 
 def _kernel_from_tables(q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    q_out, k_out = _rotation.empty(q), _rotation.empty(k)
+    q_out, k_out = empty(q), empty(k)
     if _run_from_tables(q, k, q_out, k_out, *args):
         return q_out, k_out
     return reference_from_tables(q, k, *args)
 
 
-def _kernel_(q: Tensor, k: Tensor, *args: Any) -> None:
-    if _run(q, k, q, k, *args, False):
+def _kernel_(q: Tensor, k: Tensor, position_ids: Tensor, *options: Any) -> None:
+    if _core.C.rope(q, k, position_ids, q, k, *_of_core(options), False):
         torch.autograd.graph.increment_version((q, k))
     else:
-        _reference_(q, k, *args)
+        _reference_(q, k, position_ids, *options)
 
 
 def _kernel_from_tables_(q: Tensor, k: Tensor, *args: Any) -> None:
@@ -281,7 +287,7 @@ def _kernel_from_tables_(q: Tensor, k: Tensor, *args: Any) -> None:
 
 def _of_core(options: tuple[Any, ...]) -> tuple[Tensor, Tensor, int]:
     theta, rotary_dim, sections, layout = options
-    return *_rotation.frequencies_of_core(theta, rotary_dim, tuple(sections), layout), len(sections)
+    return *frequencies_of_core(theta, rotary_dim, tuple(sections), layout), len(sections)
 
 
 def _kernel_qkv_viewing(
@@ -325,7 +331,7 @@ def _fake_qkv_backward(dq: Tensor, *args: Any) -> Tensor:
 
 
 def _fake(q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return _rotation.empty(q), _rotation.empty(k)
+    return empty(q), empty(k)
 
 
 def _fake_(*args: Any) -> None:
@@ -338,10 +344,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-    *options, inverse = ctx.options
-    grads = _rotation.heads(dq), _rotation.heads(dk)
-    dq, dk = _rope(*grads, *ctx.saved_tensors, *options, not inverse)
-    return (dq, dk, *[None] * 6)
+    (position_ids,) = ctx.saved_tensors
+    theta, rotary_dim, sections, layout, inverse = ctx.options
+    options = (theta, rotary_dim, sections, layout, not inverse)
+    dq, dk = _rope(heads(dq), heads(dk), position_ids, *options)
+    return dq, dk, None, None, None, None, None, None
 
 
 def _setup_context_qkv(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -350,7 +357,7 @@ def _setup_context_qkv(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward_qkv(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _rotation.heads(dq), _rotation.heads(dk), _rotation.heads(dv)
+    grads = heads(dq), heads(dk), heads(dv)
     return (_rope_qkv_backward(*grads, *ctx.saved_tensors, *ctx.options), *[None] * 5)
 
 
@@ -361,7 +368,7 @@ def _setup_context_from_tables(ctx: Any, inputs: tuple[Any, ...], output: Any) -
 
 def _backward_from_tables(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
     rotary_dim, inverse = ctx.options
-    grads = _rotation.heads(dq), _rotation.heads(dk)
+    grads = heads(dq), heads(dk)
     dq, dk = _rope_from_tables(*grads, *ctx.saved_tensors, rotary_dim, not inverse)
     return (dq, dk, *[None] * 4)
 
