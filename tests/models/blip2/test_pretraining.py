@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from tests.conftest import Backend
 from tests.models.blip2.conftest import pixels
 from tests.models.blip2.lavis import Lavis
 from tests.models.common import assert_compiles_and_recomputes, randomize, state_of
@@ -206,6 +208,28 @@ def test_gradients_recomputed_and_compiled_are_the_same() -> None:
         return value
 
     assert_compiles_and_recomputes(make_model(2), loss)
+
+
+def test_every_backend_computes_the_same_losses(backend: Backend) -> None:
+    model, inputs = make_model(), (pixels(2), IDS[:2], MASK[:2])  # of two, no choice is drawn
+    expected = model(*inputs)
+    half = copy.deepcopy(model).to(backend.device, torch.bfloat16)
+    out = half(*(x.to(backend.device) for x in inputs))
+    for name in ("loss_itc", "loss_itm", "loss_itg"):
+        ours, theirs = float(getattr(out, name).detach()), float(getattr(expected, name).detach())
+        assert ours == pytest.approx(theirs, rel=0.05), name
+
+
+def test_autocast_trains_close_to_float32() -> None:
+    model, grads = make_model(), []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            model(pixels(2), IDS[:2], MASK[:2]).loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    for name, expected in grads[0].items():
+        if not name.endswith("key.bias"):  # rounding noise
+            assert (grads[1][name] - expected).norm() < 0.15 * expected.norm(), name
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -159,18 +159,17 @@ class Blip2Pretraining(FirstStage):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if hasattr(self, "temp"):  # not yet where the base class calls this
-            self.temp.fill_(TEMPERATURE)
+        self.temp.fill_(TEMPERATURE)
 
 
 def contrast(similarity: Tensor) -> Tensor:
     """(batch, batch) logits, pairs on the diagonal: mean cross entropy of rows and of columns."""
     targets = torch.arange(len(similarity), device=similarity.device)
-    losses = (
+    of_images, of_texts = (
         nn.functional.cross_entropy(logits, targets, label_smoothing=SMOOTHING)
         for logits in (similarity, similarity.T)
     )
-    return sum(losses, start=similarity.new_zeros(())) / 2
+    return (of_images + of_texts) / 2
 
 
 def hard_negatives(similarity: Tensor, generator: torch.Generator | None) -> Tensor:

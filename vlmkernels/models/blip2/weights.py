@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Container
 
+from vlmkernels.models.t5 import own_name as t5_own_name
+
 from .config import GENERATION, PRETRAINING, RETRIEVAL
 
 
 def own_name(stored: str) -> str:
     """The published name of a stored tensor; "" for what is no weight."""
     # Older files hold the running index of a table of positions.
-    return "" if stored.endswith(".position_ids") else stored
+    return "" if stored.endswith(".position_ids") else t5_own_name(stored)
 
 
 def architecture_of(names: Container[str]) -> str:
