@@ -195,9 +195,7 @@ def _products_for(image: Tensor, text: Tensor) -> Tensor | None:
     return image.new_empty((image.shape[0], text.shape[0]), dtype=dtype)
 
 
-def _chunks(
-    image: Tensor, text: Tensor, products: Tensor | None
-) -> Iterator[tuple[slice, Tensor]]:
+def _chunks(image: Tensor, text: Tensor, products: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """Some rows at a time, and their products with all texts: in `products`, or in memory that is
     used again."""
     image, text = _operand(image), _operand(text)
@@ -440,9 +438,7 @@ def _clip_backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | N
     )
 
 
-def _siglip_setup_context(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
-) -> None:
+def _siglip_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*inputs, output[1])
