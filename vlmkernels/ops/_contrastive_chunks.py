@@ -26,7 +26,7 @@ def _operand(features: Tensor) -> Tensor:
 
 def products_for(image: Tensor, text: Tensor) -> Tensor | None:
     """Memory for the products, where it pays to keep them for the backward."""
-    if image.device.type != "cpu" or _core.C.build_info()["emulated"]:
+    if image.device.type != "cpu" or _core.emulating:
         return None
     dtype = torch.float32 if image.dtype == torch.float16 else image.dtype
     if image.shape[0] * text.shape[0] * dtype.itemsize > KEPT_BYTES:
