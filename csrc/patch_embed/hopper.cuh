@@ -137,62 +137,101 @@ __device__ void gather(uint32_t tile, int to, int chunk0, const View& x, const P
     }
 }
 
-// The epilogue of 64 rows from m and kBlocks * 8 columns from n, straight from the accumulators of
-// a warpgroup: neighbouring lanes exchange halves, so that a row gets 32 bytes at once. y has rows
+// The bias of kBlocks * 8 columns from n, spread over the lanes of a warp: read it long before it
+// is needed.
+template <int kBlocks>
+class TokenBias {
+  public:
+    __device__ TokenBias(const float* bias, int n, int width) {
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+            const int column = n + (i * 8 + lane_ / 4) * 8 + lane_ % 4 * 2;
+            values_[i] = make_float2(0, 0);
+            if (bias && column < width)
+                values_[i] = *reinterpret_cast<const float2*>(bias + column);
+        }
+    }
+    // Of this thread's columns of a block of 8.
+    __device__ float2 operator()(int block) const {
+        const int from = block % 8 * 4 + lane_ % 4;
+        return {__shfl_sync(~0u, values_[block / 8].x, from),
+                __shfl_sync(~0u, values_[block / 8].y, from)};
+    }
+
+  private:
+    static constexpr int kEach = (kBlocks + 7) / 8;
+    const int lane_ = threadIdx.x % 32;
+    float2 values_[kEach];
+};
+
+// The epilogue of a warp's 16 rows from m and kBlocks * 8 columns from n, straight from the
+// accumulators: neighbouring lanes exchange halves, so that a row gets 32 bytes at once. y has rows
 // of whole 16 bytes.
 template <class T, int kBlocks>
-__device__ void store_tokens(const PatchEmbedEpilogue<T>& e, const float (&c)[kBlocks][4], int m,
-                             int n) {
-    static_assert(kBlocks % 2 == 0);
-    const int lane = threadIdx.x % 32, pair = lane % 4 * 2;
+__device__ void store_tokens(const PatchEmbedEpilogue<T>& e, const float (&c)[kBlocks][4],
+                             const TokenBias<kBlocks>& bias, int m, int n) {
+    constexpr int kBatch = 4;  // blocks whose position embedding is read at once
+    static_assert(kBlocks % kBatch == 0);
+    const int lane = threadIdx.x % 32, pair = lane % 4 * 2, width = e.y.num_columns - n;
     const bool odd = lane % 2;
-    const int width = e.y.num_columns;
-    uint32_t rows[2];
+    bool inside[2];
+    T* to[2];
     const T* positions[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        rows[half] = m + threadIdx.x / 32 % 4 * 16 + lane / 4 + half * 8;
-        uint32_t position = rows[half];
+        const int row = m + lane / 4 + half * 8;
+        inside[half] = row < e.y.num_rows;
+        to[half] = e.y.data + e.y.row(row) + n + (odd ? pair + 6 : pair);
+        uint32_t position = row;
         e.positions(position);
         positions[half] = e.pos_embed.data + e.pos_embed.row(position) + n + pair;
     }
-    const bool has_positions = e.pos_embed.num_rows > 0;
 #pragma unroll
-    for (int block = 0; block < kBlocks; block += 2) {
-        const int column = n + block * 8;
-        float2 bias[2] = {};
+    for (int first = 0; first < kBlocks; first += kBatch) {
+        __syncwarp();  // holds the compiler back from starting all at once, in too many registers
+        uint32_t added[2][kBatch] = {};
+        if (e.pos_embed.num_rows)
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-            if (e.float_bias && column + i * 8 < width)
-                bias[i] = *reinterpret_cast<const float2*>(e.float_bias + column + i * 8 + pair);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const bool inside = rows[half] < uint32_t(e.y.num_rows);
-            uint32_t packed[2];
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                float low = c[block + i][half * 2] * e.scale + bias[i].x;
-                float high = c[block + i][half * 2 + 1] * e.scale + bias[i].y;
-                if (has_positions && inside && column + i * 8 < width) {
-                    low += float(positions[half][(block + i) * 8]);
-                    high += float(positions[half][(block + i) * 8 + 1]);
-                }
-                packed[i] = pack<T>(low, high);
+            for (int i = 0; i < 2 * kBatch; ++i) {
+                const int column = (first + i / 2) * 8;
+                added[i % 2][i / 2] = *reinterpret_cast<const uint32_t*>(
+                    positions[i % 2] + (column < width ? column : 0));
             }
-            const uint32_t other = __shfl_xor_sync(~0u, odd ? packed[0] : packed[1], 1);
-            const int to = column + (odd ? pair + 6 : pair);
-            if (inside && to < width)
-                *reinterpret_cast<uint2*>(e.y.data + e.y.row(int(rows[half])) + to) =
-                    odd ? make_uint2(other, packed[1]) : make_uint2(packed[0], other);
+        uint32_t packed[2][kBatch];  // step by step for all, so that no block waits for another
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            const float2 both = bias(first + i);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float* sums = &c[first + i][half * 2];
+                const T* two = reinterpret_cast<const T*>(&added[half][i]);
+                packed[half][i] = pack<T>(fmaf(sums[0], e.scale, both.x + float(two[0])),
+                                          fmaf(sums[1], e.scale, both.y + float(two[1])));
+            }
         }
+#pragma unroll
+        for (int i = 0; i < kBatch; i += 2)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                uint32_t &low = packed[half][i], &high = packed[half][i + 1];
+                const uint32_t other = __shfl_xor_sync(~0u, odd ? low : high, 1);
+                low = odd ? other : low, high = odd ? high : other;
+            }
+#pragma unroll
+        for (int i = 0; i < kBatch; i += 2)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                if (inside[half] && (first + i) * 8 < width - odd * 8)
+                    *reinterpret_cast<uint2*>(to[half] + (first + i) * 8) =
+                        make_uint2(packed[half][i], packed[half][i + 1]);
     }
 }
 
-template <class Tile, class View, class T>
-__global__ void __launch_bounds__(Tile::kThreads, 1)
-    patch_embed_hopper_kernel(const __grid_constant__ View x,
-                              const __grid_constant__ CUtensorMap weight,
-                              const __grid_constant__ PatchEmbedEpilogue<T> epilogue) {
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1) patch_embed_hopper_kernel(
+    const __grid_constant__ PixelView<const typename Tile::T, typename Tile::T> x,
+    const __grid_constant__ CUtensorMap weight,
+    const __grid_constant__ PatchEmbedEpilogue<typename Tile::T> epilogue) {
     if constexpr (kHopperCode) {
         extern __shared__ __align__(1024) unsigned char stages[];
         using A = typename Tile::A;
@@ -213,9 +252,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                 gather<A, 8>(stage.a, stage.thread, 0, x, row, patch < x.num_rows, step * 64);
             },
             [&](int tile, const auto& c, const auto&) {
-                store_tokens(epilogue, c[0],
-                             tile / tiles_n * Tile::kM + (threadIdx.x / 128 - 1) * 64,
-                             tile % tiles_n * Tile::kN);
+                const int n = tile % tiles_n * Tile::kN;
+                store_tokens(
+                    epilogue, c[0],
+                    TokenBias<Tile::kN / 8>(epilogue.float_bias, n, epilogue.y.num_columns),
+                    tile / tiles_n * Tile::kM + threadIdx.x / 32 * 16 - 64, n);
             });
     }
 }

@@ -33,47 +33,43 @@ struct BytesTile : Tile {
 template <class Source, class Tile>
 using TileFor = std::conditional_t<sizeof(Source) == 1, BytesTile<Tile>, Tile>;
 
-// The tile for whole patches in shared memory: lines of 14 bytes, with which most models begin.
-template <class T>
-using Resident = ResidentTile<T, 14, 10, 256, 4>;
-
-template <class T>
+// From bytes: 38 panels are 1216 columns of patches.
+template <class T, int kN, int kStages>
 Error launch_resident(const PatchEmbedParams& p, Stream stream) {
-    using Tile = Resident<T>;
+    using Tile = ResidentTile<T, kN, 38, kStages>;
     const Patches& s = p.patches;
-    const PixelView<const uint8_t, T> x(static_cast<const uint8_t*>(p.x), s);
     CUtensorMap weight;
-    if (s.dtype != DType::kUInt8 || s.rows || s.patch_w != Tile::kPatchW || s.patch_dim > 588 ||
-        x.run_bytes < 4 ||
-        operand_map<typename Tile::B>(&weight, p.weight, p.dtype, p.hidden_dim, s.patch_dim,
+    if (operand_map<typename Tile::B>(&weight, p.weight, p.dtype, p.hidden_dim, s.patch_dim,
                                       p.weight_stride))
         return cudaErrorNotSupported;
-    return launch_persistent<Tile>(patch_embed_resident_kernel<Tile>,
-                                   num_tiles<Tile>(s.num_patches, p.hidden_dim), stream, x, weight,
-                                   make_epilogue<T>(p));
+    const PixelView<const uint8_t, T> x(static_cast<const uint8_t*>(p.x), s);
+    const int64_t items = num_tiles<Tile>(s.num_patches, p.hidden_dim);
+    const int64_t each = (items + num_sms() - 1) / num_sms();
+    return launch(patch_embed_resident_kernel<Tile>, (items + each - 1) / each, Tile::kThreads,
+                  Tile::kSharedBytes, stream, x, weight, make_epilogue<T>(p), int(each),
+                  s.patch_dim <= Tile::kPanels * 32 ? int(num_tiles<Tile>(1, p.hidden_dim)) : 1);
 }
 
 template <class T>
 Error launch_hopper(const PatchEmbedParams& p, Stream stream) {
     if (p.hidden_dim % 8) return cudaErrorNotSupported;  // y is stored in 8 bytes
-    if (Error error = launch_resident<T>(p, stream); error != cudaErrorNotSupported) return error;
-    auto run = [&]<class AnyTile>() -> Error {
+    const bool large = p.patches.num_patches * p.hidden_dim >= 100 * 128 * 256;
+    if (p.patches.dtype == DType::kUInt8)
+        return large ? launch_resident<T, 256, 4>(p, stream)
+                     : launch_resident<T, 128, 8>(p, stream);
+    auto run = [&]<class Tile>() -> Error {
         CUtensorMap weight;
-        if (operand_map<typename AnyTile::B>(&weight, p.weight, p.dtype, p.hidden_dim,
-                                             p.patches.patch_dim, p.weight_stride))
+        if (operand_map<typename Tile::B>(&weight, p.weight, p.dtype, p.hidden_dim,
+                                          p.patches.patch_dim, p.weight_stride))
             return cudaErrorNotSupported;
-        return with_view<T, true>(p.x, p.patches, [&]<class View>(const View& x) {
-            using Tile = TileFor<typename View::T, AnyTile>;
-            return launch_persistent<Tile>(patch_embed_hopper_kernel<Tile, View, T>,
-                                           num_tiles<Tile>(p.patches.num_patches, p.hidden_dim),
-                                           stream, x, weight, make_epilogue<T>(p));
-        });
+        const PixelView<const T, T> x(static_cast<const T*>(p.x), p.patches);
+        return launch_persistent<Tile>(patch_embed_hopper_kernel<Tile>,
+                                       num_tiles<Tile>(p.patches.num_patches, p.hidden_dim), stream,
+                                       x, weight, make_epilogue<T>(p));
     };
     using Large = HopperGemmTile<T, 128, 256, 4, 2, Producer::kThreads>;
     using Small = HopperGemmTile<T, 128, 128, 4, 2, Producer::kThreads>;
-    if (num_tiles<Large>(p.patches.num_patches, p.hidden_dim) >= 100)
-        return run.template operator()<Large>();
-    return run.template operator()<Small>();
+    return large ? run.template operator()<Large>() : run.template operator()<Small>();
 }
 
 template <class T>
