@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "patch_embed/dweight_hopper.cuh"
 #include "patch_embed/hopper.cuh"
 #include "patch_embed/launch.cuh"
 #include "patch_embed/resident.cuh"
@@ -22,16 +23,6 @@ Error launch_persistent(void (*kernel)(Args...), int64_t tiles, Stream stream,
     return launch(kernel, std::min<int64_t>(tiles, num_sms()), Tile::kThreads, Tile::kSharedBytes,
                   stream, args...);
 }
-
-// Gathering bytes takes registers, and no cp.async.
-template <class Tile>
-struct BytesTile : Tile {
-    static constexpr int kProducerRegisters = Tile::kN > 128 ? 88 : 152;
-    static constexpr int kConsumerRegisters = Tile::kN > 128 ? 208 : 176, kLag = 0;
-};
-
-template <class Source, class Tile>
-using TileFor = std::conditional_t<sizeof(Source) == 1, BytesTile<Tile>, Tile>;
 
 // From bytes: 38 panels are 1216 columns of patches.
 template <class T, int kN, int kStages>
@@ -90,19 +81,26 @@ Error launch_hopper(const PatchEmbedDxParams& p, Stream stream) {
 
 template <class T>
 Error launch_hopper(const PatchEmbedDweightParams& p, Stream stream) {
-    using AnyTile = HopperGemmTile<T, 128, 128, 4, 2, Producer::kThreads, Major::kMN, Major::kMN>;
-    CUtensorMap dy;
-    const int64_t rows = p.patches.num_patches;
-    if (p.dweight ||
-        operand_map<typename AnyTile::A>(&dy, p.dy, p.dtype, rows, p.hidden_dim, p.hidden_dim))
+    // 224 leave less of a tile idle than 256: for K 588, 768 and 1176, and the column of ones.
+    using Tile = HopperGemmTile<T, 128, 224, 4, 2, Producer::kTma, Major::kMN, Major::kMN>;
+    CUtensorMap dy, rows;
+    const int64_t num_patches = p.patches.num_patches, width = p.patches.patch_dim + 1;
+    const int64_t columns = (width + 7) / 8 * 8;
+    if (!p.rows ||
+        operand_map<typename Tile::A>(&dy, p.dy, p.dtype, num_patches, p.hidden_dim,
+                                      p.hidden_dim) ||
+        operand_map<typename Tile::B>(&rows, p.rows, p.dtype, num_patches, columns, columns))
         return cudaErrorNotSupported;
-    return with_view<T, true>(p.x, p.patches, [&]<class View>(const View& x) {
-        using Tile = TileFor<typename View::T, AnyTile>;
-        return launch_persistent<Tile>(
-            patch_embed_dweight_hopper_kernel<Tile, View>,
-            num_tiles<Tile>(p.hidden_dim, p.patches.patch_dim + 1) * p.num_splits, stream, dy, x,
-            p.workspace, int(p.hidden_dim), p.num_splits);
+    const Error error = with_view<T, true>(p.x, p.patches, [&]<class View>(const View& x) {
+        return launch(patch_embed_pixel_rows_kernel<View, T>,
+                      grid_for(num_patches * columns / 64, 128), 128, 0, stream, x,
+                      static_cast<T*>(p.rows), int(columns));
     });
+    if (error) return error;
+    return launch_persistent<Tile>(patch_embed_dweight_hopper_kernel<Tile>,
+                                   num_tiles<Tile>(p.hidden_dim, width) * p.num_splits, stream, dy,
+                                   rows, p.workspace, int(num_patches), int(p.hidden_dim),
+                                   int(width), p.num_splits);
 }
 
 }  // namespace vlmkernels

@@ -9,6 +9,7 @@
 
 #include "common/gemm_hopper.cuh"
 #include "patch_embed/hopper.cuh"
+#include "patch_embed/readers.cuh"
 
 namespace vlmkernels {
 
@@ -40,83 +41,6 @@ struct ResidentItems {
     // Item i is the first, the last of this CTA for its patches.
     __device__ bool first(int i) const { return i == begin || i % uses == 0; }
     __device__ bool last(int i) const { return i == end - 1 || i % uses == uses - 1; }
-};
-
-// What a thread reads at once of a patch, as signed bytes: kGroups groups of 16 columns, here eight
-// lines of 14 bytes from even addresses, as the four words that hold each. Nothing branches and no
-// address waits for another, so that all is under way before the first is needed. A patch has eight
-// lines or more.
-template <class View>
-struct Lines14 {
-    static constexpr int kGroups = 7;
-
-    __device__ static void read(uint32_t (&words)[kGroups * 4], const View& x, const PixelRow& row,
-                                bool valid, int column) {
-        const PixelColumn at = x.column(column);
-        const int num_lines = (x.num_columns - column) / 14, wrap = x.step_h - at.h;
-        // Of the lines in this plane of the patch, and of those in the next less `wrap` lines.
-        const uint8_t* planes[2] = {
-            x.data + (row + at),
-            x.data + (row + x.column(column + wrap * 14)) - wrap * row.stride_h};
-        uint32_t lines[8][4];
-        int skip[8];  // bits before the line
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const int line = min(i, num_lines - 1);
-            const auto from = reinterpret_cast<uintptr_t>((line < wrap ? planes[0] : planes[1]) +
-                                                          int64_t(line) * row.stride_h);
-            skip[i] = from % 4 * 8;
-#pragma unroll
-            for (int j = 0; j < 4; ++j)
-                lines[i][j] = reinterpret_cast<const uint32_t*>(from & ~uintptr_t(3))[j];
-        }
-#pragma unroll
-        for (int i = 0; i < 8; i += 2) {  // 28 bytes are 7 words
-            const auto &a = lines[i], &b = lines[i + 1];
-            uint32_t* to = words + i / 2 * 7;
-#pragma unroll
-            for (int j = 0; j < 3; ++j) {
-                to[j] = __funnelshift_r(a[j], a[j + 1], skip[i]);
-                to[j + 4] = __funnelshift_rc(b[j], b[j + 1], skip[i + 1] + 16);
-            }
-            to[3] = __byte_perm(a[3] >> skip[i], b[0] >> skip[i + 1], 0x5410);
-        }
-#pragma unroll
-        for (uint32_t& word : words) word ^= 0x80808080;
-        if (valid && num_lines >= 8) return;
-        const int end = valid ? num_lines * 14 : 0;
-#pragma unroll
-        for (int i = 0; i < kGroups * 4; ++i)
-            words[i] = i * 4 >= end ? 0 : i * 4 + 2 >= end ? words[i] & 0xffff : words[i];
-    }
-};
-
-// Or whatever lies together, kBytes at a time.
-template <class View, int kBytes>
-struct Runs {
-    static constexpr int kGroups = kBytes < 4 ? kBytes : 4;
-    using Run =
-        std::conditional_t<kBytes == 8, uint64_t,
-                           std::conditional_t<kBytes == 4, uint32_t,
-                                              std::conditional_t<kBytes == 2, uint16_t, uint8_t>>>;
-
-    __device__ static void read(uint32_t (&words)[kGroups * 4], const View& x, const PixelRow& row,
-                                bool valid, int column) {
-        PixelWalk<kBytes, View> walk(x, row, column);
-#pragma unroll
-        for (int i = 0; i < kGroups * 16 / kBytes; ++i) {
-            const auto* from = walk.next();
-            const bool there = valid && column + i * kBytes < x.num_columns;
-            Run run = *reinterpret_cast<const Run*>(there ? from : x.data);
-            run = there ? run ^ Run(0x8080808080808080) : 0;
-            if constexpr (kBytes == 8) {
-                words[i * 2] = uint32_t(run), words[i * 2 + 1] = uint32_t(run >> 32);
-            } else {
-                const int word = i * kBytes / 4, shift = i * kBytes % 4 * 8;
-                words[word] = (shift ? words[word] : 0) | uint32_t(run) << shift;
-            }
-        }
-    }
 };
 
 // 16 columns of a patch in the order of wgmma's fragments: lane % 4 has word lane % 4.
@@ -183,19 +107,6 @@ __device__ void gather_panels(uint32_t panels, PipelineBarriers<Tile::kPanels> b
                 panels, before * 2, item / items.tiles_n * Tile::kM, x, thread, wait, announce);
         }
         before += num_panels;
-    }
-}
-
-// Calls f.template operator()<Reader>().
-template <class View, class F>
-__device__ void with_reader(const View& x, F&& f) {
-    if (x.step_w == 14 && x.step_h >= 8 && x.run_bytes >= 4)
-        return f.template operator()<Lines14<View>>();
-    switch (x.run_bytes) {
-        case 16: return f.template operator()<Runs<View, 8>>();
-        case 8: return f.template operator()<Runs<View, 4>>();
-        case 4: return f.template operator()<Runs<View, 2>>();
-        default: return f.template operator()<Runs<View, 1>>();
     }
 }
 
