@@ -37,8 +37,10 @@ __global__ void __launch_bounds__(128)
                 }
                 const int last = x.num_columns - first - i;
                 const uint32_t one = kOne << last % 2 * 16;
-                if (unsigned(last) < 8)
-                    (last < 2 ? eight.x : last < 4 ? eight.y : last < 6 ? eight.z : eight.w) |= one;
+                eight.x |= last / 2 == 0 && last >= 0 ? one : 0;
+                eight.y |= last / 2 == 1 ? one : 0;
+                eight.z |= last / 2 == 2 ? one : 0;
+                eight.w |= last / 2 == 3 ? one : 0;
                 if (first + i < num_columns) *reinterpret_cast<uint4*>(row + first + i) = eight;
             }
         }

@@ -1,28 +1,13 @@
 // Tensor maps and launches of the Hopper kernels: included by instances/hopper_*.cu.
 #pragma once
 
-#include <algorithm>
-
+#include "common/persistent.cuh"
 #include "patch_embed/dweight_hopper.cuh"
 #include "patch_embed/hopper.cuh"
 #include "patch_embed/launch.cuh"
 #include "patch_embed/resident.cuh"
 
 namespace vlmkernels {
-
-inline int num_sms() {
-    int device = 0, count = 1;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    return count;
-}
-
-template <class Tile, class... Args>
-Error launch_persistent(void (*kernel)(Args...), int64_t tiles, Stream stream,
-                        const std::type_identity_t<Args>&... args) {
-    return launch(kernel, std::min<int64_t>(tiles, num_sms()), Tile::kThreads, Tile::kSharedBytes,
-                  stream, args...);
-}
 
 // From bytes: 38 panels are 1216 columns of patches.
 template <class T, int kN, int kStages>
