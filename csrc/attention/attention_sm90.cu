@@ -40,38 +40,45 @@ static bool fits_sm90(const AttentionParams& p) {
 }
 
 bool takes_sm90(const AttentionParams& p) {
-    return fits_sm90(p) && p.plain() && !p.float32_out && hopper_tile_dim(p.head_dim);
+    return fits_sm90(p) && p.plain() && !p.float32_out &&
+           hopper_tile_dim<kHopperTileDims>(p.head_dim);
 }
 
 bool takes_sm90(const AttentionBackwardParams& p) {
-    return fits_sm90(p) && p.plain() && !p.float32_out && hopper_tile_dim(p.head_dim) &&
+    const int tile_dim = p.plain() ? hopper_tile_dim<kHopperTileDims>(p.head_dim)
+                                   : hopper_tile_dim<kHopperMaskedBwdTileDims>(p.head_dim);
+    return tile_dim && fits_sm90(p) &&
            has_tensor_map(p.dout, p.num_tokens_q, p.num_heads, p.cu_seqlens_q ? 1 : p.batch);
 }
 
 // Calls f.template operator()<Element, kTileDim>() with the tile of head_dim.
-template <class F>
+template <const auto& kTileDims, class F>
 static Error dispatch(const AttentionParams& p, F&& f) {
     Error error = cudaErrorInvalidValue;
     auto with = [&]<int kTileDim>() {
-        if (kTileDim != hopper_tile_dim(p.head_dim)) return;
+        if (kTileDim != hopper_tile_dim<kTileDims>(p.head_dim)) return;
         error = p.dtype == DType::kFloat16 ? f.template operator()<__half, kTileDim>()
                                            : f.template operator()<__nv_bfloat16, kTileDim>();
     };
     [&]<size_t... i>(std::index_sequence<i...>) {
-        (with.template operator()<kHopperTileDims[i]>(), ...);
-    }(std::make_index_sequence<std::size(kHopperTileDims)>());
+        (with.template operator()<kTileDims[i]>(), ...);
+    }(std::make_index_sequence<std::size(kTileDims)>());
     return error;
 }
 
 Error launch_attention_sm90(const AttentionParams& p, Stream stream) {
-    return dispatch(p, [&]<class Element, int kTileDim>() {
+    return dispatch<kHopperTileDims>(p, [&]<class Element, int kTileDim>() {
         return attention_fwd_sm90<Element, kTileDim>(p, stream);
     });
 }
 
 Error launch_attention_backward_sm90(const AttentionBackwardParams& p, Stream stream) {
-    return dispatch(p, [&]<class Element, int kTileDim>() {
-        return attention_bwd_sm90<Element, kTileDim>(p, stream);
+    if (p.plain())
+        return dispatch<kHopperTileDims>(p, [&]<class Element, int kTileDim>() {
+            return attention_bwd_sm90<Element, kTileDim, PlainScores>(p, stream);
+        });
+    return dispatch<kHopperMaskedBwdTileDims>(p, [&]<class Element, int kTileDim>() {
+        return attention_bwd_sm90<Element, kTileDim, MaskedScores>(p, stream);
     });
 }
 

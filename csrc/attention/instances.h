@@ -18,7 +18,7 @@ template <class Element, int kTileDim>  // for kMaskedTileDims
 Error attention_dbias(const AttentionBackwardParams& p, Stream stream);
 template <class Element, int kTileDim>  // for kHopperTileDims
 Error attention_fwd_sm90(const AttentionParams& p, Stream stream);
-template <class Element, int kTileDim>
+template <class Element, int kTileDim, class Scores>  // masked: for kHopperMaskedBwdTileDims
 Error attention_bwd_sm90(const AttentionBackwardParams& p, Stream stream);
 template <class Element, int kTileDim>  // for kAttentionTileDims
 Error attention_decode(const AttentionDecodeParams& p, Stream stream);

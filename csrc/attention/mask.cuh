@@ -140,6 +140,7 @@ struct MaskedScores {
         const int4* blocks =
             reinterpret_cast<const int4*>(p.id_ranges) + (kKeys ? id_blocks(p.num_tokens_q) : 0);
         IdRange range = IdRange::empty();
+#pragma unroll 1  // registers
         for (int64_t i = (begin + tokens.begin) / kIdBlock;
              i <= (begin + tokens.end - 1) / kIdBlock; ++i) {
             const int4 x = blocks[i];

@@ -72,9 +72,9 @@ __device__ void add_bias(float (&scores)[kN][4], const BiasView& view, const Seq
     }
 }
 
-// head: of each row. on_cap(n, e, slope) for every score, slope d cap(s) / d s, where there is a
-// softcap.
-template <bool kTransposed, int kN, class OnCap>
+// head: of each row; Element: of q. on_cap(n, e, slope) for every score, slope d cap(s) / d s,
+// where there is a softcap.
+template <class Element, bool kTransposed, int kN, class OnCap>
 __device__ void shape_scores(float (&scores)[kN][4], const AttentionParams& p, const Sequence& s,
                              const int (&head)[2], const int (&row)[2], int col0, OnCap&& on_cap) {
     if (!shapes_scores(p)) return;
@@ -97,10 +97,8 @@ __device__ void shape_scores(float (&scores)[kN][4], const AttentionParams& p, c
     if (!p.bias.data) return;
     if (p.bias.dtype == DType::kFloat32)
         add_bias<kTransposed, float>(scores, p.bias, s, head, row, col0);
-    else if (p.bias.dtype == DType::kFloat16)
-        add_bias<kTransposed, __half>(scores, p.bias, s, head, row, col0);
     else
-        add_bias<kTransposed, __nv_bfloat16>(scores, p.bias, s, head, row, col0);
+        add_bias<kTransposed, Element>(scores, p.bias, s, head, row, col0);
 }
 
 // Sets scores to -inf where not sees(half, column, id of the column).

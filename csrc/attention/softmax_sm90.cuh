@@ -114,14 +114,17 @@ __device__ inline void transpose_quad(uint32_t (&x)[4], int lane) {
     }
 }
 
-// Writes rows row and row + 8 of accumulators, 16 bytes a lane, to a row-major matrix. Rows from
-// num_rows and columns from num_cols on are not written.
+// Writes one of the two rows of accumulators, 16 bytes a lane; columns from num_cols on are not
+// written, nor is anything where at is null. Whole quads call it.
 template <class T, int kN>
-__device__ void store_rows(const float (&c)[kN][4], T* out, int64_t row_stride, int row,
-                           int num_rows, int num_cols, int lane) {
+__device__ void store_row(const float (&c)[kN][4], int half, T* at, int num_cols, int lane) {
+    if constexpr (std::is_same_v<T, float>) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        T* const at = out + (row + half * 8) * row_stride;
+        for (int n = 0; n < kN; ++n)
+            if (at && n * 8 < num_cols)
+                *reinterpret_cast<float2*>(at + n * 8 + lane % 4 * 2) =
+                    make_float2(c[n][half * 2], c[n][half * 2 + 1]);
+    } else {
 #pragma unroll
         for (int n0 = 0; n0 < kN; n0 += 4) {
             uint32_t words[4];
@@ -132,10 +135,21 @@ __device__ void store_rows(const float (&c)[kN][4], T* out, int64_t row_stride, 
                                : 0;
             transpose_quad(words, lane);
             const int column = (n0 + lane % 4) * 8;
-            if (row + half * 8 < num_rows && column < num_cols)
+            if (at && column < num_cols)
                 *reinterpret_cast<uint4*>(at + column) =
                     make_uint4(words[0], words[1], words[2], words[3]);
         }
+    }
+}
+
+// Rows row and row + 8 of a row-major matrix. Rows from num_rows on are not written.
+template <class T, int kN>
+__device__ void store_rows(const float (&c)[kN][4], T* out, int64_t row_stride, int row,
+                           int num_rows, int num_cols, int lane) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int at = row + half * 8;
+        store_row(c, half, at < num_rows ? out + at * row_stride : nullptr, num_cols, lane);
     }
 }
 
