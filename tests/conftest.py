@@ -50,6 +50,20 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
             yield Backend("emulated", "cpu", half)
 
 
+@pytest.fixture(params=["emulated", "cuda"])
+def hopper(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """As `backend`, where the kernels of Hopper run."""
+    half = (torch.bfloat16, torch.float16)
+    if request.param == "cuda":
+        if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("no Hopper GPU")
+        yield Backend("cuda", "cuda", half)
+    else:
+        need_emulated_core()
+        with emulate():
+            yield Backend("emulated", "cpu", half)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

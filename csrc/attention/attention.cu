@@ -30,13 +30,13 @@ static Error dispatch(const AttentionParams& p, F&& f) {
 }
 
 Error launch_attention(const AttentionParams& p, Stream stream) {
+    Error error = attention_id_ranges(p, stream);
+    if (error) return error;
     if (takes_sm90(p)) return launch_attention_sm90(p, stream);
     if (p.plain())
         return dispatch<kAttentionTileDims>(p, [&]<class Element, int kTileDim>() {
             return attention_fwd<Element, kTileDim, PlainScores>(p, stream);
         });
-    Error error = attention_id_ranges(p, stream);
-    if (error) return error;
     return dispatch<kMaskedTileDims>(p, [&]<class Element, int kTileDim>() {
         return attention_fwd<Element, kTileDim, MaskedScores>(p, stream);
     });

@@ -32,7 +32,8 @@ struct AttentionBwdTile90 {
     static constexpr int kStreamStart = 2 * kConsumers * X::kBytes;
     static constexpr int kStatsStart = kStreamStart + kStages * 2 * Y::kBytes;
     static constexpr int kBlockStart = kStatsStart + kStages * kStatsBytes;
-    static constexpr int kBarrierStart = kBlockStart + (kMasked ? kStages * int(sizeof(int2)) : 0);
+    static constexpr int kBarrierStart =
+        kBlockStart + (kMasked ? kStages * int(2 * sizeof(int)) : 0);
     using ResidentBarriers = PipelineBarriers<1>;
     using StreamBarriers = PipelineBarriers<kStages>;
     static constexpr int kSharedBytes =
@@ -96,7 +97,7 @@ struct BwdShared {
     }
     // Of MaskedScores: the tile_word() of the block in a stage, and its head.
     __device__ uint32_t block(int stage) const {
-        return address + Tile::kBlockStart + stage * sizeof(int2);
+        return address + Tile::kBlockStart + stage * 2 * sizeof(int);
     }
     __device__ typename Tile::ResidentBarriers x_barriers() const {
         return {address + Tile::kBarrierStart};
@@ -212,7 +213,8 @@ __device__ void produce_masked(const AttentionBackwardParams& p, const BwdLoads<
                 const int y0 = tile.index * Tile::kBlock;
                 barriers.wait_empty(y_at);
                 if (leader) {
-                    store_shared(shared.block(y_at.stage), make_int2(tile_word(tile), head));
+                    store_shared(shared.block(y_at.stage), tile_word(tile));
+                    store_shared(shared.block(y_at.stage) + 4, head);
                     load.block(work, head, y0, y_at);
                 }
                 if constexpr (Tile::kKeys) load_block_stats(p, shared, work, head, y0, y_at);
@@ -220,7 +222,7 @@ __device__ void produce_masked(const AttentionBackwardParams& p, const BwdLoads<
             }
         barriers.wait_empty(y_at);
         if (leader) {
-            store_shared(shared.block(y_at.stage), make_int2(tile_word({-1, false}), 0));
+            store_shared(shared.block(y_at.stage), tile_word({-1, false}));
             mbarrier_arrive(barriers.full(y_at));
         }
         if constexpr (Tile::kKeys) mbarrier_arrive(barriers.full(y_at));

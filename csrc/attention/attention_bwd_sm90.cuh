@@ -211,9 +211,10 @@ __device__ void sum_bwd(BwdConsumer<Tile>& consumer, const AttentionBackwardPara
     if constexpr (Tile::kMasked) {
         for (;; consumer.y_at.advance()) {
             consumer.shared.y_barriers().wait_full(consumer.y_at);
-            const int2 block = load_shared_int2(consumer.shared.block(consumer.y_at.stage));
-            if (block.x < 0) break;
-            step(tile_index(block.x) * Tile::kBlock, block.y, whole_tile(block.x));
+            const uint32_t block = consumer.shared.block(consumer.y_at.stage);
+            const int word = load_shared_int(block);
+            if (word < 0) break;
+            step(tile_index(word) * Tile::kBlock, load_shared_int(block + 4), whole_tile(word));
         }
     } else {
         for (int head = work.first_head; head < work.last_head; ++head)

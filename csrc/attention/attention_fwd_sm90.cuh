@@ -30,12 +30,13 @@ struct AttentionFwdTile90 {
     static constexpr int kStages = kChoice.stages, kQueryStages = kChoice.q_stages;
     static constexpr bool kPingPong = kChoice.ping_pong, kLongestFirst = kCase == FwdCase::kCausal;
     static constexpr bool kShort = kCase == FwdCase::kShort;  // few blocks: one loop for all
+    static constexpr bool kMasked = kCase == FwdCase::kMasked;
     // One consumer needs no setmaxnreg, and its producer is a single warp.
     static constexpr int kProducerThreads = kConsumers == 1 ? 32 : 128;
     static constexpr int kConsumerThreads = 128 * kConsumers;
     static constexpr int kThreads = kConsumerThreads + kProducerThreads;
-    static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 24;
-    static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
+    static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : kMasked ? 64 : 24;
+    static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : kMasked ? 224 : 240;
     using Q = SharedTile<64, kHeadDim>;  // of one consumer
     using K = SharedTile<kBlockN, kHeadDim>;
     static constexpr int kKeyStart = kQueryStages * kConsumers * Q::kBytes;
@@ -43,8 +44,10 @@ struct AttentionFwdTile90 {
     static constexpr int kBarrierStart = kValueStart + kStages * K::kBytes;
     using QueryBarriers = PipelineBarriers<kQueryStages>;
     using KeyBarriers = PipelineBarriers<kStages>;
-    static constexpr int kSharedBytes =
+    static constexpr int kWordStart =
         kBarrierStart + QueryBarriers::kBytes + 2 * KeyBarriers::kBytes;
+    static constexpr int kWords = kMasked ? kQueryStages + kStages : 0;
+    static constexpr int kSharedBytes = kWordStart + kWords * 4;
     static_assert(Q::kBytes % Q::kAlignment == 0 && K::kBytes % K::kAlignment == 0);
     static_assert(kChoice.ctas * (kSharedBytes + 1024) <= 228 * 1024);
 };
@@ -75,6 +78,13 @@ struct FwdShared {
     }
     __device__ typename Tile::KeyBarriers v_barriers() const {
         return {k_barriers().address + Tile::KeyBarriers::kBytes};
+    }
+    // kMasked: the tile_word() of the block of keys that follows these queries, or these keys.
+    __device__ uint32_t word_after_queries(int stage) const {
+        return address + Tile::kWordStart + stage * 4;
+    }
+    __device__ uint32_t word_after_keys(int stage) const {
+        return word_after_queries(Tile::kQueryStages + stage);
     }
     __device__ void init() const {  // a consumer releases with one lane of each warp
         q_barriers().init(1, 4 * Tile::kConsumers);
@@ -127,10 +137,14 @@ template <class Tile>
 struct FwdConsumer {
     using Element = typename Tile::Element;
     static constexpr int kSteps = Tile::kBlockN / 16;
+    using Scores = float[Tile::kBlockN / 8][4];
+    using Probs = uint32_t[kSteps][4];
+    using Out = float[Tile::kHeadDim / 8][4];
     const FwdShared<Tile> shared;
     const int index, thread, lane, warp;  // of the warpgroup in the CTA; in the warpgroup
     typename Tile::QueryBarriers::State q_at;
     typename Tile::KeyBarriers::State k_at, v_at;
+    int next_word;  // kMasked: of the block of keys to come
 
     __device__ explicit FwdConsumer(const FwdShared<Tile>& shared)
         : shared(shared),
@@ -139,9 +153,16 @@ struct FwdConsumer {
           lane(threadIdx.x % 32),
           warp(warp_uniform(threadIdx.x / 32 % 4)) {}
 
+    __device__ void wait_queries() {
+        shared.q_barriers().wait_full(q_at);
+        if constexpr (Tile::kMasked)
+            next_word = warp_uniform(load_shared_int(shared.word_after_queries(q_at.stage)));
+    }
     // scores = q k^T of the next block of keys; asynchronous.
-    __device__ void multiply_keys(float (&scores)[Tile::kBlockN / 8][4]) {
+    __device__ void multiply_keys(Scores& scores) {
         shared.k_barriers().wait_full(k_at);
+        if constexpr (Tile::kMasked)
+            next_word = warp_uniform(load_shared_int(shared.word_after_keys(k_at.stage)));
         const uint64_t q = Tile::Q::k_major(shared.q(q_at.stage, index));
         const uint64_t k = Tile::K::k_major(shared.k(k_at.stage));
         wgmma_fence();
@@ -152,8 +173,7 @@ struct FwdConsumer {
         wgmma_commit();
     }
     // out += p v of the next block of values; asynchronous.
-    __device__ void multiply_values(float (&out)[Tile::kHeadDim / 8][4],
-                                    const uint32_t (&probs)[kSteps][4], bool accumulate) {
+    __device__ void multiply_values(Out& out, const Probs& probs, bool accumulate) {
         shared.v_barriers().wait_full(v_at);
         const uint64_t v = Tile::K::mn_major(shared.v(v_at.stage));
         wgmma_fence();
@@ -223,7 +243,7 @@ __device__ void attend_fwd(FwdConsumer<Tile>& consumer, const AttentionParams& p
     const float scale_log2 = p.softmax_scale * kLog2e;
     const int row = work.row0 + consumer.index * 64 + consumer.warp * 16 + consumer.lane / 4;
     int block = work.num_blocks - 1;
-    consumer.shared.q_barriers().wait_full(consumer.q_at);
+    consumer.wait_queries();
     consumer.multiply_keys(scores);
     const int last_keys = work.sequence.seqlen_k - block * kBlockN;
     if ((p.cu_seqlens_k || p.cache_seqlens) && last_keys < kBlockN)

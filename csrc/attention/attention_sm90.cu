@@ -39,9 +39,12 @@ static bool fits_sm90(const AttentionParams& p) {
            blocks * p.num_heads * p.batch < int64_t(1) << 31;
 }
 
+static bool takes_plain(const AttentionParams& p) {
+    return p.plain() && !p.float32_out && hopper_tile_dim<kHopperTileDims>(p.head_dim);
+}
+
 bool takes_sm90(const AttentionParams& p) {
-    return fits_sm90(p) && p.plain() && !p.float32_out &&
-           hopper_tile_dim<kHopperTileDims>(p.head_dim);
+    return fits_sm90(p) && (takes_plain(p) || hopper_tile_dim<kHopperMaskedTileDims>(p.head_dim));
 }
 
 bool takes_sm90(const AttentionBackwardParams& p) {
@@ -66,9 +69,24 @@ static Error dispatch(const AttentionParams& p, F&& f) {
     return error;
 }
 
+// Heads of q to share a tile: those of a key head where a tile per head would have more empty rows.
+static int packed_heads(const AttentionParams& p) {
+    const int heads = p.num_heads / p.num_heads_k;
+    if (heads == 1 || heads > 64) return 1;
+    auto tiles = [&](int64_t rows) { return (p.seqlen_q + rows - 1) / rows; };
+    const bool is_short = takes_plain(p) && p.seqlen_q <= 64;
+    const int64_t alone = is_short ? heads * 64 : heads * tiles(128) * 128;
+    return tiles(2 * (64 / heads)) * 128 < alone ? heads : 1;
+}
+
 Error launch_attention_sm90(const AttentionParams& p, Stream stream) {
-    return dispatch<kHopperTileDims>(p, [&]<class Element, int kTileDim>() {
-        return attention_fwd_sm90<Element, kTileDim>(p, stream);
+    const int heads = packed_heads(p);
+    if (heads == 1 && takes_plain(p))
+        return dispatch<kHopperTileDims>(p, [&]<class Element, int kTileDim>() {
+            return attention_fwd_sm90<Element, kTileDim>(p, stream);
+        });
+    return dispatch<kHopperMaskedTileDims>(p, [&]<class Element, int kTileDim>() {
+        return attention_fwd_masked_sm90<Element, kTileDim>(p, heads, stream);
     });
 }
 

@@ -6,7 +6,12 @@
 namespace vlmkernels {
 
 static const char* name(FwdCase which) {
-    return which == FwdCase::kFull ? "full" : which == FwdCase::kCausal ? "causal" : "short";
+    switch (which) {
+        case FwdCase::kFull: return "full";
+        case FwdCase::kCausal: return "causal";
+        case FwdCase::kShort: return "short";
+        default: return "masked";
+    }
 }
 
 // Of each row: what it is for, and its tile.

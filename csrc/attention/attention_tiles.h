@@ -6,10 +6,12 @@
 namespace vlmkernels {
 
 inline constexpr int kHopperTileDims[] = {64, 80, 96, 112, 128};
+inline constexpr int kHopperMaskedTileDims[] = {64, 80, 96, 128, 192, 256};
 inline constexpr int kHopperMaskedBwdTileDims[] = {64, 80, 96, 128};
 
-// What decides between the tiles of a head_dim.
-enum class FwdCase { kFull, kCausal, kShort };  // kShort: no sequence has more than 64 queries
+// What decides between the tiles of a head_dim. kShort: no sequence has more than 64 queries;
+// kMasked: whatever the mask is, float32 results, several heads in a tile.
+enum class FwdCase { kFull, kCausal, kShort, kMasked };
 
 struct AttentionFwdChoice {
     int tile_dim;  // columns: a head_dim takes the next one, missing columns are zero-filled
@@ -31,7 +33,10 @@ inline constexpr AttentionFwdChoice kAttentionFwdTable[] = {
     {96, FwdCase::kShort, 1, 64, 2, 2, 2, false},   {112, FwdCase::kFull, 2, 128, 2, 2, 1, true},
     {112, FwdCase::kCausal, 2, 128, 2, 2, 1, true}, {112, FwdCase::kShort, 1, 64, 2, 2, 2, false},
     {128, FwdCase::kFull, 2, 176, 2, 1, 1, true},   {128, FwdCase::kCausal, 2, 128, 2, 2, 1, true},
-    {128, FwdCase::kShort, 1, 64, 2, 2, 2, false},
+    {128, FwdCase::kShort, 1, 64, 2, 2, 2, false},  {64, FwdCase::kMasked, 2, 128, 2, 2, 1, true},
+    {80, FwdCase::kMasked, 2, 128, 2, 2, 1, true},  {96, FwdCase::kMasked, 2, 128, 2, 2, 1, true},
+    {128, FwdCase::kMasked, 2, 128, 2, 2, 1, true}, {192, FwdCase::kMasked, 2, 112, 2, 1, 1, true},
+    {256, FwdCase::kMasked, 2, 80, 2, 1, 1, true},
 };
 
 // The backward has two kernels: one holds queries and gives dq, one holds keys and gives dk and dv.
@@ -53,10 +58,10 @@ inline constexpr AttentionBwdChoice kAttentionBwdTable[] = {
     {96, BwdSide::kQueries, false, 2, 96, 3, true},  {96, BwdSide::kKeys, false, 2, 64, 4, true},
     {112, BwdSide::kQueries, false, 2, 96, 3, true}, {112, BwdSide::kKeys, false, 2, 48, 4, true},
     {128, BwdSide::kQueries, false, 2, 96, 3, true}, {128, BwdSide::kKeys, false, 2, 48, 4, true},
-    {64, BwdSide::kQueries, true, 2, 64, 4, true},   {64, BwdSide::kKeys, true, 2, 64, 4, true},
-    {80, BwdSide::kQueries, true, 2, 64, 4, true},   {80, BwdSide::kKeys, true, 2, 48, 4, true},
+    {64, BwdSide::kQueries, true, 2, 96, 4, true},   {64, BwdSide::kKeys, true, 2, 64, 4, true},
+    {80, BwdSide::kQueries, true, 2, 64, 4, true},   {80, BwdSide::kKeys, true, 2, 64, 4, true},
     {96, BwdSide::kQueries, true, 2, 64, 4, true},   {96, BwdSide::kKeys, true, 2, 48, 4, true},
-    {128, BwdSide::kQueries, true, 2, 64, 4, true},  {128, BwdSide::kKeys, true, 2, 32, 4, true},
+    {128, BwdSide::kQueries, true, 2, 64, 4, true},  {128, BwdSide::kKeys, true, 2, 48, 3, false},
 };
 
 constexpr AttentionBwdChoice bwd_choice(int tile_dim, BwdSide side, bool masked) {

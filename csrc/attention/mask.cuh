@@ -140,7 +140,7 @@ struct MaskedScores {
         const int4* blocks =
             reinterpret_cast<const int4*>(p.id_ranges) + (kKeys ? id_blocks(p.num_tokens_q) : 0);
         IdRange range = IdRange::empty();
-#pragma unroll 1  // registers
+#pragma unroll 1  // a few, and registers are scarce
         for (int64_t i = (begin + tokens.begin) / kIdBlock;
              i <= (begin + tokens.end - 1) / kIdBlock; ++i) {
             const int4 x = blocks[i];
@@ -161,7 +161,7 @@ struct MaskedScores {
             const IdRange q = id_range<false>(p, s, {queries.begin, min(queries.end, s.seqlen_q)});
             if (p.spans) {
                 some = keys.begin < q.end_max() && keys.end > q.begin_min();
-                whole = keys.begin >= q.begin_max() && keys.end <= q.end_min();
+                whole = keys.begin >= q.begin_max() && keys.end <= min(q.end_min(), s.seqlen_k);
                 return;
             }
             const IdRange k = id_range<true>(p, s, {keys.begin, min(keys.end, s.seqlen_k)});

@@ -33,20 +33,40 @@ struct alignas(2 * sizeof(T)) Pair {
     T x, y;
 };
 
-// at[0] and at[1], of which `count` exist.
-template <class T>
-__device__ Pair<T> load_pair(const T* at, int count, bool aligned, T missing) {
-    if (aligned && count >= 2) return *reinterpret_cast<const Pair<T>*>(at);
-    return {count > 0 ? at[0] : missing, count > 1 ? at[1] : missing};
+// Reads at[column] for this thread's columns, in pairs where they lie so, a few at a time as
+// registers are scarce, and calls f(n, pair). Of at count elements exist; the others are missing.
+template <int kN, class T, class F>
+__device__ void for_pairs(const T* at, int count, T missing, F&& f) {
+    constexpr int kBatch = 4;
+    const bool fast =
+        __all_sync(~0u, reinterpret_cast<uintptr_t>(at) % sizeof(Pair<T>) == 0 && count >= kN * 8);
+#pragma unroll
+    for (int n0 = 0; n0 < kN; n0 += kBatch) {
+        Pair<T> pairs[kBatch];
+        if (fast) {
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i)
+                if (n0 + i < kN) pairs[i] = *reinterpret_cast<const Pair<T>*>(at + (n0 + i) * 8);
+        } else {
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i) {
+                const int n = (n0 + i) * 8;
+                pairs[i] = {n < count ? at[n] : missing, n + 1 < count ? at[n + 1] : missing};
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i)
+            if (n0 + i < kN) f(n0 + i, pairs[i]);
+    }
 }
+// Keeps the compiler from bringing all of a loop's loads forward, for which there is no room.
+__device__ inline void pin(float& x) { asm volatile("" : "+f"(x)::"memory"); }
 
 template <bool kTransposed, class T, int kN>
 __device__ void add_bias(float (&scores)[kN][4], const BiasView& view, const Sequence& s,
                          const int (&head)[2], const int (&row)[2], int col0) {
     const int column = first_column(col0);
     const T* const bias = static_cast<const T*>(view.data) + s.batch * view.batch_stride;
-    const bool aligned = reinterpret_cast<uintptr_t>(bias) % sizeof(Pair<T>) == 0 &&
-                         view.head_stride % 2 == 0 && view.query_stride % 2 == 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const T* const of_head = bias + head[half] * view.head_stride;
@@ -61,13 +81,13 @@ __device__ void add_bias(float (&scores)[kN][4], const BiasView& view, const Seq
                             to_float(of_head[(column + n * 8 + e) * view.query_stride + row[half]]);
         } else {
             const int count = row[half] < s.seqlen_q ? s.seqlen_k - column : 0;
-            const T* const at = of_head + row[half] * view.query_stride + column;
-#pragma unroll
-            for (int n = 0; n < kN; ++n) {
-                const Pair<T> pair = load_pair(at + n * 8, count - n * 8, aligned, T(0));
-                scores[n][half * 2] += to_float(pair.x);
-                scores[n][half * 2 + 1] += to_float(pair.y);
-            }
+            for_pairs<kN>(of_head + row[half] * view.query_stride + column, count, T(0),
+                          [&](int n, Pair<T> pair) {
+                              scores[n][half * 2] += to_float(pair.x);
+                              scores[n][half * 2 + 1] += to_float(pair.y);
+                              pin(scores[n][half * 2]);
+                              pin(scores[n][half * 2 + 1]);
+                          });
         }
     }
 }
@@ -108,15 +128,14 @@ __device__ void hide_unless(float (&scores)[kN][4], const TokenIds& ids, const A
     const int column = first_column(col0);
     const int count = (kTransposed ? s.seqlen_q : s.seqlen_k) - column;
     const int32_t* const at = MaskedScores::ids_of<!kTransposed>(ids, p, s) + column;
-    const bool aligned = reinterpret_cast<uintptr_t>(at) % 8 == 0;
+    for_pairs<kN>(at, count, -1, [&](int n, Pair<int32_t> pair) {
 #pragma unroll
-    for (int n = 0; n < kN; ++n) {
-        const Pair<int32_t> pair = load_pair(at + n * 8, count - n * 8, aligned, -1);
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
+        for (int e = 0; e < 4; ++e) {
             if (!sees(e / 2, column + n * 8 + e % 2, e % 2 ? pair.y : pair.x))
                 scores[n][e] = negative_infinity();
-    }
+            pin(scores[n][e]);
+        }
+    });
 }
 
 // The ids of two rows; -1 where there is none.

@@ -53,16 +53,13 @@ __device__ inline void store_shared(uint32_t shared, const uint32_t (&r)[4]) {
                  "r"(r[2]), "r"(r[3])
                  : "memory");
 }
-__device__ inline void store_shared(uint32_t shared, int2 x) {
-    asm volatile("st.shared.v2.b32 [%0], {%1, %2};\n" ::"r"(shared), "r"(x.x), "r"(x.y) : "memory");
-}
 
-__device__ inline int2 load_shared_int2(uint32_t shared) {
-    int2 x;
-    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];\n"
-                 : "=r"(x.x), "=r"(x.y)
-                 : "r"(shared)
-                 : "memory");
+__device__ inline void store_shared(uint32_t shared, int x) {
+    asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(shared), "r"(x) : "memory");
+}
+__device__ inline int load_shared_int(uint32_t shared) {
+    int x;
+    asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(x) : "r"(shared) : "memory");
     return x;
 }
 __device__ inline float4 load_shared_float4(uint32_t shared) {

@@ -12,7 +12,6 @@ from torch import Tensor
 from tests.conftest import Backend, need_emulated_core
 from tests.ops.attention_cases import Masks, Problem, check_masked, cu_seqlens, problem
 from tests.ops.test_attention_masks import vlm_masks, with_bias
-from tests.ops.test_attention_sm90 import hopper  # noqa: F401  a fixture
 from vlmkernels import ops
 
 # Every tile, half of them with empty columns; and a group of GQA.
@@ -28,7 +27,7 @@ def dense(backend: Backend, lengths: tuple[int, int], group: int, head_dim: int)
 
 
 @pytest.mark.parametrize(("head_dim", "group"), HEAD_DIMS)
-def test_tiles(hopper: Backend, head_dim: int, group: int) -> None:  # noqa: F811
+def test_tiles(hopper: Backend, head_dim: int, group: int) -> None:
     """Several resident tiles, several blocks: some hidden, some whole, the last ragged."""
     p = dense(hopper, (280, 330), group, head_dim)
     masks = vlm_masks(hopper, 280, 330, window_size=(90, 0))
@@ -42,7 +41,7 @@ def first_row(ids: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
     return ids[0][:1], ids[1][:1]
 
 
-def test_scores_are_shaped(hopper: Backend) -> None:  # noqa: F811
+def test_scores_are_shaped(hopper: Backend) -> None:
     """Softcap and bias over several tiles, with a mask and without."""
     for window in ((-1, -1), (130, 0)):
         p = with_bias(dense(hopper, (150, 200), 2, 80), 1, 2)
@@ -50,7 +49,7 @@ def test_scores_are_shaped(hopper: Backend) -> None:  # noqa: F811
         check_masked(p, Masks(window), f"{window} bias")
 
 
-def test_blind_rows(hopper: Backend) -> None:  # noqa: F811
+def test_blind_rows(hopper: Backend) -> None:
     """Queries that see nothing get no gradient, nor keys that nobody sees; whole tiles of them."""
     p = dense(hopper, (320, 400), 2, 72)
     of_q, of_k = (torch.zeros(1, n, dtype=torch.int32, device=p.q.device) for n in (320, 400))
@@ -66,7 +65,7 @@ def test_blind_rows(hopper: Backend) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_neighbours_do_not_leak(hopper: Backend, head_dim: int) -> None:  # noqa: F811
+def test_neighbours_do_not_leak(hopper: Backend, head_dim: int) -> None:
     """A packed sequence full of NaN leaves the bits of those beside it alone, under a window."""
     p = problem((253, 2, head_dim), (253, 1, head_dim), torch.bfloat16, hopper)
     cu = cu_seqlens([70, 150, 0, 33], hopper.device)

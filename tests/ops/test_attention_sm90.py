@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,24 +12,10 @@ from tests.conftest import Backend, need_emulated_core
 from tests.ops.attention_cases import check, check_dense, cu_seqlens, eager_packed, problem
 from tests.ops.test_attention_packed import packed
 from vlmkernels import ops
-from vlmkernels.testing import emulate
 
 # One for each tile and one that leaves columns of it empty; the group sizes of GQA take turns.
 HEAD_DIMS = [(64, 1), (72, 3), (80, 7), (88, 8), (96, 1), (104, 3), (112, 7), (128, 8), (40, 1)]
 LENGTHS = [(1, 1), (64, 128), (239, 1), (799, 3), (113, 203), (108, 256), (65, 513), (400, 399)]
-
-
-@pytest.fixture(params=["emulated", "cuda"])
-def hopper(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    half = (torch.bfloat16, torch.float16)
-    if request.param == "cuda":
-        if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-            pytest.skip("no Hopper GPU")
-        yield Backend("cuda", "cuda", half)
-    else:
-        need_emulated_core()
-        with emulate():
-            yield Backend("emulated", "cpu", half)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])

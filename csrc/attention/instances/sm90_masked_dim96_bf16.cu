@@ -1,0 +1,7 @@
+#include "attention/attention_fwd_masked_sm90.cuh"
+
+namespace vlmkernels {
+
+template Error attention_fwd_masked_sm90<__nv_bfloat16, 96>(const AttentionParams&, int, Stream);
+
+}  // namespace vlmkernels
