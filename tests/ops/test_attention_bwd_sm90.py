@@ -1,8 +1,5 @@
 """attention's backward on Hopper under masks: that its kernels run, their tiles, blind rows."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -10,7 +7,14 @@ import torch
 from torch import Tensor
 
 from tests.conftest import Backend, need_emulated_core
-from tests.ops.attention_cases import Masks, Problem, check_masked, cu_seqlens, problem
+from tests.ops.attention_cases import (
+    Masks,
+    Problem,
+    check_masked,
+    cu_seqlens,
+    problem,
+    run_emulated,
+)
 from tests.ops.test_attention_masks import vlm_masks, with_bias
 from vlmkernels import ops
 
@@ -55,9 +59,7 @@ def test_blind_rows(hopper: Backend) -> None:
     of_q, of_k = (torch.zeros(1, n, dtype=torch.int32, device=p.q.device) for n in (320, 400))
     of_q[:, 60:260], of_k[:, 5:300] = 1, 2
     ids = (of_q, of_k)
-    out, lse, dq, dk, dv = p.results(
-        lambda *x: ops.attention(*x, segment_ids=ids, return_lse=True)
-    )
+    out, lse, dq, dk, dv = p.results(lambda *x: ops.attention(*x, segment_ids=ids, return_lse=True))
     assert not out[:, 60:260].any() and (lse[..., 60:260] == -torch.inf).all()
     assert not dq[:, 60:260].any() and not dk[:, 5:300].any() and not dv[:, 5:300].any()
     assert dq[:, :60].any() and dk[:, 300:].any() and all(x.isfinite().all() for x in (dq, dk, dv))
@@ -113,19 +115,15 @@ print(total.hexdigest())
 """
 
 
-def run(**variables: str) -> "subprocess.CompletedProcess[str]":
-    environment = {**os.environ, "VLMKERNELS_EMULATE": "1", **variables}
-    return subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, text=True, capture_output=True, check=True
-    )
-
-
 def test_any_order_of_warps() -> None:
     """The same bits however warps and copies interleave; and these kernels it is, for all."""
     need_emulated_core()
-    runs = [run(PTXEMU_SEED=str(seed), PTXEMU_SLICE=str(30 + 100 * seed)) for seed in range(4)]
+    runs = [
+        run_emulated(PROGRAM, PTXEMU_SEED=str(seed), PTXEMU_SLICE=str(30 + 100 * seed))
+        for seed in range(4)
+    ]
     assert len({r.stdout for r in runs}) == 1
-    kernels = run(PTXEMU_STATS="1").stderr
+    kernels = run_emulated(PROGRAM, PTXEMU_STATS="1").stderr
     assert "attention_bwd_sm90_kernel" in kernels and "MaskedScores" in kernels
     assert "attention_dq_kernel" not in kernels and "attention_dkdv_kernel" not in kernels
     assert "attention_dbias_kernel" in kernels
