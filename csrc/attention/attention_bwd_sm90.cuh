@@ -164,6 +164,27 @@ __device__ void mask_any(const BwdConsumer<Tile>& consumer, typename BwdConsumer
     if (!whole) hide_scores<Tile::kKeys>(s, p, work.sequence, rows, y0);
 }
 
+// Calls step(y0, head, whole) for each block of the other side, once it is there. head, whole: only
+// of MaskedScores.
+template <class Tile, class Step>
+__device__ void for_blocks(BwdConsumer<Tile>& consumer, const BwdWork<Tile>& work, Step&& step) {
+    if constexpr (Tile::kMasked) {
+        for (;; consumer.y_at.advance()) {
+            consumer.shared.y_barriers().wait_full(consumer.y_at);
+            const uint32_t block = consumer.shared.block(consumer.y_at.stage);
+            const int word = load_shared_int(block);
+            if (word < 0) break;
+            step(tile_index(word) * Tile::kBlock, load_shared_int(block + 4), whole_tile(word));
+        }
+    } else {
+        for (int head = work.first_head; head < work.last_head; ++head)
+            for (int y0 = work.begin; y0 < work.end; y0 += Tile::kBlock, consumer.y_at.advance()) {
+                consumer.shared.y_barriers().wait_full(consumer.y_at);
+                step(y0, head, false);
+            }
+    }
+}
+
 // The sums of one block of resident rows.
 template <class Tile>
 __device__ void sum_bwd(BwdConsumer<Tile>& consumer, const AttentionBackwardParams& p,
@@ -208,21 +229,7 @@ __device__ void sum_bwd(BwdConsumer<Tile>& consumer, const AttentionBackwardPara
         }
     };
     consumer.shared.x_barriers().wait_full(consumer.x_at);
-    if constexpr (Tile::kMasked) {
-        for (;; consumer.y_at.advance()) {
-            consumer.shared.y_barriers().wait_full(consumer.y_at);
-            const uint32_t block = consumer.shared.block(consumer.y_at.stage);
-            const int word = load_shared_int(block);
-            if (word < 0) break;
-            step(tile_index(word) * Tile::kBlock, load_shared_int(block + 4), whole_tile(word));
-        }
-    } else {
-        for (int head = work.first_head; head < work.last_head; ++head)
-            for (int y0 = work.begin; y0 < work.end; y0 += Tile::kBlock, consumer.y_at.advance()) {
-                consumer.shared.y_barriers().wait_full(consumer.y_at);
-                step(y0, head, false);
-            }
-    }
+    for_blocks(consumer, work, step);
     consumer.release_rows();
     if (Tile::kOverlap && (!Tile::kMasked || pending)) {
         consumer.add_products(ds_sum, p_sum, ds, probs);
