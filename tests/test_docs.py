@@ -14,6 +14,12 @@ def test_readme_has_an_example() -> None:
     assert ROOT / "README.md" in EXAMPLES
 
 
+@pytest.mark.parametrize("op", [path.name for path in sorted((ROOT / "csrc").iterdir())])
+def test_every_op_has_an_example(op: str) -> None:
+    if op not in ("binding", "common", "null"):
+        assert ROOT / "docs" / f"{op}.md" in EXAMPLES
+
+
 @pytest.mark.parametrize("page", EXAMPLES, ids=lambda p: p.name)
 def test_examples_run(page: Path) -> None:
     """The blocks of a page share their names, as a reader who types them in has them."""

@@ -30,6 +30,8 @@ void expect_heads(const Tensor& q, const Tensor& k) {
     for (const Tensor* x : {&q, &k}) {
         expect_dtype(*x, kFloats);
         expect_last_dim_contiguous(*x);
+        if (x->size(-2) >= 1 << 24 || x->size(-1) >= 1 << 24)
+            value_error(*x, "must have num_heads and head_dim below 2^24", shape_text(*x));
     }
     if (num_tokens_of(q) > INT32_MAX)
         value_error(q, "must have fewer than 2^31 tokens", shape_text(q));

@@ -173,8 +173,8 @@ void gradient_row(const ContrastiveGradientRowsParams& p, int64_t row) {
     const float row_max = kSigmoid ? 0 : p.image_lse[row];
     const float row_log = kSigmoid ? 0 : p.image_lse[p.x.num_rows + row];
     const float factor = *p.factor;
-    // The positive's share, subtracted in fp32 before ds is rounded.
-    const float share = kSigmoid ? 1 : p.image_weight + p.text_weight;
+    // The positive's, subtracted in fp32 before ds is rounded.
+    const float share = p.image_weight + p.text_weight;
     double by_product = 0, total = 0;
     for (int64_t first = 0; first < n; first += kStrip) {
         const int64_t end = first + kStrip < n ? first + kStrip : n;
@@ -184,14 +184,16 @@ void gradient_row(const ContrastiveGradientRowsParams& p, int64_t row) {
             const Vec product = load_first(x + j, left), s = product * scale + bias;
             Vec ds;
             if constexpr (kSigmoid) {
-                const Vec e = exp(-abs(s));
-                ds = (s < 0 ? e : splat(1)) * reciprocal(1 + e);
+                // sigmoid(s), of the positive -sigmoid(-s): sigmoid(s) - 1 would cancel.
+                const Vec e = exp(-abs(s)), one = splat(1);
+                ds = lane_is(positive - j) ? -(s < 0 ? one : e) : (s < 0 ? e : one);
+                ds *= reciprocal(1 + e);
             } else {
                 const float* text = p.text_lse + j;
                 ds = exp(s - row_max - row_log) * p.image_weight +
                      exp(s - load_first(text, left) - load_first(text + n, left)) * p.text_weight;
+                ds -= lane_is(positive - j) ? splat(share) : Vec{};
             }
-            ds -= lane_is(positive - j) ? splat(share) : Vec{};
             ds = lanes_below(left) ? ds : Vec{};
             strip_by_product += ds * product;
             strip += ds;

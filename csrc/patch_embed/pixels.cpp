@@ -78,8 +78,7 @@ static int64_t expect_normalisation(const Tensor& weight, const Numbers& mean, c
 }
 
 // Fills table from the grid (num_images, 3) of packed images.
-static void fill_table(const Tensor& grid, const Tensor& images, int64_t num_patches, int64_t merge,
-                       const Tensor& table) {
+static void fill_table(const Tensor& grid, const Patches& p, int64_t merge, const Tensor& table) {
     expect_dtype(grid, kInts);
     expect_contiguous(grid);
     auto value = [&](int64_t i) {
@@ -97,13 +96,15 @@ static void fill_table(const Tensor& grid, const Tensor& images, int64_t num_pat
                         "must hold (1, h, w) with positive multiples of merge_size = " +
                             std::to_string(merge),
                         got + " for image " + std::to_string(i));
+        if (h * w * p.patch_dim >= int64_t(1) << 31)
+            value_error(grid, "must hold images of fewer than 2^31 pixels and channels", got);
         table.ptr<PackedImage>()[i] = {int32_t(first), int32_t(h), int32_t(w), 0};
         first += h * w;
-        if (first > num_patches) break;
+        if (first > p.num_patches) break;
     }
-    if (first != num_patches)
-        value_error(grid, "must count the " + std::to_string(num_patches) + " patches of images",
-                    std::to_string(first) + (first > num_patches ? " or more" : ""));
+    if (first != p.num_patches)
+        value_error(grid, "must count the " + std::to_string(p.num_patches) + " patches of images",
+                    std::to_string(first) + (first > p.num_patches ? " or more" : ""));
 }
 
 // Checks everything before anything is launched. folded: memory of the shape of the folded weight;
@@ -133,7 +134,7 @@ static void check(py::handle images_, py::handle weight_, py::handle folded_, py
                                           : "grid_thw must be None but for packed images");
     const Patches p = pixel_patches(images, folded, table, merge);
     expect_normalisation(weight, mean, std, rescale);
-    if (grid.given) fill_table(grid, images, p.num_patches, merge, table);
+    if (grid.given) fill_table(grid, p, merge, table);
     if (bias.given) {
         expect_like(bias, weight);
         expect_shape(bias, {weight.size(0)}, "(hidden_dim,)");

@@ -77,7 +77,7 @@ template <class T>
 Error launch_qk_norm_rope_typed(const QkNormRopeParams& p, Stream stream) {
     return dispatch_heads<T>(p, [&]<class Spread>(Spread) {
         const int tokens = tile_tokens(p);
-        const unsigned grid = (p.num_tokens + tokens - 1) / tokens;
+        const unsigned grid = (unsigned(p.num_tokens) + tokens - 1) / tokens;
         qk_norm_rope_kernel<T, Spread><<<grid, kHeadThreads, 0, stream>>>(p, tokens);
         return Error(cudaGetLastError());
     });

@@ -71,7 +71,7 @@ Error launch(const RopeParams& p, Stream stream) {
     const int x = pairs / V;
     const int y = heads < kThreads / x ? heads : kThreads / x;
     const int z = tokens < kThreads / (x * y) ? tokens : kThreads / (x * y);
-    const unsigned grid = (p.num_tokens + tokens - 1) / tokens;
+    const unsigned grid = (unsigned(p.num_tokens) + tokens - 1) / tokens;
     rope_kernel<T, V><<<grid, dim3(x, y, z), 0, stream>>>(p, tokens);
     return cudaGetLastError();
 }

@@ -150,6 +150,21 @@ def test_bad_input() -> None:
             ours(queries, None, tokens, torch.ones(shape))
     with pytest.raises(ValueError, match=r"must divide hidden_size \(48\), got 5"):
         nn.QFormerCrossAttention(48, 88, 5)
+    with pytest.raises(ValueError, match="widths must be positive and dropout in"):
+        nn.QFormerCrossAttention(48, 0, 3)
+    with pytest.raises(ValueError, match=r"dropout in \[0, 1\], got 48, 88 and -1"):
+        nn.QFormerCrossAttention(48, 88, 3, dropout=-1)
+    with pytest.raises(ValueError, match=r"form must be one of .*, got 'fast'"):
+        nn.QFormerCrossAttention(48, 88, 3, form="fast")
+    for inputs, name in (
+        ((queries[..., :47], tokens), "hidden_states must have shape"),
+        ((queries[0], tokens), "hidden_states must have shape"),
+        ((queries, tokens[..., :80]), "encoder_hidden_states must have shape"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            ours(inputs[0], encoder_hidden_states=inputs[1])
+    with pytest.raises(ValueError, match="grid_size and kv_dim must be positive, got 0"):
+        nn.Resampler(0, 32, 2)
     with pytest.raises(ValueError, match="embed_dim must be a multiple of 4"):
         nn.Resampler(2, 30, 3)
     with pytest.raises(ValueError, match="a square number of tokens, got 12"):

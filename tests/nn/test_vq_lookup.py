@@ -247,10 +247,46 @@ def test_unsupported_arguments() -> None:
     assert nn.VectorQuantize(8, 4, stochastic_sample_codes=False)
     with pytest.raises(ValueError, match="affine_param is not supported, must be False, got True"):
         nn.VectorQuantize(8, 4, affine_param=True)
+    for sizes in ((0, 4), (8, 0), (8, 4, 0), (8, 4, 2, 0)):
+        with pytest.raises(ValueError, match="VectorQuantize: sizes must be positive, got 0"):
+            nn.VectorQuantize(*sizes)
+    with pytest.raises(TypeError, match=r"sizes must be ints, got 2\.5"):
+        nn.VectorQuantize(8, 2.5)
+    for decay in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"decay must be in \[0, 1\] and eps not negative"):
+            nn.VectorQuantize(8, 4, decay=decay)
+    with pytest.raises(ValueError, match="ResidualVQ: sizes must be positive, got 0"):
+        nn.ResidualVQ(dim=8, num_quantizers=0, codebook_size=4)
+    with pytest.raises(ValueError, match="VectorQuantizer: sizes must be positive, got 0 and 4"):
+        nn.VectorQuantizer(0, 4)
     with pytest.raises(TypeError, match="unknown argument 'codebook_sise'"):
         nn.VectorQuantize(8, 4, codebook_sise=3)
     with pytest.raises(ValueError, match="learnable_codebook excludes ema_update"):
         nn.VectorQuantize(8, 4, learnable_codebook=True, ema_update=True)
+
+
+def test_bad_tokens() -> None:
+    vq, x = nn.VectorQuantize(8, 4), torch.randn(2, 3, 8)
+    images = nn.VectorQuantize(8, 4, accept_image_fmap=True)
+    first = nn.VectorQuantize(8, 4, channel_last=False)
+    for module, wrong in (
+        *((vq, torch.randn(shape)) for shape in ((), (8,), (2, 3, 7), (1, 2, 3, 8))),
+        *((images, torch.randn(shape)) for shape in ((2, 8, 3), (2, 7, 3, 3))),
+        (first, torch.randn(2, 3, 8)),
+    ):
+        with pytest.raises(ValueError, match=r"VectorQuantize: x must be .* with dim 8, got"):
+            module(wrong)
+    with pytest.raises(TypeError, match=r"x must be floating point, got torch\.int64"):
+        vq(x.long())
+    for mask in (torch.ones(2, 4, dtype=torch.bool), torch.ones(2, 3)):
+        with pytest.raises(ValueError, match=r"mask must be bool \(2, 3\), got"):
+            vq(x, mask=mask)
+    for lens in (torch.ones(3, dtype=torch.long), torch.tensor([1.0, 2.0])):
+        with pytest.raises(ValueError, match=r"lens must be integers \(2,\), got"):
+            vq(x, lens=lens)
+    for shape in ((1, 5, 2, 2), (1, 4, 2)):
+        with pytest.raises(ValueError, match=r"z must have shape \(batch, 4, height, width\), got"):
+            nn.VectorQuantizer(8, 4, 0.25)(torch.randn(shape))
 
 
 def _train(rank: int, port: int, folder: str) -> None:

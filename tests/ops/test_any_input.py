@@ -136,6 +136,16 @@ def test_any_tensor_in_any_place(backend: Backend, case: str) -> None:
     check()
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_meta_tensors(case: str) -> None:
+    """All of them: shapes. One of them beside real ones: no result that nobody wrote."""
+    function, arguments = valid_arguments(torch.float32, "cpu")[case]
+    for place in range(1, len(arguments)):
+        mixed = [x.to("meta") if i == place else x for i, x in enumerate(arguments)]
+        with pytest.raises((TypeError, ValueError, RuntimeError, NotImplementedError)):
+            function(*mixed)
+
+
 @pytest.mark.parametrize("wrong", [None, 3, "text", [1.0, 2.0]], ids=repr)
 @pytest.mark.parametrize("case", CASES)
 def test_no_tensor_at_all(case: str, wrong: object) -> None:

@@ -48,6 +48,14 @@ def _refuse(name: str, options: dict[str, Any]) -> None:
             )
 
 
+def _check_sizes(name: str, *sizes: int | None) -> None:
+    for size in sizes:
+        if size is not None and not isinstance(size, int):
+            raise TypeError(f"{name}: sizes must be ints, got {size!r}")
+        if size is not None and size < 1:
+            raise ValueError(f"{name}: sizes must be positive, got {size}")
+
+
 def rotate_to(x: Tensor, codes: Tensor) -> Tensor:
     """codes, with the gradient to x turned and scaled as x is turned to its code.
 
@@ -119,6 +127,7 @@ class VectorQuantize(torch.nn.Module):
     ) -> None:
         super().__init__()
         _refuse("VectorQuantize", unsupported)
+        _check_sizes("VectorQuantize", dim, codebook_size, codebook_dim, heads)
         learnable = bool(learnable_codebook)
         ema = not learnable if ema_update is None else ema_update
         if learnable and (ema or use_cosine_sim):
@@ -181,6 +190,15 @@ class VectorQuantize(torch.nn.Module):
 
     def _tokens_last(self, x: Tensor) -> Tensor:
         first = self.accept_image_fmap or (not self.channel_last and x.ndim > 2)
+        ranks = (4,) if self.accept_image_fmap else (2, 3)
+        if not x.is_floating_point():
+            raise TypeError(f"VectorQuantize: x must be floating point, got {x.dtype}")
+        if x.ndim not in ranks or x.shape[1 if first else -1] != self.dim:
+            names = "(batch, n, dim) or (batch, dim)" if self.channel_last else "(batch, dim, n)"
+            raise ValueError(
+                f"VectorQuantize: x must be {'images' if self.accept_image_fmap else names} with "
+                f"dim {self.dim}, got {tuple(x.shape)}"
+            )
         return x.movedim(1, -1) if first else x
 
     def _mask(self, tokens: Tensor, mask: Tensor | None, lens: Tensor | None) -> Tensor | None:
@@ -192,7 +210,18 @@ class VectorQuantize(torch.nn.Module):
                 f"{tuple(tokens.shape)}"
             )
         if lens is not None:
-            return torch.arange(tokens.shape[1], device=tokens.device) < lens[:, None]
+            if lens.shape != tokens.shape[:1] or lens.is_floating_point():
+                raise ValueError(
+                    f"VectorQuantize: lens must be integers ({len(tokens)},), got {lens.dtype} "
+                    f"{tuple(lens.shape)}"
+                )
+            mask = torch.arange(tokens.shape[1], device=tokens.device) < lens[:, None]
+        assert mask is not None
+        if mask.dtype != torch.bool or mask.shape != tokens.shape[:2]:
+            raise ValueError(
+                f"VectorQuantize: mask must be bool {tuple(tokens.shape[:2])}, got {mask.dtype} "
+                f"{tuple(mask.shape)}"
+            )
         return mask
 
     def _heads(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -281,6 +310,7 @@ class ResidualVQ(torch.nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        _check_sizes("ResidualVQ", dim, num_quantizers, codebook_size, codebook_dim)
         inner = dim if codebook_dim is None else codebook_dim
         self.project_in: torch.nn.Module = torch.nn.Identity()
         self.project_out: torch.nn.Module = torch.nn.Identity()

@@ -44,6 +44,11 @@ class Codebook(torch.nn.Module):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
+        if not 0 <= decay <= 1 or not eps >= 0:
+            raise ValueError(
+                "VectorQuantize: decay must be in [0, 1] and eps not negative, got "
+                f"{decay} and {eps}"
+            )
         self.codebook_size, self.decay, self.eps = codebook_size, decay, eps
         self.threshold_ema_dead_code = threshold_ema_dead_code
         self.kmeans_iters, self.ema_update = kmeans_iters, ema_update

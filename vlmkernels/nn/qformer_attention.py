@@ -10,6 +10,7 @@ from torch.nn.functional import interpolate, linear
 
 from vlmkernels import ops
 from vlmkernels.nn.norm import LayerNorm
+from vlmkernels.ops.qformer_attention import FORMS
 
 
 class QFormerCrossAttention(torch.nn.Module):
@@ -48,6 +49,13 @@ class QFormerCrossAttention(torch.nn.Module):
                 "QFormerCrossAttention: num_attention_heads must divide hidden_size "
                 f"({hidden_size}), got {num_attention_heads}"
             )
+        if hidden_size < 1 or encoder_hidden_size < 1 or not 0 <= dropout <= 1:
+            raise ValueError(
+                "QFormerCrossAttention: widths must be positive and dropout in [0, 1], got "
+                f"{hidden_size}, {encoder_hidden_size} and {dropout}"
+            )
+        if form not in FORMS:
+            raise ValueError(f"QFormerCrossAttention: form must be one of {FORMS}, got {form!r}")
         self.num_attention_heads = num_attention_heads
         self.dropout, self.form = dropout, form
         like: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -102,6 +110,15 @@ class QFormerCrossAttention(torch.nn.Module):
                 "QFormerCrossAttention: dropout must be 0 in training (attention_probs_dropout_prob"
                 f" of the config), got {self.dropout}"
             )
+        for name, tokens, width in (
+            ("hidden_states", hidden_states, self.query.in_features),
+            ("encoder_hidden_states", x, self.key.in_features),
+        ):
+            if tokens.ndim != 3 or tokens.shape[-1] != width:
+                raise ValueError(
+                    f"QFormerCrossAttention: {name} must have shape (batch, tokens, {width}), got "
+                    f"{tuple(tokens.shape)}"
+                )
         q = self.query(hidden_states).unflatten(-1, (self.num_attention_heads, -1))
         if len(x) == 1:
             x = x.expand(len(q), -1, -1)
@@ -194,7 +211,11 @@ class Resampler(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if embed_dim % 4 or num_heads < 1 or embed_dim % num_heads:
+        if grid_size < 1 or (kv_dim is not None and kv_dim < 1):
+            raise ValueError(
+                f"Resampler: grid_size and kv_dim must be positive, got {grid_size} and {kv_dim}"
+            )
+        if embed_dim < 4 or embed_dim % 4 or num_heads < 1 or embed_dim % num_heads:
             raise ValueError(
                 "Resampler: embed_dim must be a multiple of 4 and of num_heads, got "
                 f"{embed_dim} and {num_heads}"

@@ -46,6 +46,8 @@ class VectorQuantizer(torch.nn.Module):
                 "VectorQuantizer: expected one of e_dim and vq_embed_dim, got "
                 f"{e_dim} and {vq_embed_dim}"
             )
+        if n_e < 1 or dim < 1:
+            raise ValueError(f"VectorQuantizer: sizes must be positive, got {n_e} and {dim}")
         if remap is not None:
             raise ValueError(f"VectorQuantizer: remap must be None, got {remap!r}")
         self.n_e, self.e_dim, self.beta = n_e, dim, beta
@@ -60,6 +62,11 @@ class VectorQuantizer(torch.nn.Module):
         wrong = {k: v for k, v in options.items() if v not in _GUMBEL.get(k, ())}
         if wrong:
             raise ValueError(f"VectorQuantizer: options of a Gumbel quantiser, got {wrong}")
+        if z.ndim != 4 or z.shape[1] != self.e_dim:
+            raise ValueError(
+                f"VectorQuantizer: z must have shape (batch, {self.e_dim}, height, width), got "
+                f"{tuple(z.shape)}"
+            )
         batch, dim, height, width = z.shape
         tokens = z.permute(0, 2, 3, 1).reshape(-1, dim)
         weight = self.embedding.weight

@@ -59,7 +59,7 @@ def define(
     library.impl(name, kernel, "CPU")
     library.impl(name, kernel, "CUDA")
     qualified = f"vlmkernels::{name}"
-    torch.library.register_fake(qualified, fake, lib=library)
+    torch.library.register_fake(qualified, _all_or_none_meta(name, fake), lib=library)
     function = None
     if backward is not None:
         assert setup_context is not None
@@ -86,6 +86,20 @@ def define(
 
     ops[name] = Op(name, schema, kernel, reference, cpu)
     return call
+
+
+def _all_or_none_meta(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """fake, for meta tensors: beside a real first tensor one would leave the outputs unwritten."""
+
+    def checked(*args: Any) -> Any:
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        if any(x.is_meta for x in tensors) and not tensors[0].is_meta:
+            raise TypeError(
+                f"{name}: tensors must be on one device, got {tensors[0].device} and meta"
+            )
+        return fake(*args)
+
+    return checked
 
 
 def _autograd_function(

@@ -75,6 +75,7 @@ def qformer_attention(
     tensors = (q, x, weight_k, weight_v, bias_k, bias_v)
     if _library._is_plain(tensors):
         _core.C.qformer_attention_check(*tensors, key_lengths, scale)
+    _check_key_pos(key_pos, x)
     if key_mask is not None:
         x, key_pos, key_lengths = _compact(x, key_pos, key_mask, key_lengths)
     if _form(form, q, x, key_pos) == "projected":
@@ -152,6 +153,15 @@ def _form(form: str, q: Tensor, x: Tensor, key_pos: Tensor | None) -> str:
     if q.shape[3] % 8 or q.shape[3] > 256:  # which attention refuses
         return "absorbed"
     return cheaper_form(q.shape[1], x.shape[1], q.shape[2], q.shape[3], x.shape[2])
+
+
+def _check_key_pos(key_pos: Tensor | None, x: Tensor) -> None:
+    if key_pos is None or key_pos.shape in (x.shape, x.shape[1:], (1, *x.shape[1:])):
+        return
+    raise ValueError(
+        "qformer_attention: key_pos must have shape (num_tokens, width) or that of x "
+        f"{tuple(x.shape)}, got {tuple(key_pos.shape)}"
+    )
 
 
 def _compact(
