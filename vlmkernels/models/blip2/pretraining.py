@@ -159,24 +159,24 @@ class Blip2Pretraining(FirstStage):
 
         Words and queries get its MLP; cross-attention, queries and projections stay as they are,
         and so do rows of the vocabulary that BERT does not have. Raises ValueError when a weight
-        that BERT has to give is missing or of another shape.
+        that BERT has to give is missing or of another shape; nothing is changed then.
         """
-        own, taken = dict(self.named_parameters()), set()
+        own, given = dict(self.named_parameters()), {}
         for stored, tensor in load_file(Path(path) / WEIGHTS).items():
             for name in names_of_bert(stored):
                 if name not in own:
                     continue
-                rows = own[name][: len(tensor)]
-                if rows.shape != tensor.shape:
+                given[name] = tensor
+                if own[name][: len(tensor)].shape != tensor.shape:
                     raise ValueError(
                         f"{stored}: expected shape {(*own[name].shape,)}, got {(*tensor.shape,)}"
                     )
-                rows.copy_(tensor)
-                taken.add(name)
         wanted = {name for name in own if name.startswith(("qformer.", "embeddings.", "cls."))}
-        missing = sorted(name for name in wanted - taken if ".crossattention." not in name)
+        missing = sorted(x for x in wanted - given.keys() if ".crossattention." not in x)
         if missing:
             raise ValueError(f"{path}: expected a BERT, it does not have {missing[:5]}")
+        for name, tensor in given.items():
+            own[name][: len(tensor)].copy_(tensor)
         return self
 
     def tied_names(self) -> Mapping[str, str]:
