@@ -199,9 +199,10 @@ def _chunks(image: Tensor, text: Tensor, products: Tensor | None) -> Iterator[tu
     """Some rows at a time, and their products with all texts: in `products`, or in memory that is
     used again."""
     image, text = _operand(image), _operand(text)
-    buffer = image.new_empty((_chunk_rows(image, text), len(text))) if products is None else None
+    if products is None:
+        buffer = image.new_empty((_chunk_rows(image, text), len(text)))
     for rows in _row_chunks(image, text):
-        out = products[rows] if buffer is None else buffer[: rows.stop - rows.start]
+        out = buffer[: rows.stop - rows.start] if products is None else products[rows]
         yield rows, torch.mm(image[rows], text.t(), out=out)
 
 
