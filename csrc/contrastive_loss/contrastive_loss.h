@@ -93,8 +93,8 @@ struct SiglipRowsParams {
 
 struct ContrastiveGradientRowsParams {
     ContrastiveProducts x;
-    void* ds;  // [num_rows, num_texts], of x.dtype, times the factor; may be x.products
-    const float* factor;     // one value
+    void* ds;             // [num_rows, num_texts], of x.dtype, times the factor; may be x.products
+    const float* factor;  // one value
     const float* image_lse;  // [2, num_rows], CLIP; null: SigLIP
     const float* text_lse;   // [2, num_texts], CLIP
     float image_weight, text_weight;
