@@ -104,9 +104,10 @@ __device__ void vq_consume(const VqLookupParams& p, const VqCodebook<T>& codeboo
     float scores[Block::kM][Block::kTileCodes / 8][4];
     PipelineState<Block::kStages> at, before;
     for (int tile = 0; tile < prepared.num_tiles; ++tile) {
+        const VqTile bounds = prepared.tiles[tile];  // long before they are needed
         vq_multiply_tile<Block>(scores, shared_address(shared), shared_address(stages), row0,
                                 prepared.num_chunks, barriers, at, before, lane);
-        candidates.add(scores, prepared.tiles[tile], half_norms + before.stage * Block::kTileCodes,
+        candidates.add(scores, bounds, half_norms + before.stage * Block::kTileCodes,
                        tile * Block::kTileCodes);
         __syncwarp();
         if (lane == 0) barriers.release(before);
