@@ -30,7 +30,7 @@ tests() { $PYTHON -m pytest tests/ops tests/nn tests/models -p no:cacheprovider 
 bench() {
     [ -e "$OUT/rivals.path" ] && PYTHONPATH="$PYTHONPATH:$(cat "$OUT/rivals.path")"
     local failed=0
-    for op in ${BENCH_OPS:-attention patch_embed vq_lookup contrastive_loss qformer_attention qwen2_vl qwen2_5_vl norm rope qk_norm_rope activation ring_attention clip llava vit null}; do
+    for op in ${BENCH_OPS:-attention patch_embed vq_lookup contrastive_loss qformer_attention qwen_vl qwen2_vl qwen2_5_vl norm rope qk_norm_rope activation ring_attention clip llava vit null}; do
         [ -e "$OUT/bench_$op.done" ] && continue
         $PYTHON -m bench.run "$op" --device cuda --json "$OUT/bench_$op.json" && touch "$OUT/bench_$op.done" || failed=1
     done

@@ -15,6 +15,8 @@ import torch
 
 C: Any
 """The active core. Read it as `_core.C` at each call: it changes under `emulate()`."""
+emulating = os.environ.get("VLMKERNELS_EMULATE") == "1"
+"""Whether it sends CPU tensors to the CUDA kernels; changes likewise."""
 
 
 def _load(name: str) -> Any:
@@ -34,13 +36,13 @@ def has_emulated_core() -> bool:
 @contextlib.contextmanager
 def emulate() -> Iterator[None]:
     """Within the context, CPU tensors run through the CUDA kernels on the emulated CUDA runtime."""
-    global C
-    before = C
-    C = _load_emulated()
+    global C, emulating
+    before = C, emulating
+    C, emulating = _load_emulated(), True
     try:
         yield
     finally:
-        C = before
+        C, emulating = before
 
 
 def _load_emulated() -> Any:
@@ -52,4 +54,4 @@ def _load_emulated() -> Any:
         ) from error
 
 
-C = _load_emulated() if os.environ.get("VLMKERNELS_EMULATE") == "1" else _load("_C")
+C = _load_emulated() if emulating else _load("_C")

@@ -122,14 +122,20 @@ def chat(
         command, _, rest = line.strip().partition(" ")
         if not command:
             return
-        if command == "/image":
-            shown.append(Path(rest))
-        elif command == "/draw":
-            _draw(talk, Path(rest))
-        else:
-            for piece in talk.stream(line.strip(), shown, **options):
-                print(piece, end="", flush=True)
-            print()
+        try:
+            if command == "/image":
+                shown.append(Path(rest))
+            elif command == "/draw":
+                _draw(talk, Path(rest))
+            else:
+                for piece in talk.stream(line.strip(), shown, **options):
+                    print(piece, end="", flush=True)
+                print()
+                shown = []
+        except (ValueError, OSError) as error:
+            if not sys.stdin.isatty():
+                raise
+            print(error, file=sys.stderr)
             shown = []
 
 

@@ -15,7 +15,7 @@ from vlmkernels.models.blip2 import Blip2, Blip2Config
 def cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
     large = device.startswith("cuda")
     note = "" if large else " (2 + 2 + 1 layers, 112 px, vocabulary 8192)"
-    for name in ("opt-2.7b", "flan-t5-xl", "itm-vit-g"):
+    for name in ("opt-2.7b", "flan-t5-xl", "itm-vit-g") if large else ("opt-2.7b", "itm-vit-g"):
         config = Blip2Config.preset(name)
         if not large:
             config = small(config)

@@ -19,9 +19,10 @@ def cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
     if device.startswith("cuda"):
         yield from cases_of(config, (4, 448), "qwen_vl", device, dtype)
     else:
-        visual = replace(config.visual, layers=2, image_size=224, image_start_id=8000)
+        sizes = {"layers": 2, "image_size": 112, "n_queries": 64}
+        visual = replace(config.visual, image_start_id=8000, **sizes)
         config = replace(config, num_hidden_layers=1, vocab_size=8192, visual=visual)
-        name = "qwen_vl (1 + 2 layers, 224 px, vocabulary 8192)"
+        name = "qwen_vl (1 + 2 layers, 112 px to 64 queries, vocabulary 8192)"
         yield from cases_of(config, (1, 64), name, device, dtype)
 
 

@@ -4,15 +4,6 @@
 namespace vlmkernels {
 namespace {
 
-// About 1 ulp: an approximation of 14 bits and one step of Newton's, where there is one.
-VLMKERNELS_INLINE Vec reciprocal(Vec x) {
-#if defined(__AVX512F__)
-    const Vec y = (Vec)_mm512_rcp14_ps((__m512)x);
-    return y * (2.0f - x * y);
-#else
-    return 1.0f / x;
-#endif
-}
 VLMKERNELS_INLINE Vec magnitude(Vec x) { return (Vec)((Bits)x & 0x7fffffff); }
 VLMKERNELS_INLINE Vec at_most(Vec x, float limit) { return x < limit ? x : splat(limit); }
 VLMKERNELS_INLINE Vec positive_part(Vec x) { return max(Vec{}, x); }

@@ -42,23 +42,26 @@ Error launch_attention(const AttentionParams& p, Stream stream) {
     });
 }
 
-static Error launch_masked_backward(const AttentionBackwardParams& p, Stream stream) {
-    Error error = attention_id_ranges(p, stream);
-    if (error) return error;
+// dq, dk and dv.
+static Error launch_backward_of_qkv(const AttentionBackwardParams& p, Stream stream) {
+    if (takes_sm90(p)) return launch_attention_backward_sm90(p, stream);
+    if (p.plain())
+        return dispatch<kAttentionTileDims>(p, [&]<class Element, int kTileDim>() {
+            return attention_bwd<Element, kTileDim, PlainScores>(p, stream);
+        });
     return dispatch<kMaskedTileDims>(p, [&]<class Element, int kTileDim>() {
-        Error error = attention_bwd<Element, kTileDim, MaskedScores>(p, stream);
-        return error || !p.dbias.data ? error : attention_dbias<Element, kTileDim>(p, stream);
+        return attention_bwd<Element, kTileDim, MaskedScores>(p, stream);
     });
 }
 
 Error launch_attention_backward(const AttentionBackwardParams& p, Stream stream) {
     Error error = p.dtype == DType::kFloat16 ? attention_row_stats<__half>(p, stream)
                                              : attention_row_stats<__nv_bfloat16>(p, stream);
-    if (error) return error;
-    if (takes_sm90(p)) return launch_attention_backward_sm90(p, stream);
-    if (!p.plain()) return launch_masked_backward(p, stream);
-    return dispatch<kAttentionTileDims>(p, [&]<class Element, int kTileDim>() {
-        return attention_bwd<Element, kTileDim, PlainScores>(p, stream);
+    if (!error) error = attention_id_ranges(p, stream);
+    if (!error) error = launch_backward_of_qkv(p, stream);
+    if (error || !p.dbias.data) return error;
+    return dispatch<kMaskedTileDims>(p, [&]<class Element, int kTileDim>() {
+        return attention_dbias<Element, kTileDim>(p, stream);
     });
 }
 

@@ -100,8 +100,7 @@ class ForwardAmx {
         const int64_t depth = round_up(p.head_dim, kTileDepth);
         const int64_t out_rows = round_up(p.head_dim, kTile);
         return kAmxPanels * kMostLanes * (depth / 2 + out_rows) +
-               kAmxKeys * (depth / 2 + out_rows / 2 + kMostLanes + kMostLanes / 2) +
-               Mask::memory_size(p, kAmxKeys);
+               kAmxKeys * (depth / 2 + out_rows / 2 + kMostLanes + kMostLanes / 2);
     }
 
     ForwardAmx(const AttentionParams& p, float* memory)
@@ -116,7 +115,6 @@ class ForwardAmx {
         v_columns_ = reinterpret_cast<uint16_t*>(take(kAmxKeys * out_rows_ / 2));
         scores_ = take(kAmxKeys * kMostLanes);
         probabilities_ = take(kAmxKeys / 2 * kMostLanes);
-        mask_memory_ = at;
     }
 
     void run(const Item& item) {
@@ -187,10 +185,10 @@ class ForwardAmx {
         constexpr int64_t lanes = kCols * kWidth;
         const int64_t padded = round_up(keys, kTileDepth);
         multiply_amx(k_, depth_, panel.q, lanes, scores_, padded, depth_, false);
-        panel.mask.prepare<kCols>(scores_, nullptr, first, keys, mask_memory_);
+        panel.mask.prepare<kCols>(scores_, nullptr, first, keys);
         fill(scores_ + keys * lanes, scores_ + padded * lanes, -kInfinity);
         softmax<kCols>(panel, padded);
-        if (panel.started)
+        if (panel.started && panel.rose)
             for (int64_t d = 0; d < p_.head_dim; ++d)
                 for (int c = 0; c < kCols; ++c) {
                     float* at = panel.out + (d * kCols + c) * kWidth;
@@ -203,14 +201,14 @@ class ForwardAmx {
 
     template <int kCols>
     void softmax(Panel& panel, int64_t keys) {
-        const float scale = Mask::unit(p_);
+        const float scale = Mask::unit(p_) * kLog2e;
         Vec base[kCols], sums[kCols] = {};
-        raise_max(panel, scores_, keys, scale, base);
+        raise_max(panel, scores_, keys, Mask::unit(p_), base);
         for (int64_t key = 0; key < keys; key += 2)
             for (int c = 0; c < kCols; ++c) {
                 const float* at = scores_ + (key * kCols + c) * kWidth;
-                const Vec first = exp(load(at) * scale - base[c]);
-                const Vec second = exp(load(at + kCols * kWidth) * scale - base[c]);
+                const Vec first = exp2(load(at) * scale - base[c]);
+                const Vec second = exp2(load(at + kCols * kWidth) * scale - base[c]);
                 store(probabilities_ + (key / 2 * kCols + c) * kWidth, as_pairs(first, second));
                 sums[c] += first + second;
             }
@@ -222,7 +220,6 @@ class ForwardAmx {
     Panel panels_[kAmxPanels];
     uint16_t *k_, *v_columns_;        // [keys, depth], [head_dim, kAmxKeys]
     float *scores_, *probabilities_;  // [keys, lanes], [keys / 2, lanes] pairs
-    float* mask_memory_;
 };
 
 // False where another kernel must do it.

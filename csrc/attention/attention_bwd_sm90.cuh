@@ -6,166 +6,21 @@
 // with p = exp2(scale_log2 s - lse log2(e)) and ds = p (dp - delta), transposed on the side of
 // keys. p and ds stay in registers between the products. With key heads that several query heads
 // share, the queries of all of them stream past.
+// PlainScores: both sides know the blocks that a tile meets. MaskedScores: the producer warp walks
+// over those that some row sees, and tells the consumers which block a stage holds.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <algorithm>
 
-#include "attention/attention_tiles.h"
-#include "attention/heads_sm90.cuh"
+#include "attention/attention_bwd_load_sm90.cuh"
 #include "attention/instances.h"
-#include "attention/schedule.cuh"
 #include "attention/softmax_sm90.cuh"
 #include "common/launch.cuh"
-#include "common/pipeline.cuh"
 #include "common/wgmma.cuh"
 
 namespace vlmkernels {
-
-template <class Element_, int kTileDim, BwdSide side>
-struct AttentionBwdTile90 {
-    using Element = Element_;
-    static constexpr AttentionBwdChoice kChoice = bwd_choice(kTileDim, side);
-    static constexpr bool kKeys = side == BwdSide::kKeys, kOverlap = kChoice.overlap;
-    static constexpr int kHeadDim = kTileDim, kConsumers = kChoice.consumers;
-    static constexpr int kRows = 64 * kConsumers, kBlock = kChoice.rows, kStages = kChoice.stages;
-    static constexpr int kConsumerThreads = 128 * kConsumers;
-    static constexpr int kThreads = kConsumerThreads + 128;
-    static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
-    static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
-    using X = SharedTile<64, kHeadDim>;  // two for each consumer, side by side
-    using Y = SharedTile<kBlock, kHeadDim>;
-    static constexpr int kStatsBytes = kKeys ? kBlock * int(sizeof(float2)) : 0;
-    static constexpr int kStreamStart = 2 * kConsumers * X::kBytes;
-    static constexpr int kStatsStart = kStreamStart + kStages * 2 * Y::kBytes;
-    static constexpr int kBarrierStart = kStatsStart + kStages * kStatsBytes;
-    using ResidentBarriers = PipelineBarriers<1>;
-    using StreamBarriers = PipelineBarriers<kStages>;
-    static constexpr int kSharedBytes =
-        kBarrierStart + ResidentBarriers::kBytes + StreamBarriers::kBytes;
-    static_assert(X::kBytes % X::kAlignment == 0 && Y::kBytes % Y::kAlignment == 0);
-    static_assert(kSharedBytes <= 227 * 1024);
-};
-
-// 64 kConsumers rows of one head, and the blocks of the other side that they meet: for each of some
-// heads those that start at begin, begin + kBlock, ... before end.
-template <class Tile>
-struct BwdWork {
-    int row0, head, batch;
-    Sequence sequence;
-    int first_head, last_head;  // of the other side
-    int begin, end;             // end: of the sequence, where all see all
-
-    __device__ BwdWork(const AttentionParams& p, int3 tile)
-        : row0(tile.x * Tile::kRows), head(tile.y), batch(tile.z), sequence(p, tile.z) {
-        const int group = p.num_heads / p.num_heads_k;
-        first_head = Tile::kKeys ? head * group : head / group;
-        last_head = first_head + (Tile::kKeys ? group : 1);
-        const int seqlen = Tile::kKeys ? sequence.seqlen_k : sequence.seqlen_q;
-        const int last = min(row0 + Tile::kRows, seqlen) - 1;
-        begin = Tile::kKeys ? sequence.first_query(row0) / Tile::kBlock * Tile::kBlock : 0;
-        end = Tile::kKeys ? sequence.seqlen_q : sequence.visible_keys(last);
-        if (row0 >= seqlen || begin >= end) begin = end = last_head = 0;
-    }
-    __device__ bool empty() const { return begin >= end; }
-    // The rows of the other side's block at y0 that exist.
-    __device__ int num_rows(int y0) const {
-        return (Tile::kKeys ? sequence.seqlen_q : sequence.seqlen_k) - y0;
-    }
-    // Whether some row must not see some of the block at y0.
-    __device__ bool masked(int y0) const {
-        return Tile::kKeys ? sequence.first_query(row0 + Tile::kRows - 1) > y0
-                           : sequence.visible_keys(row0) < y0 + Tile::kBlock;
-    }
-};
-
-struct AttentionBwdMaps {
-    CUtensorMap x0, x1, y0, y1;
-};
-
-template <class Tile>
-struct BwdShared {
-    uint32_t address;
-
-    __device__ uint32_t x(int consumer, int which) const {
-        return address + (consumer * 2 + which) * Tile::X::kBytes;
-    }
-    __device__ uint32_t y(int stage, int which) const {
-        return address + Tile::kStreamStart + (stage * 2 + which) * Tile::Y::kBytes;
-    }
-    __device__ uint32_t stats(int stage) const {
-        return address + Tile::kStatsStart + stage * Tile::kStatsBytes;
-    }
-    __device__ typename Tile::ResidentBarriers x_barriers() const {
-        return {address + Tile::kBarrierStart};
-    }
-    __device__ typename Tile::StreamBarriers y_barriers() const {
-        return {address + Tile::kBarrierStart + Tile::ResidentBarriers::kBytes};
-    }
-    __device__ void init() const {
-        x_barriers().init(1, 4 * Tile::kConsumers);
-        y_barriers().init(Tile::kKeys ? 33 : 1, 4 * Tile::kConsumers);
-        fence_mbarrier_init();
-    }
-};
-
-// One thread: all tiles by TMA.
-template <class Tile>
-__device__ void produce_bwd(const AttentionBackwardParams& p, const AttentionBwdMaps& maps,
-                            const BwdShared<Tile>& shared) {
-    typename Tile::ResidentBarriers::State x_at;
-    typename Tile::StreamBarriers::State y_at;
-    const auto x_barriers = shared.x_barriers();
-    const auto y_barriers = shared.y_barriers();
-    for (BwdSchedule<Tile> schedule(p); schedule.valid(); schedule.advance()) {
-        const BwdWork<Tile> work(p, schedule.tile());
-        if (work.empty()) continue;
-        const Sequence& sequence = work.sequence;
-        const int batch = p.cu_seqlens_q ? 0 : work.batch;
-        const int start_x = (Tile::kKeys ? sequence.start_k : sequence.start_q) + work.row0;
-        const int start_y = Tile::kKeys ? sequence.start_q : sequence.start_k;
-        x_barriers.wait_empty(x_at);
-        x_barriers.expect(x_at, 2 * Tile::kConsumers * Tile::X::kBytes);
-        for (int i = 0; i < Tile::kConsumers; ++i) {
-            load_heads<typename Tile::X>(shared.x(i, 0), maps.x0, x_barriers.full(x_at),
-                                         start_x + i * 64, work.head, batch);
-            load_heads<typename Tile::X>(shared.x(i, 1), maps.x1, x_barriers.full(x_at),
-                                         start_x + i * 64, work.head, batch);
-        }
-        x_at.advance();
-        for (int head = work.first_head; head < work.last_head; ++head)
-            for (int y0 = work.begin; y0 < work.end; y0 += Tile::kBlock, y_at.advance()) {
-                y_barriers.wait_empty(y_at);
-                y_barriers.expect(y_at, 2 * Tile::Y::kBytes);
-                load_heads<typename Tile::Y>(shared.y(y_at.stage, 0), maps.y0,
-                                             y_barriers.full(y_at), start_y + y0, head, batch);
-                load_heads<typename Tile::Y>(shared.y(y_at.stage, 1), maps.y1,
-                                             y_barriers.full(y_at), start_y + y0, head, batch);
-            }
-    }
-}
-
-// One warp: the stats of the streamed queries; zeros beyond the last.
-template <class Tile>
-__device__ void produce_stats(const AttentionBackwardParams& p, const BwdShared<Tile>& shared) {
-    typename Tile::StreamBarriers::State at;
-    const auto barriers = shared.y_barriers();
-    for (BwdSchedule<Tile> schedule(p); schedule.valid(); schedule.advance()) {
-        const BwdWork<Tile> work(p, schedule.tile());
-        for (int head = work.first_head; head < work.last_head; ++head)
-            for (int y0 = work.begin; y0 < work.end; y0 += Tile::kBlock, at.advance()) {
-                barriers.wait_empty(at);
-                const float2* stats = row_stats(p) + work.sequence.lse_index(p, y0, head);
-                for (int row = threadIdx.x % 32; row < Tile::kBlock; row += 32) {
-                    const bool valid = row < work.num_rows(y0);
-                    cp_async_8(shared.stats(at.stage) + row * sizeof(float2),
-                               valid ? stats + row : stats, valid);
-                }
-                mbarrier_arrive_cp_async(barriers.full(at));
-            }
-    }
-}
 
 // A consumer warpgroup: what it sums up, and the products.
 template <class Tile>
@@ -230,14 +85,22 @@ struct BwdConsumer {
         }
         wgmma_commit();
     }
+    __device__ float delta(int n, int e, const float2 (&stats)[2]) const {
+        if constexpr (!Tile::kKeys) return stats[e / 2].y;
+        const float4 columns = load_shared_float4(column_stats(n));
+        return e % 2 ? columns.w : columns.y;
+    }
+    // Of this thread's columns 8 n and 8 n + 1 (kKeys).
+    __device__ uint32_t column_stats(int n) const {
+        return shared.stats(y_at.stage) + n * 64 + lane % 4 * 16;
+    }
     // s to p and dp to ds. stats: of this thread's two rows (kQueries).
     __device__ void differentiate(Scores& s, Scores& dp, const float2 (&stats)[2],
                                   float scale_log2) const {
 #pragma unroll
         for (int n = 0; n < Tile::kBlock / 8; ++n) {
             float4 columns;
-            if constexpr (Tile::kKeys)
-                columns = load_shared_float4(shared.stats(y_at.stage) + n * 64 + lane % 4 * 16);
+            if constexpr (Tile::kKeys) columns = load_shared_float4(column_stats(n));
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const float lse = !Tile::kKeys ? stats[e / 2].x : e % 2 ? columns.z : columns.x;
@@ -264,6 +127,10 @@ struct BwdConsumer {
     __device__ void release_block() {
         if (lane == 0) shared.y_barriers().release({sums_stage(), 0});
     }
+    __device__ void release_end() {  // the stage that holds no block
+        if (lane == 0) shared.y_barriers().release(y_at);
+        y_at.advance();
+    }
     __device__ void release_rows() {
         if (lane == 0) shared.x_barriers().release(x_at);
         x_at.advance();
@@ -271,13 +138,51 @@ struct BwdConsumer {
 };
 
 template <class Tile>
-__device__ void mask_scores(typename BwdConsumer<Tile>::Scores& s, const BwdWork<Tile>& work,
-                            int y0) {
+__device__ void mask_plain(typename BwdConsumer<Tile>::Scores& s, const BwdWork<Tile>& work,
+                           int y0) {
     const int row = work.row0 + BwdConsumer<Tile>::row();
     if constexpr (Tile::kKeys)
         mask_columns(s, work.sequence, row, y0);
     else
         mask_rows(s, work.sequence, row, y0);
+}
+
+// Softcap, bias and mask. head: of the block.
+template <class Tile>
+__device__ void mask_any(const BwdConsumer<Tile>& consumer, typename BwdConsumer<Tile>::Scores& s,
+                         typename BwdConsumer<Tile>::Scores& dp, const float2 (&stats)[2],
+                         const AttentionParams& p, const BwdWork<Tile>& work, int head, int y0,
+                         bool whole) {
+    const int row = work.row0 + consumer.row();
+    const int rows[2] = {row, row + 8}, query_head = Tile::kKeys ? head : work.head;
+    const int heads[2] = {query_head, query_head};
+    shape_scores<typename Tile::Element, Tile::kKeys>(
+        s, p, work.sequence, heads, rows, y0, [&](int n, int e, float slope) {
+            const float delta = consumer.delta(n, e, stats);
+            dp[n][e] = (dp[n][e] - delta) * slope + delta;
+        });
+    if (!whole) hide_scores<Tile::kKeys>(s, p, work.sequence, rows, y0);
+}
+
+// Calls step(y0, head, whole) for each block of the other side, once it is there. head, whole: only
+// of MaskedScores.
+template <class Tile, class Step>
+__device__ void for_blocks(BwdConsumer<Tile>& consumer, const BwdWork<Tile>& work, Step&& step) {
+    if constexpr (Tile::kMasked) {
+        for (;; consumer.y_at.advance()) {
+            consumer.shared.y_barriers().wait_full(consumer.y_at);
+            const uint32_t block = consumer.shared.block(consumer.y_at.stage);
+            const int word = load_shared_int(block);
+            if (word < 0) break;
+            step(tile_index(word) * Tile::kBlock, load_shared_int(block + 4), whole_tile(word));
+        }
+    } else {
+        for (int head = work.first_head; head < work.last_head; ++head)
+            for (int y0 = work.begin; y0 < work.end; y0 += Tile::kBlock, consumer.y_at.advance()) {
+                consumer.shared.y_barriers().wait_full(consumer.y_at);
+                step(y0, head, false);
+            }
+    }
 }
 
 // The sums of one block of resident rows.
@@ -289,12 +194,12 @@ __device__ void sum_bwd(BwdConsumer<Tile>& consumer, const AttentionBackwardPara
     if (work.empty()) return;
     typename BwdConsumer<Tile>::Scores s, dp;
     typename BwdConsumer<Tile>::Fragments probs, ds;
-    const float scale_log2 = p.softmax_scale * kLog2e;
+    const float scale_log2 = (Tile::kMasked ? score_unit(p) : p.softmax_scale) * kLog2e;
+    [[maybe_unused]] const bool shaped = shapes_scores(p);
     float2 stats[2] = {};
     if constexpr (!Tile::kKeys) consumer.load_stats(stats, p, work);
     bool pending = false;  // probs and ds are still to be multiplied
-    auto step = [&](int y0) {
-        consumer.shared.y_barriers().wait_full(consumer.y_at);
+    auto step = [&](int y0, [[maybe_unused]] int head, [[maybe_unused]] bool whole) {
         if (p.cu_seqlens_k && work.num_rows(y0) < Tile::kBlock)
             consumer.clear_rows(work.num_rows(y0));
         consumer.multiply_rows(s, dp);
@@ -304,7 +209,11 @@ __device__ void sum_bwd(BwdConsumer<Tile>& consumer, const AttentionBackwardPara
         } else {
             wgmma_wait<0>();
         }
-        if (work.masked(y0)) mask_scores(s, work, y0);
+        if constexpr (Tile::kMasked) {
+            if (!whole || shaped) mask_any(consumer, s, dp, stats, p, work, head, y0, whole);
+        } else if (work.masked(y0)) {
+            mask_plain<Tile>(s, work, y0);
+        }
         consumer.differentiate(s, dp, stats, scale_log2);
         if (pending) {
             wgmma_wait<0>();
@@ -320,33 +229,29 @@ __device__ void sum_bwd(BwdConsumer<Tile>& consumer, const AttentionBackwardPara
         }
     };
     consumer.shared.x_barriers().wait_full(consumer.x_at);
-    for (int head = work.first_head; head < work.last_head; ++head)
-        for (int y0 = work.begin; y0 < work.end; y0 += Tile::kBlock, consumer.y_at.advance())
-            step(y0);
+    for_blocks(consumer, work, step);
     consumer.release_rows();
-    if constexpr (Tile::kOverlap) {
+    if (Tile::kOverlap && (!Tile::kMasked || pending)) {
         consumer.add_products(ds_sum, p_sum, ds, probs);
         wgmma_wait<0>();
         consumer.release_block();
     }
+    if constexpr (Tile::kMasked) consumer.release_end();
 }
 
-template <class Tile>
+template <class T, class Tile>
 __device__ void store_bwd(const BwdConsumer<Tile>& consumer, const AttentionBackwardParams& p,
-                          const BwdWork<Tile>& work, typename BwdConsumer<Tile>::Sums& ds_sum,
+                          const BwdWork<Tile>& work, const typename BwdConsumer<Tile>::Sums& ds_sum,
                           const typename BwdConsumer<Tile>::Sums& p_sum) {
-    using Element = typename Tile::Element;
     const int row = work.row0 + consumer.row();
     const Sequence& sequence = work.sequence;
-    const float scale[2] = {p.softmax_scale, p.softmax_scale};
-    scale_rows(ds_sum, scale);
     if constexpr (Tile::kKeys) {
-        store_rows(ds_sum, sequence.keys<Element>(p.dk, 0, work.head), p.dk.token_stride, row,
+        store_rows(ds_sum, sequence.keys<T>(p.dk, 0, work.head), p.dk.token_stride, row,
                    sequence.seqlen_k, p.head_dim, consumer.lane);
-        store_rows(p_sum, sequence.keys<Element>(p.dv, 0, work.head), p.dv.token_stride, row,
+        store_rows(p_sum, sequence.keys<T>(p.dv, 0, work.head), p.dv.token_stride, row,
                    sequence.seqlen_k, p.head_dim, consumer.lane);
     } else {
-        store_rows(ds_sum, sequence.queries<Element>(p.dq, 0, work.head), p.dq.token_stride, row,
+        store_rows(ds_sum, sequence.queries<T>(p.dq, 0, work.head), p.dq.token_stride, row,
                    sequence.seqlen_q, p.head_dim, consumer.lane);
     }
 }
@@ -363,8 +268,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         if (threadIdx.x >= Tile::kConsumerThreads) {
             decrease_registers<Tile::kProducerRegisters>();
             const int thread = threadIdx.x - Tile::kConsumerThreads;
-            if (thread == 0) produce_bwd(p, maps, shared);
-            if (Tile::kKeys && thread / 32 == 1) produce_stats(p, shared);
+            const BwdLoads<Tile> load{p, maps, shared};
+            if constexpr (Tile::kMasked) {
+                if (thread < 32) produce_masked(p, load);
+            } else {
+                if (thread == 0) produce_bwd(p, load);
+                if (Tile::kKeys && thread / 32 == 1) produce_stats(p, shared);
+            }
             return;
         }
         increase_registers<Tile::kConsumerRegisters>();
@@ -373,7 +283,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             const int3 tile = schedule.tile();
             float ds_sum[Tile::kHeadDim / 8][4] = {}, p_sum[Tile::kHeadDim / 8][4] = {};
             sum_bwd(consumer, p, BwdWork<Tile>(p, tile), ds_sum, p_sum);
-            store_bwd(consumer, p, BwdWork<Tile>(p, tile), ds_sum, p_sum);
+            const float scale[2] = {p.softmax_scale, p.softmax_scale};
+            scale_rows(ds_sum, scale);
+            const BwdWork<Tile> work(p, tile);
+            if (p.float32_out)
+                store_bwd<float>(consumer, p, work, ds_sum, p_sum);
+            else
+                store_bwd<typename Tile::Element>(consumer, p, work, ds_sum, p_sum);
         }
     }
 }
@@ -397,13 +313,13 @@ Error launch_bwd_sm90(const AttentionBackwardParams& p, int num_sms, Stream stre
                   maps, p);
 }
 
-template <class Element, int kTileDim>
+template <class Element, int kTileDim, class Scores>
 Error attention_bwd_sm90(const AttentionBackwardParams& p, Stream stream) {
     int num_sms = 0;
     Error error = count_sms(&num_sms);
     if (error) return error;
-    using Keys = AttentionBwdTile90<Element, kTileDim, BwdSide::kKeys>;
-    using Queries = AttentionBwdTile90<Element, kTileDim, BwdSide::kQueries>;
+    using Keys = AttentionBwdTile90<Element, kTileDim, BwdSide::kKeys, Scores>;
+    using Queries = AttentionBwdTile90<Element, kTileDim, BwdSide::kQueries, Scores>;
     error = launch_bwd_sm90<Keys>(p, num_sms, stream);
     return error ? error : launch_bwd_sm90<Queries>(p, num_sms, stream);
 }

@@ -1,102 +1,103 @@
-// Backward, dbias = ds, summed over what bias is broadcast over: a thread takes a panel of rows of
-// dbias and walks over the batch and the heads that share it, in order. q k^T and dout v^T are
-// computed again, so that nobody else writes to these rows.
+// Backward, dbias = ds, summed over what bias is broadcast over: added while ds is at hand. Those
+// who add to the same rows do so in turn (see tasks in attention_bwd_cpu.cpp), in fp32.
 #pragma once
+
+#include <optional>
 
 #include "attention/attention_rows_cpu.h"
 
 namespace vlmkernels {
 namespace {
 
-template <class T>
-class Dbias {
+// How the key heads and sequences of a problem share the rows of dbias.
+inline bool shares_batch(const AttentionBackwardParams& p) {
+    return p.dbias.data && p.dbias.batch == 1 && p.batch > 1;
+}
+inline bool shares_heads(const AttentionBackwardParams& p) {
+    return p.dbias.data && p.dbias.num_heads == 1 && p.num_heads > 1;
+}
+
+// All of dbias, in memory of its own where sums must not be rounded on the way.
+class BiasGradient {
   public:
-    static int64_t memory_size(const AttentionBackwardParams& p) {
-        const int64_t ld = round_up(p.head_dim, kWidth);
-        return Rows<T>::memory_size(p) + 2 * kBlockKeys * (kPanelRows + ld) +
-               round_up(p.dbias.seqlen_k, kBlockKeys) * kPanelRows;
-    }
-    static int64_t num_items(const AttentionBackwardParams& p) {
-        return ceil_div(p.dbias.seqlen_q, kPanelRows) * p.dbias.num_heads * p.dbias.batch;
-    }
-
-    Dbias(const AttentionBackwardParams& p, float* memory)
-        : p_(p), ld_(round_up(p.head_dim, kWidth)), rows_(p, memory) {
-        p_scores_ = memory + Rows<T>::memory_size(p);
-        ds_ = p_scores_ + kBlockKeys * kPanelRows;
-        k_ = ds_ + kBlockKeys * kPanelRows;
-        v_ = k_ + kBlockKeys * ld_;
-        sum_ = v_ + kBlockKeys * ld_;
-    }
-
-    void run(int64_t item) {
-        const BiasView& view = p_.dbias;
-        const int64_t panels = ceil_div(view.seqlen_q, kPanelRows);
-        const int64_t begin = item % panels * kPanelRows;
-        const int64_t head = item / panels % view.num_heads, row = item / panels / view.num_heads;
-        const Span heads = view.num_heads == 1 ? Span{0, p_.num_heads} : Span{head, head + 1};
-        const Span batch = view.batch == 1 ? Span{0, p_.batch} : Span{row, row + 1};
-        lanes_ = round_up(std::min(kPanelRows, view.seqlen_q - begin), kWidth);
-        fill(sum_, sum_ + round_up(view.seqlen_k, kBlockKeys) * lanes_, 0.f);
-        for (int64_t sequence = batch.begin; sequence < batch.end; ++sequence)
-            for (int64_t h = heads.begin; h < heads.end; ++h)
-                add(Problem(p_, sequence, h / (p_.num_heads / p_.num_heads_k), h, 1), begin);
+    explicit BiasGradient(const AttentionBackwardParams& p) : p_(p), view(p.dbias) {
+        if (!view.data) return;
+        size_ = int64_t(view.batch) * view.num_heads * view.seqlen_q * view.seqlen_k;
+        if (view.dtype != DType::kFloat32 && (shares_batch(p) || shares_heads(p))) {
+            sums_.emplace(size_);
+            view.data = sums_->data();
+            view.dtype = DType::kFloat32;
+        }
+        if (p.batch && !p.cu_seqlens_q) return;  // every row is one of some sequence
         dispatch_float(view.dtype, [&]<class U>() {
-            store<U>(static_cast<U*>(view.data) + row * view.batch_stride +
-                         head * view.head_stride + begin * view.query_stride,
-                     std::min(kPanelRows, view.seqlen_q - begin));
+            parallel_for(size_, 1 << 16, [&](int64_t begin, int64_t end) {
+                fill(static_cast<U*>(view.data) + begin, static_cast<U*>(view.data) + end, U{});
+            });
+        });
+    }
+    void finish() {
+        if (!sums_) return;
+        dispatch_float(p_.dbias.dtype, [&]<class U>() {
+            parallel_for(size_, 1 << 16, [&](int64_t begin, int64_t end) {
+                for_each_vector(begin, end, [&](int64_t i, int count) VLMKERNELS_INLINED {
+                    store_first(static_cast<U*>(p_.dbias.data) + i,
+                                load_first(sums_->data() + i, count), count);
+                });
+            });
         });
     }
 
   private:
-    void add(const Problem& problem, int64_t begin) {
-        const int64_t rows = std::min(kPanelRows, problem.seqlen_q - begin);
-        if (rows <= 0) return;
-        rows_.load(problem, begin, rows);
-        const Span span = rows_.mask.keys();
-        for (int64_t key = span.begin / kBlockKeys * kBlockKeys; key < span.end;
-             key += kBlockKeys) {
-            const int64_t keys = std::min(kBlockKeys, span.end - key);
-            if (!rows_.mask.sees(key, keys)) continue;
-            copy_keys<T>(k_, ld_, problem, p_.k, key, keys);
-            copy_keys<T>(v_, ld_, problem, p_.v, key, keys);
-            dispatch_cols(ceil_div(rows, kWidth), [&]<int kCols>() {
-                rows_.template differentiate<kCols>(k_, v_, key, keys, p_scores_, ds_, nullptr);
-                for (int64_t i = 0; i < keys; ++i)
-                    for (int c = 0; c < kCols * kWidth; c += kWidth) {
-                        float* at = sum_ + (key + i) * lanes_ + c;
-                        vlmkernels::store(at, load(at) + load(ds_ + i * kCols * kWidth + c));
-                    }
-            });
-        }
-    }
-
-    template <class U>
-    void store(U* to, int64_t rows) {
-        alignas(64) float ones[kMostLanes];
-        fill(ones, ones + kMostLanes, 1.f);
-        U* row[kMostLanes];
-        for (int64_t i = 0; i < rows; ++i) row[i] = to + i * p_.dbias.query_stride;
-        transpose_out(sum_, lanes_, rows, p_.dbias.seqlen_k, ones, row);
-    }
-
     const AttentionBackwardParams& p_;
-    const int64_t ld_;
-    int64_t lanes_ = 0;
-    Rows<T> rows_;
-    float *p_scores_, *ds_;  // [keys of a block, lanes]
-    float *k_, *v_;          // [keys of a block, ld]
-    float* sum_;             // [seqlen_k, lanes]
+    int64_t size_ = 0;
+    std::optional<Buffer> sums_;
+
+  public:
+    BiasView view;
 };
 
-template <class T>
-void dbias(const AttentionBackwardParams& p) {
-    parallel_take(Dbias<T>::num_items(p), 1, Dbias<T>::memory_size(p),
-                  [&](auto&& take, float* memory) {
-                      Dbias<T> worker(p, memory);
-                      for (int64_t i; (i = take()) >= 0;) worker.run(i);
-                  });
-}
+// The rows of dbias that belong to a panel of query rows.
+class BiasGradientRows {
+  public:
+    // Those that are met for the first time become zero.
+    void start(const BiasView& view, const Problem& problem, int64_t begin, int64_t rows) {
+        view_ = view;
+        rows_ = rows;
+        problem.for_rows(begin, rows, [&](int64_t lane, int64_t token, int64_t head) {
+            head += problem.first_head;
+            at_[lane] = problem.sequence * view.batch_stride + head * view.head_stride +
+                        token * view.query_stride;
+            const bool first =
+                (view.batch > 1 || problem.sequence == 0) && (view.num_heads > 1 || head == 0);
+            if (!first) return;
+            dispatch_float(view.dtype, [&]<class U>() {
+                U* row = static_cast<U*>(view.data) + at_[lane];
+                fill(row, row + view.seqlen_k, U{});
+            });
+        });
+    }
+
+    // ds[keys, lanes] of keys from `first` on; its rows are whole blocks of kWidth.
+    void add(const float* ds, int64_t lanes, int64_t first, int64_t keys) const {
+        dispatch_float(view_.dtype, [&]<class U>() {
+            for (int64_t lane = 0; lane < rows_; lane += kWidth)
+                for (int64_t key = 0; key < keys; key += kWidth) {
+                    Vec m[kWidth];
+                    for (int i = 0; i < kWidth; ++i) m[i] = load(ds + (key + i) * lanes + lane);
+                    transpose(m);
+                    for (int i = 0; i < kWidth && lane + i < rows_; ++i) {
+                        U* at = static_cast<U*>(view_.data) + at_[lane + i] + first + key;
+                        store_first(at, load_first(at, keys - key) + m[i], keys - key);
+                    }
+                }
+        });
+    }
+
+  private:
+    BiasView view_{};
+    int64_t rows_ = 0;
+    int64_t at_[kMostLanes];  // offset of each row
+};
 
 }  // namespace
 }  // namespace vlmkernels

@@ -71,7 +71,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) attention_fwd_kernel(const 
     extern __shared__ __align__(128) unsigned char shared[];
     const QueryBlock<Tile> queries(p);
     const Sequence& sequence = queries.sequence;
-    const int row0 = queries.row0, thread = queries.thread, lane = queries.lane;
+    const int row0 = queries.row0, thread = queries.thread;
+    auto lane = [&] { return Tile::kMasked ? thread_in_block() % 32 : queries.lane; };  // registers
     if (queries.num_rows() <= 0) return;
     const int head_k = queries.head / (p.num_heads / p.num_heads_k);
     const Element* k = sequence.keys<Element>(p.k, 0, head_k);
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) attention_fwd_kernel(const 
     };
     auto load_keys = [&](int stage, int col0) {
         const int num_keys = sequence.seqlen_k - col0;
-        const int thread = kHeadDim > 96 ? thread_in_block() : queries.thread;
+        const int thread = kHeadDim > 96 || Tile::kMasked ? thread_in_block() : queries.thread;
         load_tile<kBlockN, kHeadDim, Tile::kThreads>(k_tile(stage), k + col0 * p.k.token_stride,
                                                      p.k.token_stride, num_keys, p.head_dim,
                                                      thread);
@@ -112,14 +113,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) attention_fwd_kernel(const 
 
         float scores[Tile::kMTiles][kBlockN / 8][4];
         multiply_rows<Element, Tile::kMTiles, kBlockN / 8, kHeadDim>(
-            scores, lane, q_tile, queries.warp_row, k_tile(stage), 0);
+            scores, lane(), q_tile, queries.warp_row, k_tile(stage), 0);
         const bool whole =
             !(Tile::kMasked && kHeadDim == 256) && tiles.whole(tile);  // saves a register
         Scores::template prepare<false>(scores, p, sequence, queries.head, row0 + queries.warp_row,
                                         tile.index * kBlockN, thread_in_block() % 32, whole);
         softmax.update(scores, out, scale_log2);
-        multiply_accumulators<Element, kHeadDim>(out, scores, lane, k_tile(stage) + Tile::kKeyBytes,
-                                                 0);
+        multiply_accumulators<Element, kHeadDim>(out, scores, lane(),
+                                                 k_tile(stage) + Tile::kKeyBytes, 0);
         tile = next;
     }
 

@@ -10,13 +10,14 @@ constexpr int kPanels = 4;
 
 // Scores become probabilities relative to the maximum so far.
 template <int kCols>
-void softmax(Panel& panel, float* scores, int64_t keys, float scale) {
+void softmax(Panel& panel, float* scores, int64_t keys, float unit) {
+    const float scale = unit * kLog2e;
     Vec base[kCols], sums[kCols] = {};
-    raise_max(panel, scores, keys, scale, base);
+    raise_max(panel, scores, keys, unit, base);
     for (int64_t key = 0; key < keys; ++key)
         for (int c = 0; c < kCols; ++c) {
             float* at = scores + (key * kCols + c) * kWidth;
-            const Vec probability = exp(load(at) * scale - base[c]);
+            const Vec probability = exp2(load(at) * scale - base[c]);
             store(at, probability);
             sums[c] += probability;
         }
@@ -25,11 +26,11 @@ void softmax(Panel& panel, float* scores, int64_t keys, float scale) {
 
 template <int kCols>
 void attend(const AttentionParams& p, Panel& panel, const float* k, const float* v,
-            int64_t first_key, int64_t keys, float* scores, float* memory) {
+            int64_t first_key, int64_t keys, float* scores) {
     const int64_t head_dim = p.head_dim, ld = round_up(head_dim, kWidth);
     constexpr int64_t lanes = kCols * kWidth;
     multiply_columns<kCols, false>(k, ld, panel.q, lanes, scores, lanes, keys, head_dim, Assign{});
-    panel.mask.prepare<kCols>(scores, nullptr, first_key, keys, memory);
+    panel.mask.prepare<kCols>(scores, nullptr, first_key, keys);
     softmax<kCols>(panel, scores, keys, Mask::unit(p));
     auto accumulate = [&](auto finish) {
         multiply_columns<kCols, true>(v, ld, scores, lanes, panel.out, lanes, head_dim, keys,
@@ -44,8 +45,7 @@ class Forward {
   public:
     static int64_t memory_size(const AttentionParams& p) {
         const int64_t ld = round_up(p.head_dim, kWidth);
-        return 2 * kPanels * kPanelRows * ld + 2 * kBlockKeys * ld + kBlockKeys * kPanelRows +
-               Mask::memory_size(p, kBlockKeys);
+        return 2 * kPanels * kPanelRows * ld + 2 * kBlockKeys * ld + kBlockKeys * kPanelRows;
     }
 
     Forward(const AttentionParams& p, float* memory) : p_(p), ld_(round_up(p.head_dim, kWidth)) {
@@ -58,7 +58,6 @@ class Forward {
         k_ = at;
         v_ = k_ + kBlockKeys * ld_;
         scores_ = v_ + kBlockKeys * ld_;
-        mask_memory_ = scores_ + kBlockKeys * kPanelRows;
     }
 
     void run(const Item& item) {
@@ -92,7 +91,7 @@ class Forward {
                 copied = true;
             }
             dispatch_cols(panels_[i].cols, [&]<int kCols>() {
-                attend<kCols>(p_, panels_[i], k_, v_, key, keys, scores_, mask_memory_);
+                attend<kCols>(p_, panels_[i], k_, v_, key, keys, scores_);
             });
         }
     }
@@ -100,7 +99,7 @@ class Forward {
     const AttentionParams& p_;
     const int64_t ld_;
     Panel panels_[kPanels];
-    float *k_, *v_, *scores_, *mask_memory_;
+    float *k_, *v_, *scores_;
 };
 
 }  // namespace

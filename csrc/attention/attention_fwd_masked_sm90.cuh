@@ -35,12 +35,13 @@ struct MaskedFwdWork {
 };
 
 struct MaskedFwdSchedule : TileSchedule {
-    const LongestFirst order;  // with the past alone to see the last queries see the most keys
+    const LongestFirst order;  // where the past is seen, most of it, the last queries see most
 
     __device__ MaskedFwdSchedule(const AttentionParams& p, const MaskedFwdInputs& in)
         : TileSchedule(in.num_blocks, in.num_groups, p.batch),
-          order(p.window_right >= 0 && p.window_left < 0 ? LongestFirst::kLastBlock
-                                                         : LongestFirst::kNo) {}
+          order(p.window_right >= 0 && (p.window_left < 0 || p.window_left > p.seqlen_k / 2)
+                    ? LongestFirst::kLastBlock
+                    : LongestFirst::kNo) {}
     __device__ int3 tile() const { return TileSchedule::tile(order); }
 };
 

@@ -161,8 +161,6 @@ struct FwdConsumer {
     // scores = q k^T of the next block of keys; asynchronous.
     __device__ void multiply_keys(Scores& scores) {
         shared.k_barriers().wait_full(k_at);
-        if constexpr (Tile::kMasked)
-            next_word = warp_uniform(load_shared_int(shared.word_after_keys(k_at.stage)));
         const uint64_t q = Tile::Q::k_major(shared.q(q_at.stage, index));
         const uint64_t k = Tile::K::k_major(shared.k(k_at.stage));
         wgmma_fence();
@@ -171,6 +169,8 @@ struct FwdConsumer {
             wgmma<Element, Major::kK, Major::kK>(scores, q + Tile::Q::k_step(i),
                                                  k + Tile::K::k_step(i), i > 0);
         wgmma_commit();
+        if constexpr (Tile::kMasked)
+            next_word = warp_uniform(load_shared_int(shared.word_after_keys(k_at.stage)));
     }
     // out += p v of the next block of values; asynchronous.
     __device__ void multiply_values(Out& out, const Probs& probs, bool accumulate) {

@@ -29,10 +29,6 @@ struct IdRange {
 
 class Mask {
   public:
-    // Floats that prepare() needs beside the scores.
-    static int64_t memory_size(const AttentionParams& p, int64_t keys) {
-        return p.bias.data ? keys * kMostLanes : 0;
-    }
     // By what prepared scores are still to be multiplied.
     static float unit(const AttentionParams& p) { return p.plain() ? p.softmax_scale : 1; }
 
@@ -88,11 +84,12 @@ class Mask {
     // scores of [first, first + keys): ready for softmax up to unit(). slopes, if given: those of
     // the softcap.
     template <int kCols>
-    void prepare(float* scores, float* slopes, int64_t first, int64_t keys, float* memory) const {
+    void prepare(float* scores, float* slopes, int64_t first, int64_t keys) const {
         const AttentionParams& p = problem_->p;
         if (!p.plain()) {
-            scale<kCols>(scores, slopes, keys);
-            if (p.bias.data) add_bias<kCols>(scores, first, keys, memory);
+            const bool capped = p.softcap > 0;
+            if (capped || !p.bias.data) scale<kCols>(scores, slopes, keys);
+            if (p.bias.data) add_bias<kCols>(scores, capped ? 1 : p.softmax_scale, first, keys);
         }
         const bool ids = p.segments.q || p.images.q;
         if (!ids && (first >= whole_.begin && first + keys <= whole_.end)) return;
@@ -121,17 +118,30 @@ class Mask {
         }
     }
 
+    // scores * scale + bias, a block of kWidth keys and rows at a time. Writes whole blocks.
     template <int kCols>
-    void add_bias(float* scores, int64_t first, int64_t keys, float* memory) const {
+    void add_bias(float* scores, float scale, int64_t first, int64_t keys) const {
+        constexpr int64_t lanes = kCols * kWidth;
+        const int64_t existing = std::min(keys, problem_->seqlen_k - first);
         dispatch_float(problem_->p.bias.dtype, [&]<class T>() {
-            const T* rows[kMostLanes];
-            for (int64_t lane = 0; lane < rows_; ++lane)
-                rows[lane] = static_cast<const T*>(problem_->p.bias.data) + bias_[lane] + first;
-            transpose_in(memory, kCols * kWidth, rows_, std::min(keys, problem_->seqlen_k - first),
-                         rows);
+            const T* bias = static_cast<const T*>(problem_->p.bias.data) + first;
+            for (int64_t lane = 0; lane < lanes; lane += kWidth)
+                for (int64_t key = 0; key < existing; key += kWidth) {
+                    Vec m[kWidth];
+                    for (int i = 0; i < kWidth; ++i) {
+                        m[i] = Vec{};
+                        if (lane + i >= rows_) continue;
+                        const T* at = bias + bias_[lane + i] + key;
+                        __builtin_prefetch(at + keys);  // of the next block
+                        m[i] = load_first(at, existing - key);
+                    }
+                    transpose(m);
+                    for (int i = 0; i < kWidth; ++i) {
+                        float* at = scores + (key + i) * lanes + lane;
+                        store(at, load(at) * scale + m[i]);
+                    }
+                }
         });
-        for (int64_t i = 0; i < keys * kCols * kWidth; i += kWidth)
-            store(scores + i, load(scores + i) + load(memory + i));
     }
 
     template <int kCols, bool kIds>

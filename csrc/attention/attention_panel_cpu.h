@@ -11,6 +11,7 @@ struct Panel {
     float* q;                           // as columns: [head_dim, lanes]
     float* out;                         // [head_dim, lanes], to be divided by sum
     bool started = false;               // out holds something
+    bool rose = false;                  // a maximum did with the last block
     alignas(64) float max[kMostLanes];  // of the scaled scores so far
     alignas(64) float sum[kMostLanes];
     alignas(64) float rescale[kMostLanes];
@@ -32,13 +33,14 @@ void start_panel(Panel& panel, const Problem& problem, int64_t begin, int64_t en
 }
 
 // Takes the scores of a block, times scale, into the maxima, and scales the sums to them. `base` is
-// what to subtract from the scaled scores before exp.
+// what to subtract from the scores, times scale and log2 e, before exp2.
 template <int kCols>
 void raise_max(Panel& panel, const float* scores, int64_t keys, float scale, Vec (&base)[kCols]) {
     for (int c = 0; c < kCols; ++c) base[c] = splat(-kInfinity);
     for (int64_t key = 0; key < keys; ++key)
         for (int c = 0; c < kCols; ++c)
             base[c] = max(base[c], load(scores + (key * kCols + c) * kWidth));
+    Vec all = splat(1);
     for (int c = 0; c < kCols; ++c) {
         const int lane = c * kWidth;
         const Vec before = load(panel.max + lane), now = max(before, base[c] * scale);
@@ -47,7 +49,10 @@ void raise_max(Panel& panel, const float* scores, int64_t keys, float scale, Vec
         store(panel.max + lane, now);
         store(panel.rescale + lane, rescale);
         store(panel.sum + lane, load(panel.sum + lane) * rescale);
+        all *= rescale;
+        base[c] *= kLog2e;
     }
+    panel.rose = !(sum(all) == kWidth);
 }
 
 template <int kCols>

@@ -11,12 +11,12 @@ template <class T>
 class Rows {
   public:
     static int64_t memory_size(const AttentionParams& p) {
-        return 4 * kPanelRows * round_up(p.head_dim, kWidth) + Mask::memory_size(p, kBlockKeys);
+        return 4 * kPanelRows * round_up(p.head_dim, kWidth);
     }
 
     Rows(const AttentionBackwardParams& p, float* memory)
         : p_(p), ld_(round_up(p.head_dim, kWidth)) {
-        for (float** rows : {&q, &dout, &q_columns_, &dout_columns_, &mask_memory_}) {
+        for (float** rows : {&q, &dout, &q_columns_, &dout_columns_}) {
             *rows = memory;
             memory += kPanelRows * ld_;
         }
@@ -48,7 +48,7 @@ class Rows {
     }
 
     // probabilities and ds, both [keys, lanes], of `keys` rows of k and v that begin with key
-    // `first`. Without slopes ds is that of the scores after the softcap.
+    // `first`; ds of the scores after the softcap, whose slopes are given too where there is one.
     template <int kCols>
     void differentiate(const float* k, const float* v, int64_t first, int64_t keys,
                        float* probabilities, float* ds, float* slopes) const {
@@ -57,22 +57,20 @@ class Rows {
                                        p_.head_dim, Assign{});
         multiply_columns<kCols, false>(v, ld_, dout_columns_, lanes, ds, lanes, keys, p_.head_dim,
                                        Assign{});
-        mask.prepare<kCols>(probabilities, slopes, first, keys, mask_memory_);
-        const float scale = Mask::unit(p_);
+        mask.prepare<kCols>(probabilities, slopes, first, keys);
+        const float scale = Mask::unit(p_) * kLog2e;
         Vec lse[kCols], delta[kCols];
         for (int c = 0; c < kCols; ++c) {
-            lse[c] = load_vector(lse_ + c * kWidth);
+            lse[c] = load_vector(lse_ + c * kWidth) * kLog2e;
             delta[c] = load_vector(delta_ + c * kWidth);
         }
         for (int64_t key = 0; key < keys; ++key)
             for (int c = 0; c < kCols; ++c) {
                 const int64_t at = (key * kCols + c) * kWidth;
-                const Vec probability = exp(load_vector(probabilities + at) * scale - lse[c]);
+                const Vec probability = exp2(load_vector(probabilities + at) * scale - lse[c]);
                 store(probabilities + at, probability);
                 store(ds + at, probability * (load_vector(ds + at) - delta[c]));
             }
-        for (int64_t i = 0; slopes && i < keys * lanes; i += kWidth)
-            store(ds + i, load_vector(ds + i) * load_vector(slopes + i));
     }
 
     float *q, *dout;  // [count, ld]
@@ -92,7 +90,6 @@ class Rows {
     const AttentionBackwardParams& p_;
     const int64_t ld_;
     float *q_columns_, *dout_columns_;  // [head_dim, lanes]
-    float* mask_memory_;
     alignas(64) float lse_[kPanelRows], delta_[kPanelRows];
 };
 

@@ -48,7 +48,9 @@ bool takes_sm90(const AttentionParams& p) {
 }
 
 bool takes_sm90(const AttentionBackwardParams& p) {
-    return fits_sm90(p) && takes_plain(p) &&
+    const int tile_dim = p.plain() ? hopper_tile_dim<kHopperTileDims>(p.head_dim)
+                                   : hopper_tile_dim<kHopperMaskedBwdTileDims>(p.head_dim);
+    return tile_dim && fits_sm90(p) &&
            has_tensor_map(p.dout, p.num_tokens_q, p.num_heads, p.cu_seqlens_q ? 1 : p.batch);
 }
 
@@ -89,8 +91,12 @@ Error launch_attention_sm90(const AttentionParams& p, Stream stream) {
 }
 
 Error launch_attention_backward_sm90(const AttentionBackwardParams& p, Stream stream) {
-    return dispatch<kHopperTileDims>(p, [&]<class Element, int kTileDim>() {
-        return attention_bwd_sm90<Element, kTileDim>(p, stream);
+    if (p.plain())
+        return dispatch<kHopperTileDims>(p, [&]<class Element, int kTileDim>() {
+            return attention_bwd_sm90<Element, kTileDim, PlainScores>(p, stream);
+        });
+    return dispatch<kHopperMaskedBwdTileDims>(p, [&]<class Element, int kTileDim>() {
+        return attention_bwd_sm90<Element, kTileDim, MaskedScores>(p, stream);
     });
 }
 

@@ -26,7 +26,8 @@ static py::list attention_tiles() {
     for (const AttentionBwdChoice& t : kAttentionBwdTable) {
         const bool keys = t.side == BwdSide::kKeys;
         rows.append(py::dict("columns"_a = t.tile_dim, "kernel"_a = keys ? "dk, dv" : "dq",
-                             "mask"_a = "any", "warpgroups"_a = t.consumers,
+                             "mask"_a = t.masked ? "masked" : "full, causal",
+                             "warpgroups"_a = t.consumers,
                              "queries"_a = keys ? t.rows : 64 * t.consumers,
                              "keys"_a = keys ? 64 * t.consumers : t.rows, "stages"_a = t.stages));
     }

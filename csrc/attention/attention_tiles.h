@@ -7,6 +7,7 @@ namespace vlmkernels {
 
 inline constexpr int kHopperTileDims[] = {64, 80, 96, 112, 128};
 inline constexpr int kHopperMaskedTileDims[] = {64, 80, 96, 128, 192, 256};
+inline constexpr int kHopperMaskedBwdTileDims[] = {64, 80, 96, 128};
 
 // What decides between the tiles of a head_dim. kShort: no sequence has more than 64 queries;
 // kMasked: whatever the mask is, float32 results, several heads in a tile.
@@ -44,6 +45,7 @@ enum class BwdSide { kQueries, kKeys };
 struct AttentionBwdChoice {
     int tile_dim;
     BwdSide side;
+    bool masked;    // for all masks and float32 results, or full and causal only
     int consumers;  // warpgroups, 64 resident rows each
     int rows;       // of a streamed block
     int stages;     // streamed blocks in flight
@@ -51,16 +53,21 @@ struct AttentionBwdChoice {
 };
 
 inline constexpr AttentionBwdChoice kAttentionBwdTable[] = {
-    {64, BwdSide::kQueries, 3, 64, 4, true},  {64, BwdSide::kKeys, 2, 64, 4, true},
-    {80, BwdSide::kQueries, 3, 64, 4, true},  {80, BwdSide::kKeys, 2, 64, 4, true},
-    {96, BwdSide::kQueries, 2, 96, 3, true},  {96, BwdSide::kKeys, 2, 64, 4, true},
-    {112, BwdSide::kQueries, 2, 96, 3, true}, {112, BwdSide::kKeys, 2, 48, 4, true},
-    {128, BwdSide::kQueries, 2, 96, 3, true}, {128, BwdSide::kKeys, 2, 48, 4, true},
+    {64, BwdSide::kQueries, false, 3, 64, 4, true},  {64, BwdSide::kKeys, false, 2, 64, 4, true},
+    {80, BwdSide::kQueries, false, 3, 64, 4, true},  {80, BwdSide::kKeys, false, 2, 64, 4, true},
+    {96, BwdSide::kQueries, false, 2, 96, 3, true},  {96, BwdSide::kKeys, false, 2, 64, 4, true},
+    {112, BwdSide::kQueries, false, 2, 96, 3, true}, {112, BwdSide::kKeys, false, 2, 48, 4, true},
+    {128, BwdSide::kQueries, false, 2, 96, 3, true}, {128, BwdSide::kKeys, false, 2, 48, 4, true},
+    {64, BwdSide::kQueries, true, 2, 96, 4, true},   {64, BwdSide::kKeys, true, 2, 64, 4, true},
+    {80, BwdSide::kQueries, true, 2, 64, 4, true},   {80, BwdSide::kKeys, true, 2, 64, 4, true},
+    {96, BwdSide::kQueries, true, 2, 64, 4, true},   {96, BwdSide::kKeys, true, 2, 48, 4, true},
+    {128, BwdSide::kQueries, true, 2, 64, 4, true},  {128, BwdSide::kKeys, true, 2, 48, 3, false},
 };
 
-constexpr AttentionBwdChoice bwd_choice(int tile_dim, BwdSide side) {
+constexpr AttentionBwdChoice bwd_choice(int tile_dim, BwdSide side, bool masked) {
     for (const AttentionBwdChoice& choice : kAttentionBwdTable)
-        if (choice.tile_dim == tile_dim && choice.side == side) return choice;
+        if (choice.tile_dim == tile_dim && choice.side == side && choice.masked == masked)
+            return choice;
     return {};
 }
 

@@ -20,7 +20,7 @@ template <class Element, int kTileDim>  // for kHopperTileDims
 Error attention_fwd_sm90(const AttentionParams& p, Stream stream);
 template <class Element, int kTileDim>  // for kHopperMaskedTileDims; of heads heads in a tile
 Error attention_fwd_masked_sm90(const AttentionParams& p, int heads, Stream stream);
-template <class Element, int kTileDim>  // for kHopperTileDims
+template <class Element, int kTileDim, class Scores>  // masked: for kHopperMaskedBwdTileDims
 Error attention_bwd_sm90(const AttentionBackwardParams& p, Stream stream);
 template <class Element, int kTileDim>  // for kAttentionTileDims
 Error attention_decode(const AttentionDecodeParams& p, Stream stream);

@@ -37,7 +37,7 @@ struct alignas(2 * sizeof(T)) Pair {
 // registers are scarce, and calls f(n, pair). Of at count elements exist; the others are missing.
 template <int kN, class T, class F>
 __device__ void for_pairs(const T* at, int count, T missing, F&& f) {
-    constexpr int kBatch = 4;
+    constexpr int kBatch = kN < 16 ? 4 : 8;
     const bool fast =
         __all_sync(~0u, reinterpret_cast<uintptr_t>(at) % sizeof(Pair<T>) == 0 && count >= kN * 8);
 #pragma unroll

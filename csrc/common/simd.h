@@ -28,6 +28,12 @@ typedef uint16_t HalfBits __attribute__((vector_size(kWidth * 2)));
 #define VLMKERNELS_INLINED __attribute__((always_inline))  // after the arguments of a lambda
 #define VLMKERNELS_INLINE inline VLMKERNELS_INLINED
 
+template <uint32_t... i>
+constexpr Bits lanes_of(std::integer_sequence<uint32_t, i...>) {
+    return Bits{i...};
+}
+constexpr Bits kLanes = lanes_of(std::make_integer_sequence<uint32_t, kWidth>());  // 0, 1, 2, ...
+
 VLMKERNELS_INLINE Vec splat(float x) { return x - Vec{}; }
 
 VLMKERNELS_INLINE HalfBits load_bits(const void* p) {
@@ -112,6 +118,20 @@ VLMKERNELS_INLINE float sum(Vec x) {
     return total;
 }
 
+// Where the lane's number is below n, or is n.
+VLMKERNELS_INLINE auto lanes_below(int64_t n) { return kLanes < Bits{} + uint32_t(n); }
+VLMKERNELS_INLINE auto lane_is(int64_t n) { return kLanes == Bits{} + uint32_t(n); }
+
+// About 1 ulp: an approximation of 14 bits and one step of Newton's, where there is one.
+VLMKERNELS_INLINE Vec reciprocal(Vec x) {
+#if defined(__AVX512F__)
+    const Vec y = (Vec)_mm512_rcp14_ps((__m512)x);
+    return y * (2.0f - x * y);
+#else
+    return 1.0f / x;
+#endif
+}
+
 // e^x for x <= 88, about 1 ulp; exactly 0 from x = -87.7 down to -inf; NaN stays NaN.
 VLMKERNELS_INLINE Vec exp(Vec x) {
     // max(a, b) is b when a comparison with NaN fails, so NaN must be the second.
@@ -128,6 +148,21 @@ VLMKERNELS_INLINE Vec exp(Vec x) {
     y = y * f + 1.f;
     y = y * f + 1.f;
     return y * (Vec)((Bits)shifted << 23);  // the low bits of `shifted` are the exponent of 2^n
+}
+
+constexpr float kLog2e = 1.44269504f;
+
+// 2^x for x < 128, relative error 1e-7; exactly 0 from x = -126.5 down to -inf; NaN stays NaN.
+VLMKERNELS_INLINE Vec exp2(Vec x) {
+    x = max(splat(-127.f), x);
+    const Vec shifted = x + (12582912.f + 127.f);  // as in exp
+    const Vec f = x - (shifted - (12582912.f + 127.f));
+    Vec y = f * 1.32647242e-3f + 9.67151324e-3f;
+    y = y * f + 5.55073376e-2f;
+    y = y * f + 2.40222421e-1f;
+    y = y * f + 6.93146978e-1f;
+    y = y * f + 1.f;
+    return y * (Vec)((Bits)shifted << 23);
 }
 
 template <int half, int... i>

@@ -215,17 +215,22 @@ static bool siglip_rows(py::handle products_, py::handle scale_, py::handle bias
 static bool contrastive_gradient_rows(py::handle products_, py::handle scale_, py::handle bias_,
                                       int64_t first_positive, py::handle image_lse_,
                                       py::handle text_lse_, float image_weight, float text_weight,
-                                      py::handle sums_) {
+                                      py::handle sums_, py::handle factor_, py::handle ds_) {
     const char* op = "contrastive_gradient_rows";
     Tensor products(op, "products", products_), scale(op, "logit_scale", scale_),
         bias(op, "logit_bias", bias_, true), image_lse(op, "image_lse", image_lse_, true),
-        text_lse(op, "text_lse", text_lse_, true), sums(op, "sums", sums_);
+        text_lse(op, "text_lse", text_lse_, true), sums(op, "sums", sums_),
+        factor(op, "factor", factor_), ds(op, "ds", ds_);
     const ContrastiveProducts x = products_of(products, scale, bias, first_positive);
     if (!on_cpu(products)) return false;
     expect_statistics(image_lse, products, DType::kFloat32, {2, x.num_rows}, "(2, rows)");
     expect_statistics(text_lse, products, DType::kFloat32, {2, x.num_texts}, "(2, batch)");
     expect_statistics(sums, products, DType::kFloat32, {2, x.num_rows}, "(2, rows)");
+    expect_scalar(factor, products);
+    expect_statistics(ds, products, x.dtype, {x.num_rows, x.num_texts}, "(rows, batch)");
     const ContrastiveGradientRowsParams p{.x = x,
+                                          .ds = ds.data,
+                                          .factor = factor.ptr<const float>(),
                                           .image_lse = image_lse.ptr<const float>(),
                                           .text_lse = text_lse.ptr<const float>(),
                                           .image_weight = image_weight,

@@ -68,7 +68,7 @@ Error launch_contrastive_backward(const ContrastiveBackwardParams& p, Stream str
 
 // Products [num_rows, num_texts] = image rows * text^T, multiplied by someone else.
 struct ContrastiveProducts {
-    void* products;
+    const void* products;
     const float* logit_scale;
     const float* logit_bias;
     int64_t num_rows, num_texts;
@@ -91,8 +91,10 @@ struct SiglipRowsParams {
     float* losses;  // [num_rows]
 };
 
-struct ContrastiveGradientRowsParams {  // products become ds
+struct ContrastiveGradientRowsParams {
     ContrastiveProducts x;
+    void* ds;  // [num_rows, num_texts], of x.dtype, times the factor; may be x.products
+    const float* factor;     // one value
     const float* image_lse;  // [2, num_rows], CLIP; null: SigLIP
     const float* text_lse;   // [2, num_texts], CLIP
     float image_weight, text_weight;

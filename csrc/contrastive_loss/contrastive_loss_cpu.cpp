@@ -38,9 +38,7 @@ VLMKERNELS_INLINE Vec log1p_unit(Vec e) {
 // n products from column on, as logits; lanes from n on hold `fill`.
 template <class T>
 VLMKERNELS_INLINE Vec logits(const T* x, int64_t n, float scale, float bias, float fill) {
-    Vec s = load_first(x, n) * scale + bias;
-    for (int64_t i = n; i < kWidth; ++i) s[i] = fill;
-    return s;
+    return lanes_below(n) ? load_first(x, n) * scale + bias : splat(fill);
 }
 
 template <class T>
@@ -157,9 +155,8 @@ float siglip_row(const ContrastiveProducts& p, int64_t row) {
         const int64_t end = first + kStrip < p.num_texts ? first + kStrip : p.num_texts;
         Vec loss{};
         for (int64_t j = first; j < end; j += kWidth) {
-            Vec s = logits(x + j, end - j, scale, bias, -kInfinity);
-            if (positive >= j && positive < j + kWidth && positive < end)
-                s[positive - j] = -s[positive - j];
+            const Vec logit = logits(x + j, end - j, scale, bias, -kInfinity);
+            const Vec s = lane_is(positive < end ? positive - j : -1) ? -logit : logit;
             loss += max(Vec{}, s) + log1p_unit(exp(-abs(s)));  // softplus; a NaN stays
         }
         total += double(sum(loss));
@@ -170,12 +167,14 @@ float siglip_row(const ContrastiveProducts& p, int64_t row) {
 template <class T, bool kSigmoid>
 void gradient_row(const ContrastiveGradientRowsParams& p, int64_t row) {
     const int64_t n = p.x.num_texts, positive = p.x.first_positive + row;
-    T* x = static_cast<T*>(p.x.products) + row * n;
+    const T* x = static_cast<const T*>(p.x.products) + row * n;
+    T* to = static_cast<T*>(p.ds) + row * n;
     const float scale = *p.x.logit_scale, bias = p.x.logit_bias ? *p.x.logit_bias : 0;
     const float row_max = kSigmoid ? 0 : p.image_lse[row];
     const float row_log = kSigmoid ? 0 : p.image_lse[p.x.num_rows + row];
-    // The positive's share, subtracted in fp32 before ds is rounded.
-    const float share = kSigmoid ? 1 : p.image_weight + p.text_weight;
+    const float factor = *p.factor;
+    // The positive's, subtracted in fp32 before ds is rounded.
+    const float share = p.image_weight + p.text_weight;
     double by_product = 0, total = 0;
     for (int64_t first = 0; first < n; first += kStrip) {
         const int64_t end = first + kStrip < n ? first + kStrip : n;
@@ -185,18 +184,20 @@ void gradient_row(const ContrastiveGradientRowsParams& p, int64_t row) {
             const Vec product = load_first(x + j, left), s = product * scale + bias;
             Vec ds;
             if constexpr (kSigmoid) {
-                const Vec e = exp(-abs(s));
-                ds = (s < 0 ? e : splat(1)) / (1 + e);
+                // sigmoid(s), of the positive -sigmoid(-s): sigmoid(s) - 1 would cancel.
+                const Vec e = exp(-abs(s)), one = splat(1);
+                ds = lane_is(positive - j) ? -(s < 0 ? one : e) : (s < 0 ? e : one);
+                ds *= reciprocal(1 + e);
             } else {
                 const float* text = p.text_lse + j;
                 ds = exp(s - row_max - row_log) * p.image_weight +
                      exp(s - load_first(text, left) - load_first(text + n, left)) * p.text_weight;
+                ds -= lane_is(positive - j) ? splat(share) : Vec{};
             }
-            if (positive >= j && positive < j + kWidth) ds[positive - j] -= share;
-            for (int64_t i = left; i < kWidth; ++i) ds[i] = 0;
+            ds = lanes_below(left) ? ds : Vec{};
             strip_by_product += ds * product;
             strip += ds;
-            store_first(x + j, ds, left);
+            store_first(to + j, ds * factor, left);
         }
         by_product += double(sum(strip_by_product));
         total += double(sum(strip));

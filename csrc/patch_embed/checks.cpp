@@ -19,13 +19,20 @@ static std::string patch_text(const Tensor& weight) {
     return text;
 }
 
-// Parts of the sum over patches that dweight is computed in: enough to fill a GPU, and a function
-// of the shape alone, so that results do not depend on the GPU.
+// Enough parts to fill a GPU, and a function of the shape alone, so that results do not depend on
+// the GPU.
+static int splits_of(int64_t num_patches, int64_t tiles, int64_t enough_ctas) {
+    constexpr int64_t kLeastPatches = 512;
+    return int(std::max<int64_t>(1, std::min(enough_ctas / tiles, num_patches / kLeastPatches)));
+}
+
 int patch_embed_splits(int64_t num_patches, int64_t hidden_dim, int64_t patch_dim) {
-    constexpr int64_t kTile = 128, kEnoughCtas = 256, kLeastPatches = 512;
-    const int64_t tiles = ((hidden_dim + kTile - 1) / kTile) * ((patch_dim + kTile - 1) / kTile);
-    const int64_t wanted = kEnoughCtas / tiles, most = num_patches / kLeastPatches;
-    return int(std::max<int64_t>(1, std::min(wanted, most)));
+    return splits_of(num_patches, (hidden_dim + 127) / 128 * ((patch_dim + 127) / 128), 256);
+}
+
+// Tiles of 128 x 224, one on each SM.
+int pixels_splits(int64_t num_patches, int64_t hidden_dim, int64_t patch_dim) {
+    return splits_of(num_patches, (hidden_dim + 127) / 128 * ((patch_dim + 224) / 224), 132);
 }
 
 // What a row of patches has: the sizes of weight (hidden_dim, patch_dim), Conv2d's or Conv3d's.

@@ -23,5 +23,6 @@ inline bool has_kernel(DType dtype) {
 
 // Parts of the sum over patches that dweight is computed in.
 int patch_embed_splits(int64_t num_patches, int64_t hidden_dim, int64_t patch_dim);
+int pixels_splits(int64_t num_patches, int64_t hidden_dim, int64_t patch_dim);
 
 }  // namespace vlmkernels

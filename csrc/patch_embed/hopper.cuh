@@ -1,113 +1,34 @@
-// The three products of patch_embed from pixels on Hopper, over common/gemm_hopper.cuh. Weights and
-// dy come by TMA. Patches are gathered by the producer warpgroup: a thread walks along the columns
-// of its patch while its neighbours walk along theirs, so that a warp reads lines of 32 patches,
-// which lie together. Bytes become 16-bit elements in registers on the way to shared memory.
+// patch_embed from pixels of 16 bits on Hopper, forward and dx, over common/gemm_hopper.cuh.
+// Weights and dy come by TMA. Patches are gathered by the producer warpgroup: a thread walks along
+// the columns of its patch while its neighbours walk along theirs, so that a warp reads lines of 32
+// patches, which lie together. From bytes: resident.cuh. dweight: dweight_hopper.cuh.
 #pragma once
 
 #include "common/gemm_hopper.cuh"
 #include "patch_embed/patch_embed.cuh"
-#include "patch_embed/pixels.cuh"
+#include "patch_embed/readers.cuh"
 
 namespace vlmkernels {
 
-// Walks along the columns of one patch in runs that lie together.
-template <int kElements, class View>
-class PixelWalk {
-  public:
-    __device__ PixelWalk(const View& x, const PixelRow& row, int column)
-        : x_(x), row_(row), at_(x.column(column)) {
-        find_line();
-    }
-    // The place of the next run.
-    __device__ const typename View::T* next() {
-        const auto* run = x_.data + (line_ + at_.w);
-        at_.w += kElements;
-        if (at_.w == x_.step_w) {
-            at_.w = 0;
-            if (++at_.h == x_.step_h) {
-                at_.h = 0;
-                if (++at_.t == x_.frames) at_.t = 0, ++at_.channel;
-            }
-            find_line();
-        }
-        return run;
-    }
-
-  private:
-    __device__ void find_line() { line_ = row_ + PixelColumn{at_.channel, at_.t, at_.h, 0}; }
-    const View& x_;
-    const PixelRow& row_;
-    PixelColumn at_;
-    int64_t line_;
-};
-
 // Columns column.. of one patch to row `to` of an operand tile, kChunks chunks of 8 from chunk0 on;
-// zeros where the patch (valid false) or the column does not exist. ones: the column after the last
-// is 1.
-template <class Operand, int kChunks, int kRunBytes, class Target>
-__device__ void gather_runs(uint32_t tile, int to, int chunk0,
-                            const PixelView<const uint8_t, Target>& x, const PixelRow& row,
-                            bool valid, int column, bool ones) {
-    constexpr int kBytes = kRunBytes / 2, kBatch = kChunks < 4 ? kChunks : 4;
-    using Run =
-        std::conditional_t<kBytes == 8, uint2,
-                           std::conditional_t<kBytes == 4, uint32_t,
-                                              std::conditional_t<kBytes == 2, uint16_t, uint8_t>>>;
-    PixelWalk<kBytes, PixelView<const uint8_t, Target>> walk(x, row, column);
-#pragma unroll
-    for (int first = 0; first < kChunks; first += kBatch) {
-        Run runs[kBatch][8 / kBytes];  // all under way before the first is needed
-#pragma unroll
-        for (int i = 0; i < kBatch * 8 / kBytes; ++i) {
-            const auto* from = reinterpret_cast<const Run*>(walk.next());
-            Run& run = runs[i * kBytes / 8][i % (8 / kBytes)];
-            if (valid && column + first * 8 + i * kBytes < x.num_columns)
-                run = *from;
-            else if constexpr (kBytes == 8)
-                run = make_uint2(0x80808080, 0x80808080);  // zeros, once centred
-            else
-                run = Run(0x80808080);
-        }
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            uint32_t bytes[2] = {}, elements[4];
-            if constexpr (kBytes == 8) {
-                bytes[0] = runs[i][0].x, bytes[1] = runs[i][0].y;
-            } else {
-#pragma unroll
-                for (int j = 0; j < 8 / kBytes; ++j)
-                    bytes[j * kBytes / 4] |= uint32_t(runs[i][j]) << j * kBytes % 4 * 8;
-            }
-            centre_bytes(bytes[0], elements[0], elements[1], Target());
-            centre_bytes(bytes[1], elements[2], elements[3], Target());
-            const int last = x.num_columns - (column + (first + i) * 8);
-            constexpr uint32_t kOne = std::is_same_v<Target, __half> ? 0x3c00 : 0x3f80;
-            const uint32_t one = ones && unsigned(last) < 8 ? kOne << last % 2 * 16 : 0;
-#pragma unroll
-            for (int j = 0; j < 4; ++j) elements[j] |= last / 2 == j ? one : 0;
-            store_shared(tile + Operand::offset(to, chunk0 + first + i), elements);
-        }
-    }
-}
-
+// zeros where the patch (valid false) or the column does not exist.
 template <class Operand, int kChunks, int kRunBytes, class T>
 __device__ void gather_runs(uint32_t tile, int to, int chunk0, const PixelView<const T, T>& x,
-                            const PixelRow& row, bool valid, int column, bool ones) {
+                            const PixelRow& row, bool valid, int column) {
     constexpr int kElements = kRunBytes / 2, kRuns = 8 / kElements;
     PixelWalk<kElements, PixelView<const T, T>> walk(x, row, column);
 #pragma unroll 2
     for (int i = 0; i < kChunks; ++i) {
         const uint32_t chunk = tile + Operand::offset(to, chunk0 + i);
-        const int begin = column + i * 8, last = x.num_columns - begin;
-        if (kRunBytes == 2 || (ones && last >= 0 && last < 8)) {
+        const int begin = column + i * 8;
+        if constexpr (kRunBytes == 2) {
             uint32_t elements[4] = {};
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
                 uint32_t element = 0;
                 const auto* from =
                     reinterpret_cast<const uint16_t*>(x.data + (row + x.column(begin + j)));
-                if (valid && j < last) element = *from;
-                if (ones && j == last) element = std::is_same_v<T, __half> ? 0x3c00 : 0x3f80;
+                if (valid && begin + j < x.num_columns) element = *from;
                 elements[j / 2] |= element << j % 2 * 16;
             }
             store_shared(chunk, elements);
@@ -125,9 +46,9 @@ __device__ void gather_runs(uint32_t tile, int to, int chunk0, const PixelView<c
 
 template <class Operand, int kChunks, class View>
 __device__ void gather(uint32_t tile, int to, int chunk0, const View& x, const PixelRow& row,
-                       bool valid, int column, bool ones = false) {
+                       bool valid, int column) {
     auto run = [&]<int kRunBytes>() {
-        gather_runs<Operand, kChunks, kRunBytes>(tile, to, chunk0, x, row, valid, column, ones);
+        gather_runs<Operand, kChunks, kRunBytes>(tile, to, chunk0, x, row, valid, column);
     };
     switch (x.run_bytes) {
         case 16: return run.template operator()<16>();
@@ -137,62 +58,101 @@ __device__ void gather(uint32_t tile, int to, int chunk0, const View& x, const P
     }
 }
 
-// The epilogue of 64 rows from m and kBlocks * 8 columns from n, straight from the accumulators of
-// a warpgroup: neighbouring lanes exchange halves, so that a row gets 32 bytes at once. y has rows
+// The bias of kBlocks * 8 columns from n, spread over the lanes of a warp: read it long before it
+// is needed.
+template <int kBlocks>
+class TokenBias {
+  public:
+    __device__ TokenBias(const float* bias, int n, int width) {
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+            const int column = n + (i * 8 + lane_ / 4) * 8 + lane_ % 4 * 2;
+            values_[i] = make_float2(0, 0);
+            if (bias && column < width)
+                values_[i] = *reinterpret_cast<const float2*>(bias + column);
+        }
+    }
+    // Of this thread's columns of a block of 8.
+    __device__ float2 operator()(int block) const {
+        const int from = block % 8 * 4 + lane_ % 4;
+        return {__shfl_sync(~0u, values_[block / 8].x, from),
+                __shfl_sync(~0u, values_[block / 8].y, from)};
+    }
+
+  private:
+    static constexpr int kEach = (kBlocks + 7) / 8;
+    const int lane_ = threadIdx.x % 32;
+    float2 values_[kEach];
+};
+
+// The epilogue of a warp's 16 rows from m and kBlocks * 8 columns from n, straight from the
+// accumulators: neighbouring lanes exchange halves, so that a row gets 32 bytes at once. y has rows
 // of whole 16 bytes.
 template <class T, int kBlocks>
-__device__ void store_tokens(const PatchEmbedEpilogue<T>& e, const float (&c)[kBlocks][4], int m,
-                             int n) {
-    static_assert(kBlocks % 2 == 0);
-    const int lane = threadIdx.x % 32, pair = lane % 4 * 2;
+__device__ void store_tokens(const PatchEmbedEpilogue<T>& e, const float (&c)[kBlocks][4],
+                             const TokenBias<kBlocks>& bias, int m, int n) {
+    constexpr int kBatch = 4;  // blocks whose position embedding is read at once
+    static_assert(kBlocks % kBatch == 0);
+    const int lane = threadIdx.x % 32, pair = lane % 4 * 2, width = e.y.num_columns - n;
     const bool odd = lane % 2;
-    const int width = e.y.num_columns;
-    uint32_t rows[2];
+    bool inside[2];
+    T* to[2];
     const T* positions[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        rows[half] = m + threadIdx.x / 32 % 4 * 16 + lane / 4 + half * 8;
-        uint32_t position = rows[half];
+        const int row = m + lane / 4 + half * 8;
+        inside[half] = row < e.y.num_rows;
+        to[half] = e.y.data + e.y.row(row) + n + (odd ? pair + 6 : pair);
+        uint32_t position = row;
         e.positions(position);
         positions[half] = e.pos_embed.data + e.pos_embed.row(position) + n + pair;
     }
-    const bool has_positions = e.pos_embed.num_rows > 0;
 #pragma unroll
-    for (int block = 0; block < kBlocks; block += 2) {
-        const int column = n + block * 8;
-        float2 bias[2] = {};
+    for (int first = 0; first < kBlocks; first += kBatch) {
+        __syncwarp();  // holds the compiler back from starting all at once, in too many registers
+        uint32_t added[2][kBatch] = {};
+        if (e.pos_embed.num_rows)
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-            if (e.float_bias && column + i * 8 < width)
-                bias[i] = *reinterpret_cast<const float2*>(e.float_bias + column + i * 8 + pair);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const bool inside = rows[half] < uint32_t(e.y.num_rows);
-            uint32_t packed[2];
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                float low = c[block + i][half * 2] * e.scale + bias[i].x;
-                float high = c[block + i][half * 2 + 1] * e.scale + bias[i].y;
-                if (has_positions && inside && column + i * 8 < width) {
-                    low += float(positions[half][(block + i) * 8]);
-                    high += float(positions[half][(block + i) * 8 + 1]);
-                }
-                packed[i] = pack<T>(low, high);
+            for (int i = 0; i < 2 * kBatch; ++i) {
+                const int column = (first + i / 2) * 8;
+                added[i % 2][i / 2] = *reinterpret_cast<const uint32_t*>(
+                    positions[i % 2] + (column < width ? column : 0));
             }
-            const uint32_t other = __shfl_xor_sync(~0u, odd ? packed[0] : packed[1], 1);
-            const int to = column + (odd ? pair + 6 : pair);
-            if (inside && to < width)
-                *reinterpret_cast<uint2*>(e.y.data + e.y.row(int(rows[half])) + to) =
-                    odd ? make_uint2(other, packed[1]) : make_uint2(packed[0], other);
+        uint32_t packed[2][kBatch];  // step by step for all, so that no block waits for another
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            const float2 both = bias(first + i);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float* sums = &c[first + i][half * 2];
+                const T* two = reinterpret_cast<const T*>(&added[half][i]);
+                packed[half][i] = pack<T>(fmaf(sums[0], e.scale, both.x + float(two[0])),
+                                          fmaf(sums[1], e.scale, both.y + float(two[1])));
+            }
         }
+#pragma unroll
+        for (int i = 0; i < kBatch; i += 2)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                uint32_t &low = packed[half][i], &high = packed[half][i + 1];
+                const uint32_t other = __shfl_xor_sync(~0u, odd ? low : high, 1);
+                low = odd ? other : low, high = odd ? high : other;
+            }
+#pragma unroll
+        for (int i = 0; i < kBatch; i += 2)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                if (inside[half] && (first + i) * 8 < width - odd * 8)
+                    *reinterpret_cast<uint2*>(to[half] + (first + i) * 8) =
+                        make_uint2(packed[half][i], packed[half][i + 1]);
     }
 }
 
-template <class Tile, class View, class T>
-__global__ void __launch_bounds__(Tile::kThreads, 1)
-    patch_embed_hopper_kernel(const __grid_constant__ View x,
-                              const __grid_constant__ CUtensorMap weight,
-                              const __grid_constant__ PatchEmbedEpilogue<T> epilogue) {
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1) patch_embed_hopper_kernel(
+    const __grid_constant__ PixelView<const typename Tile::T, typename Tile::T> x,
+    const __grid_constant__ CUtensorMap weight,
+    const __grid_constant__ PatchEmbedEpilogue<typename Tile::T> epilogue) {
     if constexpr (kHopperCode) {
         extern __shared__ __align__(1024) unsigned char stages[];
         using A = typename Tile::A;
@@ -213,9 +173,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                 gather<A, 8>(stage.a, stage.thread, 0, x, row, patch < x.num_rows, step * 64);
             },
             [&](int tile, const auto& c, const auto&) {
-                store_tokens(epilogue, c[0],
-                             tile / tiles_n * Tile::kM + (threadIdx.x / 128 - 1) * 64,
-                             tile % tiles_n * Tile::kN);
+                const int n = tile % tiles_n * Tile::kN;
+                store_tokens(
+                    epilogue, c[0],
+                    TokenBias<Tile::kN / 8>(epilogue.float_bias, n, epilogue.y.num_columns),
+                    tile / tiles_n * Tile::kM + threadIdx.x / 32 * 16 - 64, n);
             });
     }
 }
@@ -243,52 +205,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll
                     for (float& value : values) value *= scale;
                     store_values(dx, m + row, n + column, values);
-                });
-            });
-    }
-}
-
-// The sums over patches of each split, and in their last column those of dy: that column of the
-// patches is 1.
-template <class Tile, class View>
-__global__ void __launch_bounds__(Tile::kThreads, 1)
-    patch_embed_dweight_hopper_kernel(const __grid_constant__ CUtensorMap dy,
-                                      const __grid_constant__ View x, float* workspace,
-                                      int hidden_dim, int num_splits) {
-    if constexpr (kHopperCode) {
-        extern __shared__ __align__(1024) unsigned char stages[];
-        using B = typename Tile::B;
-        constexpr int kHalf = Tile::kN / 16;  // chunks that a thread gathers: half a patch's
-        const int width = x.num_columns + 1;
-        const int tiles_n = (width + Tile::kN - 1) / Tile::kN;
-        const int tiles_m = (hidden_dim + Tile::kM - 1) / Tile::kM;
-        const int steps = (x.num_rows + 63) / 64;
-        const int per_split = (steps + num_splits - 1) / num_splits;
-        auto split_of = [&](int tile) { return tile / (tiles_m * tiles_n); };
-        auto m_of = [&](int tile) { return tile / tiles_n % tiles_m * Tile::kM; };
-        auto n_of = [&](int tile) { return tile % tiles_n * Tile::kN; };
-        gemm_hopper<Tile>(
-            stages, tiles_m * tiles_n * num_splits,
-            [&](int tile) { return max(0, min(per_split, steps - split_of(tile) * per_split)); },
-            [&](const HopperStage& stage, int tile, int step) {
-                const int first = (split_of(tile) * per_split + step) * 64;
-                if (stage.thread == 0) {
-                    mbarrier_expect(stage.full, Tile::A::kBytes);
-                    load_operand<typename Tile::A>(stage.a, &dy, stage.full, first, m_of(tile));
-                }
-                const int to = stage.thread % 64, chunk = stage.thread / 64 * kHalf;
-                const PixelRow row = x.row(first + to);
-                gather<B, kHalf>(stage.b, to, chunk, x, row, first + to < x.num_rows,
-                                 n_of(tile) + chunk * 8, true);
-            },
-            [&](int tile, const auto& c, const auto& store) {
-                store(c, [&](int row, int column, float (&values)[8]) {
-                    row += m_of(tile), column += n_of(tile);
-                    if (row >= hidden_dim) return;
-                    float* to = workspace + (int64_t(split_of(tile)) * hidden_dim + row) * width;
-#pragma unroll
-                    for (int i = 0; i < 8; ++i)
-                        if (column + i < width) to[column + i] = values[i];
                 });
             });
     }

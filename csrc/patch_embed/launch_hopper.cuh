@@ -1,79 +1,51 @@
 // Tensor maps and launches of the Hopper kernels: included by instances/hopper_*.cu.
 #pragma once
 
-#include <algorithm>
-
+#include "common/persistent.cuh"
+#include "patch_embed/dweight_hopper.cuh"
 #include "patch_embed/hopper.cuh"
 #include "patch_embed/launch.cuh"
 #include "patch_embed/resident.cuh"
 
 namespace vlmkernels {
 
-inline int num_sms() {
-    int device = 0, count = 1;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    return count;
-}
-
-template <class Tile, class... Args>
-Error launch_persistent(void (*kernel)(Args...), int64_t tiles, Stream stream,
-                        const std::type_identity_t<Args>&... args) {
-    return launch(kernel, std::min<int64_t>(tiles, num_sms()), Tile::kThreads, Tile::kSharedBytes,
-                  stream, args...);
-}
-
-// Gathering bytes takes registers, and no cp.async.
-template <class Tile>
-struct BytesTile : Tile {
-    static constexpr int kProducerRegisters = Tile::kN > 128 ? 88 : 152;
-    static constexpr int kConsumerRegisters = Tile::kN > 128 ? 208 : 176, kLag = 0;
-};
-
-template <class Source, class Tile>
-using TileFor = std::conditional_t<sizeof(Source) == 1, BytesTile<Tile>, Tile>;
-
-// The tile for whole patches in shared memory: lines of 14 bytes, with which most models begin.
-template <class T>
-using Resident = ResidentTile<T, 14, 10, 256, 4>;
-
-template <class T>
+// From bytes: 38 panels are 1216 columns of patches.
+template <class T, int kN, int kStages>
 Error launch_resident(const PatchEmbedParams& p, Stream stream) {
-    using Tile = Resident<T>;
+    using Tile = ResidentTile<T, kN, 38, kStages>;
     const Patches& s = p.patches;
-    const PixelView<const uint8_t, T> x(static_cast<const uint8_t*>(p.x), s);
     CUtensorMap weight;
-    if (s.dtype != DType::kUInt8 || s.rows || s.patch_w != Tile::kPatchW || s.patch_dim > 588 ||
-        x.run_bytes < 4 ||
-        operand_map<typename Tile::B>(&weight, p.weight, p.dtype, p.hidden_dim, s.patch_dim,
+    if (operand_map<typename Tile::B>(&weight, p.weight, p.dtype, p.hidden_dim, s.patch_dim,
                                       p.weight_stride))
         return cudaErrorNotSupported;
-    return launch_persistent<Tile>(patch_embed_resident_kernel<Tile>,
-                                   num_tiles<Tile>(s.num_patches, p.hidden_dim), stream, x, weight,
-                                   make_epilogue<T>(p));
+    const PixelView<const uint8_t, T> x(static_cast<const uint8_t*>(p.x), s);
+    const int64_t items = num_tiles<Tile>(s.num_patches, p.hidden_dim);
+    const int64_t each = (items + num_sms() - 1) / num_sms();
+    return launch(patch_embed_resident_kernel<Tile>, (items + each - 1) / each, Tile::kThreads,
+                  Tile::kSharedBytes, stream, x, weight, make_epilogue<T>(p), int(each),
+                  s.patch_dim <= Tile::kPanels * 32 ? int(num_tiles<Tile>(1, p.hidden_dim)) : 1);
 }
 
 template <class T>
 Error launch_hopper(const PatchEmbedParams& p, Stream stream) {
     if (p.hidden_dim % 8) return cudaErrorNotSupported;  // y is stored in 8 bytes
-    if (Error error = launch_resident<T>(p, stream); error != cudaErrorNotSupported) return error;
-    auto run = [&]<class AnyTile>() -> Error {
+    const bool large = p.patches.num_patches * p.hidden_dim >= 100 * 128 * 256;
+    if (p.patches.dtype == DType::kUInt8)
+        return large ? launch_resident<T, 256, 4>(p, stream)
+                     : launch_resident<T, 128, 8>(p, stream);
+    auto run = [&]<class Tile>() -> Error {
         CUtensorMap weight;
-        if (operand_map<typename AnyTile::B>(&weight, p.weight, p.dtype, p.hidden_dim,
-                                             p.patches.patch_dim, p.weight_stride))
+        if (operand_map<typename Tile::B>(&weight, p.weight, p.dtype, p.hidden_dim,
+                                          p.patches.patch_dim, p.weight_stride))
             return cudaErrorNotSupported;
-        return with_view<T, true>(p.x, p.patches, [&]<class View>(const View& x) {
-            using Tile = TileFor<typename View::T, AnyTile>;
-            return launch_persistent<Tile>(patch_embed_hopper_kernel<Tile, View, T>,
-                                           num_tiles<Tile>(p.patches.num_patches, p.hidden_dim),
-                                           stream, x, weight, make_epilogue<T>(p));
-        });
+        const PixelView<const T, T> x(static_cast<const T*>(p.x), p.patches);
+        return launch_persistent<Tile>(patch_embed_hopper_kernel<Tile>,
+                                       num_tiles<Tile>(p.patches.num_patches, p.hidden_dim), stream,
+                                       x, weight, make_epilogue<T>(p));
     };
     using Large = HopperGemmTile<T, 128, 256, 4, 2, Producer::kThreads>;
     using Small = HopperGemmTile<T, 128, 128, 4, 2, Producer::kThreads>;
-    if (num_tiles<Large>(p.patches.num_patches, p.hidden_dim) >= 100)
-        return run.template operator()<Large>();
-    return run.template operator()<Small>();
+    return large ? run.template operator()<Large>() : run.template operator()<Small>();
 }
 
 template <class T>
@@ -94,19 +66,26 @@ Error launch_hopper(const PatchEmbedDxParams& p, Stream stream) {
 
 template <class T>
 Error launch_hopper(const PatchEmbedDweightParams& p, Stream stream) {
-    using AnyTile = HopperGemmTile<T, 128, 128, 4, 2, Producer::kThreads, Major::kMN, Major::kMN>;
-    CUtensorMap dy;
-    const int64_t rows = p.patches.num_patches;
-    if (p.dweight ||
-        operand_map<typename AnyTile::A>(&dy, p.dy, p.dtype, rows, p.hidden_dim, p.hidden_dim))
+    // 224 leave less of a tile idle than 256: for K 588, 768 and 1176, and the column of ones.
+    using Tile = HopperGemmTile<T, 128, 224, 4, 2, Producer::kTma, Major::kMN, Major::kMN>;
+    CUtensorMap dy, rows;
+    const int64_t num_patches = p.patches.num_patches, width = p.patches.patch_dim + 1;
+    const int64_t columns = (width + 7) / 8 * 8;
+    if (!p.rows ||
+        operand_map<typename Tile::A>(&dy, p.dy, p.dtype, num_patches, p.hidden_dim,
+                                      p.hidden_dim) ||
+        operand_map<typename Tile::B>(&rows, p.rows, p.dtype, num_patches, columns, columns))
         return cudaErrorNotSupported;
-    return with_view<T, true>(p.x, p.patches, [&]<class View>(const View& x) {
-        using Tile = TileFor<typename View::T, AnyTile>;
-        return launch_persistent<Tile>(
-            patch_embed_dweight_hopper_kernel<Tile, View>,
-            num_tiles<Tile>(p.hidden_dim, p.patches.patch_dim + 1) * p.num_splits, stream, dy, x,
-            p.workspace, int(p.hidden_dim), p.num_splits);
+    const Error error = with_view<T, true>(p.x, p.patches, [&]<class View>(const View& x) {
+        return launch(patch_embed_pixel_rows_kernel<View, T>,
+                      grid_for(num_patches * columns / 64, 128), 128, 0, stream, x,
+                      static_cast<T*>(p.rows), int(columns));
     });
+    if (error) return error;
+    return launch_persistent<Tile>(patch_embed_dweight_hopper_kernel<Tile>,
+                                   num_tiles<Tile>(p.hidden_dim, width) * p.num_splits, stream, dy,
+                                   rows, p.workspace, int(num_patches), int(p.hidden_dim),
+                                   int(width), p.num_splits);
 }
 
 }  // namespace vlmkernels

@@ -7,6 +7,7 @@
 //   patches.cuh          x as a matrix of patches, read and written in place
 //   pixels.cuh           the same of bytes, of images packed one after another, in blocks
 //   patch_embed.cuh      the three matrix products, over common/gemm.cuh
+//   readers.cuh          patches of pixels to registers
 //   fold.cu              the normalisation into the weight, and the gradient out of it again
 //   patch_embed.cu       launchers
 //   instances/*.cu       one element type each
@@ -76,13 +77,15 @@ struct PatchEmbedDxParams {
 };
 
 struct PatchEmbedDweightParams {
-    const void* dy;    // [num_patches, hidden_dim]
-    const void* x;     // patches
-    void* dweight;     // [hidden_dim, patch_dim]; null: the splits stay in the workspace
-    void* dbias;       // [hidden_dim] or null
-    bool sums;         // dbias is wanted, in its own memory or in the workspace
-    float* workspace;  // [num_splits, hidden_dim, patch_dim], and a column for dbias if it is
-                       // wanted; null: one split
+    const void* dy;        // [num_patches, hidden_dim]
+    const void* x;         // patches
+    void* dweight;         // [hidden_dim, patch_dim]; null: the splits stay in the workspace
+    void* dbias;           // [hidden_dim] or null
+    bool sums;             // dbias is wanted, in its own memory or in the workspace
+    float* workspace;      // [num_splits, hidden_dim, patch_dim], and a column for dbias if it is
+                           // wanted; null: one split
+    void* rows = nullptr;  // [num_patches, patch_dim + 1 rounded up to 8], memory for the patches
+                           // as rows; null: none
     Patches patches;
     int64_t hidden_dim;
     int num_splits;

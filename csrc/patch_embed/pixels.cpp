@@ -233,15 +233,19 @@ static bool pixels_dx(py::handle dy_, py::handle weight_, py::handle table_, int
 // folded: memory of the shape of the folded weight.
 static bool pixels_dweight(py::handle dy_, py::handle images_, py::handle folded_,
                            py::handle table_, int64_t merge, const Numbers& mean,
-                           const Numbers& std, double rescale, double centre, py::handle workspace_,
-                           py::handle dweight_, py::handle dbias_) {
+                           const Numbers& std, double rescale, double centre, py::handle rows_,
+                           py::handle workspace_, py::handle dweight_, py::handle dbias_) {
     Tensor dy(kOp, "dy", dy_), images(kOp, "images", images_), folded(kOp, "weight", folded_),
-        table(kOp, "table", table_, true), workspace(kOp, "workspace", workspace_),
-        dweight(kOp, "dweight", dweight_), dbias(kOp, "dbias", dbias_, true);
+        table(kOp, "table", table_, true), rows(kOp, "rows", rows_),
+        workspace(kOp, "workspace", workspace_), dweight(kOp, "dweight", dweight_),
+        dbias(kOp, "dbias", dbias_, true);
     const Patches patches = pixel_patches(images, folded, table, merge);
     const int64_t hidden_dim = folded.size(0);
-    const int splits = patch_embed_splits(patches.num_patches, hidden_dim, patches.patch_dim);
+    const int splits = pixels_splits(patches.num_patches, hidden_dim, patches.patch_dim);
     expect_like(dy, dweight);
+    expect_like(rows, dweight);
+    expect_shape(rows, {patches.num_patches, (patches.patch_dim + 8) / 8 * 8},
+                 "(num_patches, patch_dim + 1 rounded up to 8)");
     expect_dtype(workspace, {DType::kFloat32});
     expect_shape(workspace, {splits, hidden_dim, patches.patch_dim + 1},
                  "(num_splits, hidden_dim, patch_dim + 1)");
@@ -251,6 +255,7 @@ static bool pixels_dweight(py::handle dy_, py::handle images_, py::handle folded
                               .dbias = nullptr,
                               .sums = true,
                               .workspace = workspace.ptr<float>(),
+                              .rows = rows.data,
                               .patches = patches,
                               .hidden_dim = hidden_dim,
                               .num_splits = splits,
@@ -296,6 +301,7 @@ static const Binding binding([](py::module_& m) {
     m.def("patch_embed_pixels", &pixels);
     m.def("patch_embed_pixels_dx", &pixels_dx);
     m.def("patch_embed_pixels_dweight", &pixels_dweight);
+    m.def("patch_embed_pixels_splits", &pixels_splits);
     m.def("patch_embed_rows", &rows);
 });
 

@@ -116,25 +116,33 @@ struct PixelView {
     }
 };
 
-// Four bytes u as u - 128, exact in 16 bits.
-__device__ inline void centre_bytes(uint32_t bytes, uint32_t& low, uint32_t& high, __half) {
+// Four signed bytes as elements, exact in 16 bits. Of a byte u, u ^ 0x80 is the signed u - 128.
+__device__ inline void from_signed_bytes(uint32_t bytes, uint32_t& low, uint32_t& high, __half) {
     // 0x6400 + u is 1024 + u.
+    bytes ^= 0x80808080;
     const uint32_t a = __byte_perm(bytes, 0x64646464, 0x4140),
                    b = __byte_perm(bytes, 0x64646464, 0x4342);
     const __half2 offset = __float2half2_rn(1152.f);
     reinterpret_cast<__half2&>(low) = __hsub2(reinterpret_cast<const __half2&>(a), offset);
     reinterpret_cast<__half2&>(high) = __hsub2(reinterpret_cast<const __half2&>(b), offset);
 }
-__device__ inline void centre_bytes(uint32_t bytes, uint32_t& low, uint32_t& high, __nv_bfloat16) {
-    auto centre = [](uint32_t pair) {
-        // 0x4300 + the low seven bits is 128 + them; subtract 128 if the eighth is set, else 256.
-        const uint32_t a = (pair & 0x007f007f) | 0x43004300, b = (pair & 0x00800080) ^ 0x43804380;
-        __nv_bfloat162 c = __hsub2(reinterpret_cast<const __nv_bfloat162&>(a),
-                                   reinterpret_cast<const __nv_bfloat162&>(b));
+__device__ inline void from_signed_bytes(uint32_t bytes, uint32_t& low, uint32_t& high,
+                                         __nv_bfloat16) {
+    // 0x4300 + the low seven bits is 128 + them; subtract 256 if the sign is set, else 128. Both
+    // from one permutation by a single logical instruction each.
+    auto element = [&](uint32_t selector) {
+        const uint32_t a = __byte_perm(bytes, 0x43434343, selector), b = a & 0xff7fff7f;
+        uint32_t offset;  // a & 0xff00ff00 | a & ~b
+        asm("lop3.b32 %0, %1, %2, 0xff00ff00, 0xb0;\n" : "=r"(offset) : "r"(a), "r"(b));
+        __nv_bfloat162 c = __hsub2(reinterpret_cast<const __nv_bfloat162&>(b),
+                                   reinterpret_cast<const __nv_bfloat162&>(offset));
         return reinterpret_cast<const uint32_t&>(c);
     };
-    low = centre(__byte_perm(bytes, 0, 0x4140));
-    high = centre(__byte_perm(bytes, 0, 0x4342));
+    low = element(0x4140);
+    high = element(0x4342);
+}
+__device__ inline void centre_bytes(uint32_t bytes, uint32_t& low, uint32_t& high, auto target) {
+    from_signed_bytes(bytes ^ 0x80808080, low, high, target);
 }
 
 // As load_chunk of common/gemm.cuh.

@@ -1,179 +1,178 @@
-// The forward product from bytes on Hopper where a tile of patches fits in shared memory whole: it
-// is gathered once, as 16-bit elements, and multiplied with all tiles of the weight in turn.
+// The forward product from bytes on Hopper. Patches are read once, kept in shared memory as bytes
+// where a whole tile of them fits, and multiplied with all tiles of the weight in turn: consumers
+// make 16-bit elements of them in registers, which wgmma takes as its operand a.
 //   warp 0           one thread brings the weight, 32 columns of k at a time, by TMA
-//   warps 1 to 3     read patches, four lines at once by a thread, and write panels of 64 columns,
-//                    each of which has its own barriers: the first weight tile is multiplied panel
-//                    by panel, and the last one frees them for the next patches
-//   warpgroups 1, 2  multiply, 64 patches each; at first, they read as well
+//   warps 1 to 3     read patches and write panels of 32 columns into a ring; each panel has its
+//                    own barriers, so that multiplying begins with the first
+//   warpgroups 1, 2  multiply, 64 patches each; the last tile of the weight frees the panels
 #pragma once
 
 #include "common/gemm_hopper.cuh"
 #include "patch_embed/hopper.cuh"
+#include "patch_embed/readers.cuh"
 
 namespace vlmkernels {
 
-template <class Element, int patch_w, int panels, int n, int stages>
+template <class Element, int n, int panels, int stages>
 struct ResidentTile {
     using T = Element;
-    static constexpr int kPatchW = patch_w, kPanels = panels;
-    static constexpr int kM = 128, kN = n, kRows = 64, kStages = stages, kK = 32;
+    static constexpr int kM = 128, kN = n, kK = 32, kPanels = panels, kStages = stages;
     static constexpr int kThreads = 384, kGatherers = 96;
-    using A = SharedTile<kM, 64 * panels>;
     using B = SharedTile<n, kK>;
-    using Accumulators = float[1][n / 8][4];
-    static constexpr int kBStart = A::kBytes, kBarrierStart = kBStart + stages * B::kBytes;
+    using Accumulators = float[n / 8][4];
+    // A panel is two groups of 16 columns, a group 16 bytes of each patch.
+    static constexpr int kGroupBytes = kM * 16, kPanelBytes = 2 * kGroupBytes;
+    static constexpr int kPanelStart = stages * B::kBytes;
+    static constexpr int kBarrierStart = kPanelStart + panels * kPanelBytes;
     static constexpr int kSharedBytes =
         kBarrierStart + PipelineBarriers<stages>::kBytes + PipelineBarriers<panels>::kBytes;
     static_assert(kSharedBytes <= 227 * 1024);
-    // A batch of four lines is whole chunks of 8 columns.
-    static constexpr int kLines = 4, kWords = kLines * patch_w / 2;
-    static_assert(kWords % 4 == 0);
 };
 
-// The items (weight tile fastest) of this CTA: as many as any other has, next to each other.
+// The items (weight tile fastest) of this CTA: `each`, next to each other.
 struct ResidentItems {
-    int tiles_n, begin, end;
+    int tiles_n, uses, begin, end;  // uses: items that patches are read for, tiles_n or 1
 
-    __device__ ResidentItems(int tiles_m, int tiles_n) : tiles_n(tiles_n) {
-        const int each = (tiles_m * tiles_n + gridDim.x - 1) / gridDim.x;
+    __device__ ResidentItems(int tiles_m, int tiles_n, int each, int uses)
+        : tiles_n(tiles_n), uses(uses) {
         begin = min(int(blockIdx.x) * each, tiles_m * tiles_n);
         end = min(begin + each, tiles_m * tiles_n);
     }
     // Item i is the first, the last of this CTA for its patches.
-    __device__ bool first(int i) const { return i == begin || i % tiles_n == 0; }
-    __device__ bool last(int i) const { return i == end - 1 || i % tiles_n == tiles_n - 1; }
+    __device__ bool first(int i) const { return i == begin || i % uses == 0; }
+    __device__ bool last(int i) const { return i == end - 1 || i % uses == uses - 1; }
 };
 
-// 14 bytes from an even address, and two more, in order. Reads the 16-byte lines that hold them:
-// neighbouring lanes then share most of what they read.
-__device__ inline void load_14_bytes(uint32_t (&words)[4], const uint8_t* from) {
-    const uint32_t skip = uint32_t(reinterpret_cast<uintptr_t>(from)) % 16;
-    const auto* lines = reinterpret_cast<const uint4*>(from - skip);
-    const uint4 first = lines[0], second = skip > 2 ? lines[1] : make_uint4(0, 0, 0, 0);
-    uint32_t a[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
+// 16 columns of a patch in the order of wgmma's fragments: lane % 4 has word lane % 4.
+__device__ inline void store_group(uint32_t to, const uint32_t* columns) {
+    uint32_t words[4];
 #pragma unroll
-    for (int i = 0; i < 6; ++i) a[i] = skip & 8 ? a[i + 2] : a[i];
-#pragma unroll
-    for (int i = 0; i < 5; ++i) a[i] = skip & 4 ? a[i + 1] : a[i];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) words[i] = __funnelshift_r(a[i], a[i + 1], skip % 4 * 8);
+    for (int i = 0; i < 4; ++i)
+        words[i] = __byte_perm(columns[i / 2], columns[i / 2 + 2], i % 2 ? 0x7632 : 0x5410);
+    store_shared(to, words);
 }
 
-// Lines line.. of a patch as words of two elements; zeros where there are none.
-template <class Tile>
-__device__ void load_lines(uint32_t (&words)[Tile::kWords],
-                           const PixelView<const uint8_t, typename Tile::T>& x, const PixelRow& row,
-                           bool valid, int line) {
-    static_assert(Tile::kPatchW == 14);
-    const int num_lines = x.num_columns / Tile::kPatchW;
-    uint32_t bytes[Tile::kLines][4];
-#pragma unroll
-    for (int i = 0; i < Tile::kLines; ++i) {
-        bytes[i][0] = bytes[i][1] = bytes[i][2] = bytes[i][3] = 0x80808080;
-        if (valid && line + i < num_lines)
-            load_14_bytes(bytes[i], x.data + (row + x.column((line + i) * Tile::kPatchW)));
-    }
-#pragma unroll
-    for (int i = 0; i < Tile::kLines; ++i) {
-        uint32_t elements[8];
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-            centre_bytes(bytes[i][j], elements[j * 2], elements[j * 2 + 1], typename Tile::T());
-#pragma unroll
-        for (int j = 0; j < 7; ++j) words[i * 7 + j] = elements[j];
-    }
-}
-
-// Batches of lines of the patches from m on, those of all patches before the next: a warp takes 32
-// patches of one batch. wait(i) before panels up to i are written, announce(i) when this thread has
-// written its part of those before i.
-template <class Tile, int kGatherers, class Wait, class Announce>
-__device__ void gather_tile(uint32_t shared, int m,
-                            const PixelView<const uint8_t, typename Tile::T>& x, int thread,
+// The patches from m on, from the ring's group `begin` on: of each patch as many groups as are read
+// at once, then those of all patches before the next; a warp takes 32 patches. wait(i) before panel
+// i and those before it are written, announce(i) when this thread has written its part of those
+// before i.
+template <class Tile, class Reader, int kGatherers, class View, class Wait, class Announce>
+__device__ void gather_tile(uint32_t panels, int begin, int m, const View& x, int thread,
                             Wait&& wait, Announce&& announce) {
-    constexpr int kChunks = Tile::kWords / 4;  // of a batch
-    const int num_panels = (x.num_columns + 63) / 64;
-    const int num_batches = (x.num_columns / Tile::kPatchW + Tile::kLines - 1) / Tile::kLines;
-    for (int task = thread; task < num_batches * Tile::kM; task += kGatherers) {
-        const int to = task % Tile::kM, batch = task / Tile::kM, chunk = batch * kChunks;
-        uint32_t words[Tile::kWords];
-        load_lines<Tile>(words, x, x.row(m + to), m + to < x.num_rows, batch * Tile::kLines);
-        wait(min((chunk + kChunks - 1) / 8, num_panels - 1));
+    constexpr int kRead = Reader::kGroups, kGroupBytes = Tile::kGroupBytes;
+    const uint32_t end = panels + Tile::kPanels * Tile::kPanelBytes;
+    const int num_panels = (x.num_columns + 31) / 32;
+    const int num_tasks = (num_panels * 2 + kRead - 1) / kRead * Tile::kM;
+    int patch = -1;
+    PixelRow row;
+    for (int task = thread; task < num_tasks; task += kGatherers) {
+        const int to = task % Tile::kM, first = task / Tile::kM * kRead;
+        if (const int next = min(m + to, x.num_rows - 1); next != patch) row = x.row(patch = next);
+        uint32_t words[kRead * 4];
+        Reader::read(words, x, row, patch == m + to, first * 16);
+        wait(min((first + kRead - 1) / 2, num_panels - 1));
+        uint32_t at = panels + (begin + first) % (Tile::kPanels * 2) * kGroupBytes;
 #pragma unroll
-        for (int i = 0; i < kChunks; ++i) {
-            const uint32_t four[4] = {words[i * 4], words[i * 4 + 1], words[i * 4 + 2],
-                                      words[i * 4 + 3]};
-            store_shared(shared + Tile::A::offset(to, chunk + i), four);
+        for (int i = 0; i < kRead; ++i) {
+            if (first + i < num_panels * 2) store_group(at + to * 16, words + i * 4);
+            at = at + kGroupBytes == end ? panels : at + kGroupBytes;
         }
-        fence_proxy_async();
-        const int next = (task + kGatherers) / Tile::kM;
-        announce(next >= num_batches ? num_panels : next * kChunks / 8);
+        announce(min((task + kGatherers) / Tile::kM * kRead / 2, num_panels));
     }
+    announce(num_panels);
 }
 
-// All patch tiles of this CTA but the first.
-template <class Tile>
-__device__ void gather_resident(uint32_t shared, PipelineBarriers<Tile::kPanels> barriers,
-                                const ResidentItems& items,
-                                const PixelView<const uint8_t, typename Tile::T>& x, int thread) {
-    using Panels = PipelineState<Tile::kPanels>;
-    uint32_t phase = 1;
-    for (int item = items.begin + 1; item < items.end; ++item) {
+// What this CTA's items need, one tile of patches after the other. Where a tile fits in the ring,
+// consumers have gathered the first one.
+template <class Tile, class Reader, class View>
+__device__ void gather_panels(uint32_t panels, PipelineBarriers<Tile::kPanels> barriers,
+                              const ResidentItems& items, const View& x, int thread) {
+    PipelineState<Tile::kPanels> free, done;  // the next to be waited for, to be announced
+    const int num_panels = (x.num_columns + 31) / 32;
+    int before = 0, num_free = 0, num_done = 0;  // panels of tiles before; waited for; announced
+    auto wait = [&](int last) {
+        for (; num_free <= before + last; ++num_free, free.advance()) barriers.wait_empty(free);
+    };
+    auto announce = [&](int whole) {
+        for (; num_done < before + whole; ++num_done, done.advance())
+            mbarrier_arrive(barriers.full(done));
+    };
+    for (int item = items.begin; item < items.end; ++item) {
         if (!items.first(item)) continue;
-        int free = 0, done = 0;
-        gather_tile<Tile, Tile::kGatherers>(
-            shared, item / items.tiles_n * Tile::kM, x, thread,
-            [&](int last) {
-                for (; free <= last; ++free) barriers.wait_empty(Panels{free, phase});
-            },
-            [&](int whole) {
-                for (; done < whole; ++done) mbarrier_arrive(barriers.full(Panels{done, phase}));
-            });
-        phase ^= 1;
+        if (item == items.begin && num_panels <= Tile::kPanels) {
+            wait(num_panels - 1);
+            announce(num_panels);
+        } else {
+            gather_tile<Tile, Reader, Tile::kGatherers>(
+                panels, before * 2, item / items.tiles_n * Tile::kM, x, thread, wait, announce);
+        }
+        before += num_panels;
     }
 }
 
-template <class Tile, class Epilogue>
-__device__ void multiply_resident(uint32_t a, PipelineBarriers<Tile::kStages> weights,
+__device__ inline uint32_t load_word(uint32_t shared) {
+    uint32_t word;
+    asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(word) : "r"(shared) : "memory");
+    return word;
+}
+
+template <class Tile>
+__device__ void multiply_resident(uint32_t shared, PipelineBarriers<Tile::kStages> weights,
                                   PipelineBarriers<Tile::kPanels> patches,
-                                  const ResidentItems& items, int num_steps, int consumer,
-                                  Epilogue&& epilogue) {
-    using Panels = PipelineState<Tile::kPanels>;
-    const int lane = threadIdx.x % 32;
-    const uint32_t stages = a + Tile::kBStart;
-    PipelineState<Tile::kStages> at, before;
-    uint32_t phase = 1;
+                                  const ResidentItems& items, int num_steps,
+                                  const PatchEmbedEpilogue<typename Tile::T>& epilogue) {
+    using B = typename Tile::B;
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 - 64;  // the warp's first
+    const uint32_t words = shared + Tile::kPanelStart + (row + lane / 4) * 16 + lane % 4 * 4;
+    PipelineState<Tile::kStages> at;
+    auto release = [&](int back) {  // the stage that many steps before
+        if (lane == 0) weights.release({(at.stage + Tile::kStages - back) % Tile::kStages, 0});
+    };
+    PipelineState<Tile::kPanels> start;  // of the item's patches
+    bool first = true;
     for (int item = items.begin; item < items.end; ++item) {
         typename Tile::Accumulators c;
-        const bool first = item > items.begin && items.first(item), last = items.last(item);
-        auto release = [&](int step) {  // the products of this step are over
-            if (lane == 0) {
-                weights.release(before);
-                if (last && (step % 2 || step == num_steps - 1))
-                    patches.release(Panels{step / 2, phase});
+        const bool last = items.last(item);
+        auto panel = start;
+        auto multiply = [&](uint32_t (&a)[2][4], int step) {
+            if (first) patches.wait_full(panel);
+#pragma unroll
+            for (int k = 0; k < 2; ++k)
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    from_signed_bytes(load_word(words + panel.stage * Tile::kPanelBytes +
+                                                k * Tile::kGroupBytes + half * 8 * 16),
+                                      a[k][half], a[k][half + 2], typename Tile::T());
+            if (last) {
+                __syncwarp();
+                if (lane == 0) patches.release(panel);
             }
-            before.advance();
-        };
-        for (int step = 0; step < num_steps; ++step, at.advance()) {
-            if (first && step % 2 == 0) patches.wait_full(Panels{step / 2, phase});
+            panel.advance();
             weights.wait_full(at);
-            const uint32_t b = stages + at.stage * Tile::B::kBytes;
+            const uint32_t b = shared + at.stage * B::kBytes;
             wgmma_fence();
 #pragma unroll
-            for (int k = 0; k < Tile::kK / 16; ++k)
-                wgmma<typename Tile::T, Major::kK, Major::kK>(
-                    c[0], Tile::A::k_major(a, consumer * 64) + Tile::A::k_step(step * 2 + k),
-                    Tile::B::k_major(b) + Tile::B::k_step(k), step > 0 || k > 0);
+            for (int k = 0; k < 2; ++k)
+                wgmma<typename Tile::T, Major::kK, Major::kK>(c, a[k], B::k_major(b) + B::k_step(k),
+                                                              step > 0 || k > 0);
             wgmma_commit();
-            if (step > 0) {
-                wgmma_wait<1>();
-                release(step - 1);
-            }
+            at.advance();
+            if (step == 0) return;
+            wgmma_wait<1>();
+            release(2);
+        };
+        uint32_t a[2][2][4];  // of two steps: one is multiplied while the other is made
+        for (int step = 0; step < num_steps; step += 2) {
+            multiply(a[0], step);
+            if (step + 1 < num_steps) multiply(a[1], step + 1);
         }
+        const int m = item / items.tiles_n * Tile::kM, n = item % items.tiles_n * Tile::kN;
+        const TokenBias<Tile::kN / 8> bias(epilogue.float_bias, n, epilogue.y.num_columns);
         wgmma_wait<0>();
-        release(num_steps - 1);
-        if (last) phase ^= 1;
-        epilogue(item, std::as_const(c[0]));
+        release(1);
+        if (last) start = panel;
+        first = last;
+        store_tokens(epilogue, c, bias, m + row, n);
     }
 }
 
@@ -196,7 +195,8 @@ template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1) patch_embed_resident_kernel(
     const __grid_constant__ PixelView<const uint8_t, typename Tile::T> x,
     const __grid_constant__ CUtensorMap weight,
-    const __grid_constant__ PatchEmbedEpilogue<typename Tile::T> epilogue) {
+    const __grid_constant__ PatchEmbedEpilogue<typename Tile::T> epilogue, int items_each,
+    int uses) {
     if constexpr (kHopperCode) {
         extern __shared__ __align__(1024) unsigned char stages[];
         const uint32_t shared = shared_address(stages);
@@ -208,30 +208,30 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) patch_embed_resident_kernel
             patches.init(Tile::kGatherers, 8);
             fence_mbarrier_init();
         }
-        const ResidentItems items((x.num_rows + Tile::kM - 1) / Tile::kM,
-                                  (epilogue.y.num_columns + Tile::kN - 1) / Tile::kN);
         const int num_steps = (x.num_columns + Tile::kK - 1) / Tile::kK;
-        const int warpgroup = warp_uniform(threadIdx.x / 128);
-        if (threadIdx.x >= 32 && items.begin < items.end)
-            gather_tile<Tile, Tile::kThreads - 32>(
-                shared, items.begin / items.tiles_n * Tile::kM, x, threadIdx.x - 32, [](int) {},
-                [](int) {});
+        const ResidentItems items((x.num_rows + Tile::kM - 1) / Tile::kM,
+                                  (epilogue.y.num_columns + Tile::kN - 1) / Tile::kN, items_each,
+                                  uses);
+        const int warpgroup = warp_uniform(threadIdx.x / 128), thread = threadIdx.x - 32;
+        if (warpgroup > 0 && num_steps <= Tile::kPanels && items.begin < items.end)
+            with_reader(x, [&]<class Reader>() {
+                gather_tile<Tile, Reader, 256>(
+                    shared + Tile::kPanelStart, 0, items.begin / items.tiles_n * Tile::kM, x,
+                    threadIdx.x - 128, [](int) {}, [](int) {});
+            });
         __syncthreads();
         if (warpgroup == 0) {
-            decrease_registers<88>();
-            if (threadIdx.x >= 32)
-                gather_resident<Tile>(shared, patches, items, x, threadIdx.x - 32);
+            decrease_registers<128>();
+            if (thread >= 0)
+                with_reader(x, [&]<class Reader>() {
+                    gather_panels<Tile, Reader>(shared + Tile::kPanelStart, patches, items, x,
+                                                thread);
+                });
             else if (threadIdx.x == 0)
-                load_resident<Tile>(shared + Tile::kBStart, weights, items, &weight, num_steps);
+                load_resident<Tile>(shared, weights, items, &weight, num_steps);
         } else {
-            increase_registers<208>();
-            multiply_resident<Tile>(shared, weights, patches, items, num_steps, warpgroup - 1,
-                                    [&](int item, const auto& c) {
-                                        store_tokens(
-                                            epilogue, c,
-                                            item / items.tiles_n * Tile::kM + (warpgroup - 1) * 64,
-                                            item % items.tiles_n * Tile::kN);
-                                    });
+            increase_registers<192>();
+            multiply_resident<Tile>(shared, weights, patches, items, num_steps, epilogue);
         }
     }
 }

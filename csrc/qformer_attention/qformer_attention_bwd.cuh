@@ -59,6 +59,7 @@ struct StackView {
 // What the products share: an image's part of each operand.
 template <class T>
 struct QFormerOperands {
+    using Element = T;
     QFormerAttentionBackwardParams p;
     StackView<const T> stacks;
     MatrixView<const T> x, weights;
@@ -94,9 +95,10 @@ struct QFormerOperands {
     }
 };
 
-// Each product: c (m, n) = a b over depth(image, m0, n0); then store(), of 8 values of a row, or
-// store_pair(), of the scores and the dp that a thread has of a row. kTmaA: of the operands TMA can
-// bring a, otherwise b; the other one has rows of several heads, or padding that must not be read.
+// Each product: c (m, n) = a b over depth(image, m0, n0), stored to row_of(image, row) where that
+// is not null; or given to store_pair(), the scores and the dp that a thread has of a row. kTmaA:
+// of the operands TMA can bring a, otherwise b; the other one has rows of several heads, or padding
+// that must not be read.
 template <class T>
 struct Probabilities : QFormerOperands<T> {
     using QFormerOperands<T>::p;
@@ -151,11 +153,10 @@ struct Rows : QFormerOperands<T> {
     __device__ int depth(int image, int, int) const { return this->num_keys(image); }
     __device__ auto a(int image) const { return this->weights_of(image); }
     __device__ auto b(int image) const { return this->tokens_of(image); }
-    __device__ void store(int image, int row, int column, const float (&values)[8]) const {
-        if (row >= this->stacks.num_rows || column >= p.width) return;
-        vlmkernels::store(static_cast<T*>(p.drows) + int64_t(image) * p.num_queries * p.width +
-                              this->stacks.row(row) + column,
-                          values);
+    __device__ T* row_of(int image, int row) const {
+        if (row >= this->stacks.num_rows) return nullptr;
+        return static_cast<T*>(p.drows) + int64_t(image) * p.num_queries * p.width +
+               this->stacks.row(row);
     }
 };
 
@@ -172,11 +173,9 @@ struct Tokens : QFormerOperands<T> {
     }
     __device__ auto a(int image) const { return this->weights_of(image); }
     __device__ auto b(int image) const { return this->rows_of(image); }
-    __device__ void store(int image, int row, int column, const float (&values)[8]) const {
-        if (row >= p.num_tokens || column >= p.width) return;
-        vlmkernels::store(
-            static_cast<T*>(p.dx) + (int64_t(image) * p.num_tokens + row) * p.width + column,
-            values);
+    __device__ T* row_of(int image, int row) const {
+        if (row >= p.num_tokens) return nullptr;
+        return static_cast<T*>(p.dx) + (int64_t(image) * p.num_tokens + row) * p.width;
     }
 };
 
@@ -206,7 +205,9 @@ __global__ void __launch_bounds__(Tile::kThreads)
     } else {
         store<Tile>(c, reinterpret_cast<float*>(shared), thread,
                     [&](int row, int column, const float (&values)[8]) {
-                        product.store(image, m0 + row, n0 + column, values);
+                        auto* to = product.row_of(image, m0 + row);
+                        if (to && n0 + column < product.p.width)
+                            vlmkernels::store(to + n0 + column, values);
                     });
     }
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/gemm_hopper.cuh"
+#include "common/persistent.cuh"
 #include "qformer_attention/qformer_attention_bwd.cuh"
 
 namespace vlmkernels {
@@ -29,6 +30,29 @@ __device__ void load_view(uint32_t tile, const View& view, int row0, int column0
 template <class Product, class T, int m, int n>
 using QFormerBwdTile =
     HopperGemmTile<T, m, n, 3, 2, Producer::kThreads, Product::kMajorA, Product::kMajorB>;
+
+// Stores the rows row and row + 8 of a warp's c, columns from n0 on, straight from the
+// accumulators: neighbouring lanes exchange halves, so that a row gets 32 bytes at once.
+template <class Product, int kBlocks>
+__device__ void store_fragments(const Product& product, int image, int row, int n0, int lane,
+                                const float (&c)[kBlocks][4]) {
+    using T = typename Product::Element;
+    const bool odd = lane % 2;
+    const int first = n0 + lane % 4 * 2 + odd * 6, width = product.p.width - n0 - odd * 8;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        T* to = product.row_of(image, row + half * 8);
+#pragma unroll
+        for (int block = 0; block < kBlocks; block += 2) {
+            const uint32_t low = pack<T>(c[block][half * 2], c[block][half * 2 + 1]);
+            const uint32_t high = pack<T>(c[block + 1][half * 2], c[block + 1][half * 2 + 1]);
+            const uint32_t other = __shfl_xor_sync(~0u, odd ? low : high, 1);
+            if (to && block * 8 < width)
+                *reinterpret_cast<uint2*>(to + first + block * 8) =
+                    odd ? make_uint2(other, high) : make_uint2(low, other);
+        }
+    }
+}
 
 template <class Tile, class Product>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
@@ -71,9 +95,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                         product.store_pair(image(tile), row + half * 8,
                                            n0(tile) + store.lane % 4 * 2, c[0], c[1], half);
                 } else {
-                    store(c, [&](int row, int column, const float (&values)[8]) {
-                        product.store(image(tile), m0(tile) + row, n0(tile) + column, values);
-                    });
+                    store_fragments(product, image(tile), m0(tile) + store.row0 + store.lane / 4,
+                                    n0(tile), store.lane, c[0]);
                 }
             });
     }
@@ -100,9 +123,9 @@ Error launch_bwd_hopper(const Product& product, Stream stream) {
         return error;
     const int tiles_m = (product.m() + Tile::kM - 1) / Tile::kM;
     const int tiles_n = (product.n() + Tile::kN - 1) / Tile::kN;
-    return launch(qformer_attention_bwd_hopper_kernel<Tile, Product>,
-                  int64_t(tiles_m) * tiles_n * p.batch, Tile::kThreads, Tile::kSharedBytes, stream,
-                  product, map, tiles_m, tiles_n);
+    return launch_persistent<Tile>(qformer_attention_bwd_hopper_kernel<Tile, Product>,
+                                   int64_t(tiles_m) * tiles_n * p.batch, stream, product, map,
+                                   tiles_m, tiles_n);
 }
 
 template <class T>

@@ -23,7 +23,7 @@ def randomize(model: torch.nn.Module) -> None:
             if parameter.ndim == 0:  # a logit scale stays
                 continue
             parameter.normal_(std=0.1)
-            if "norm" in name.lower() or "ln_q" in name:
+            if "norm" in name.lower() or "ln_" in name:
                 parameter.add_(0.0 if name.endswith("bias") else 1.0)
 
 

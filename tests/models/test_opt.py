@@ -17,7 +17,9 @@ from tests.models.common import (
     randomize,
     state_of,
 )
+from vlmkernels.distributed import context_parallel
 from vlmkernels.models.opt import OPT, OPTConfig
+from vlmkernels.testing.ranks import run_ranks
 
 IDS = torch.randint(3, 96, (3, 9), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
@@ -119,6 +121,21 @@ def test_half_precision_is_near(checkpoint_dir: Path, model: OPT) -> None:
 def test_gradients_recomputed_and_compiled_are_the_same(checkpoint_dir: Path) -> None:
     model = OPT.from_pretrained(checkpoint_dir)
     assert_compiles_and_recomputes(model, lambda run: run(IDS, labels=IDS).loss)
+
+
+def test_tokens_spread_over_ranks(model: OPT) -> None:
+    expected = model(IDS, attention_mask=MASK, labels=IDS)
+
+    def work(transport: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad(), context_parallel(transport, layout="contiguous"):
+            out = model(IDS, attention_mask=MASK, labels=IDS)
+        return out.loss, out.logits
+
+    losses, logits = zip(*run_ranks(3, work), strict=True)
+    for loss in losses:
+        torch.testing.assert_close(loss, expected.loss)
+    real = expected.logits[MASK != 0]
+    torch.testing.assert_close(torch.cat(logits), real, rtol=1e-4, atol=1e-4)
 
 
 def test_checkpoints_in_and_out(checkpoint_dir: Path, model: OPT, tmp_path: Path) -> None:

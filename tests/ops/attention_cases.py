@@ -1,5 +1,8 @@
 """What the attention tests share: eager attention, random problems full of NaN traps, the check."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -200,3 +203,11 @@ def check_masked(
         return eager(q, k, v, False, softmax_scale, mask=seen, bias=bias, softcap=softcap)
 
     check(p, ours, by_hand, name, factor=3.0 if softcap else 2.0)
+
+
+def run_emulated(program: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    """A program in a process of its own on the emulated GPU, with more environment variables."""
+    environment = {**os.environ, "VLMKERNELS_EMULATE": "1", **variables}
+    return subprocess.run(
+        [sys.executable, "-c", program], env=environment, text=True, capture_output=True, check=True
+    )

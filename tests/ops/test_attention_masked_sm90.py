@@ -1,8 +1,5 @@
 """The forward on Hopper beyond full and causal: masks, wide heads, packed heads, float32 parts."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -18,6 +15,7 @@ from tests.ops.attention_cases import (
     cu_seqlens,
     eager_packed,
     problem,
+    run_emulated,
 )
 from tests.ops.test_attention_masks import dense, vlm_masks, with_bias
 from tests.ops.test_attention_packed import packed
@@ -139,22 +137,21 @@ print(total.hexdigest())
 """
 
 
-def run(**variables: str) -> "subprocess.CompletedProcess[str]":
-    environment = {**os.environ, "VLMKERNELS_EMULATE": "1", **variables}
-    return subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, text=True, capture_output=True, check=True
-    )
-
-
 def test_any_order_of_warps() -> None:
     """The same bits however warps and copies interleave; and one kernel does all of this."""
     need_emulated_core()
-    runs = [run(PTXEMU_SEED=str(seed), PTXEMU_SLICE=str(30 + 100 * seed)) for seed in range(4)]
+    runs = [
+        run_emulated(PROGRAM, PTXEMU_SEED=str(seed), PTXEMU_SLICE=str(30 + 100 * seed))
+        for seed in range(4)
+    ]
     assert len({r.stdout for r in runs}) == 1
-    kernels = run(PTXEMU_STATS="1").stderr
+    kernels = run_emulated(PROGRAM, PTXEMU_STATS="1").stderr
     assert "attention_fwd_masked_sm90_kernel" in kernels
     assert "attention_fwd_kernel" not in kernels and "attention_fwd_sm90_kernel" not in kernels
-    assert "attention_fwd_kernel" in run(PTXEMU_STATS="1", VLMKERNELS_ARCH="80").stderr
+    assert (
+        "attention_fwd_kernel"
+        in run_emulated(PROGRAM, PTXEMU_STATS="1", VLMKERNELS_ARCH="80").stderr
+    )
 
 
 def test_broadcast_heads(hopper: Backend) -> None:

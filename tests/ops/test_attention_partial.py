@@ -105,6 +105,15 @@ def test_any_key_spans(backend: Backend, heads_k: int) -> None:
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
+def test_key_spans_beyond_the_keys(backend: Backend) -> None:
+    """All queries of a block see more keys than there are."""
+    q, k = (torch.randn(1, n, 2, 64, device=backend.device).half() for n in (70, 90))
+    spans = torch.tensor([-3, 500], dtype=torch.int32, device=backend.device).expand(1, 70, 2)
+    found = ops.attention_partial(q, k, k, key_spans=spans.contiguous())
+    for a, b in zip(found, ops.attention_partial(q, k, k), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
 def test_key_spans_bad_input(backend: Backend) -> None:
     x = torch.zeros(1, 5, 2, 16, device=backend.device).half()
     spans = torch.zeros(1, 5, 2, dtype=torch.int32, device=backend.device)

@@ -1,15 +1,18 @@
 """attention on Hopper: that its kernels run, their tiles, neighbours, and any order of warps."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
 
 from tests.conftest import Backend, need_emulated_core
-from tests.ops.attention_cases import check, check_dense, cu_seqlens, eager_packed, problem
+from tests.ops.attention_cases import (
+    check,
+    check_dense,
+    cu_seqlens,
+    eager_packed,
+    problem,
+    run_emulated,
+)
 from tests.ops.test_attention_packed import packed
 from vlmkernels import ops
 
@@ -90,21 +93,17 @@ print(total.hexdigest())
 """
 
 
-def run(**variables: str) -> "subprocess.CompletedProcess[str]":
-    environment = {**os.environ, "VLMKERNELS_EMULATE": "1", **variables}
-    return subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, text=True, capture_output=True, check=True
-    )
-
-
 def test_any_order_of_warps() -> None:
     """The same bits however warps and copies happen to interleave; and these kernels it is."""
     need_emulated_core()
-    runs = [run(PTXEMU_SEED=str(seed), PTXEMU_SLICE=str(30 + 100 * seed)) for seed in range(4)]
+    runs = [
+        run_emulated(PROGRAM, PTXEMU_SEED=str(seed), PTXEMU_SLICE=str(30 + 100 * seed))
+        for seed in range(4)
+    ]
     assert len({r.stdout for r in runs}) == 1
-    kernels = run(PTXEMU_STATS="1").stderr
+    kernels = run_emulated(PROGRAM, PTXEMU_STATS="1").stderr
     assert "attention_fwd_sm90_kernel" in kernels and "attention_bwd_sm90_kernel" in kernels
-    kernels = run(PTXEMU_STATS="1", VLMKERNELS_ARCH="80").stderr
+    kernels = run_emulated(PROGRAM, PTXEMU_STATS="1", VLMKERNELS_ARCH="80").stderr
     assert "sm90" not in kernels and "attention_dq_kernel" in kernels
 
 

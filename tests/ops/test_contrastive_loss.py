@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
 from tests.conftest import Backend
 from vlmkernels import _core, ops
+from vlmkernels.ops import _contrastive_chunks as chunks
 from vlmkernels.ops import contrastive_loss as room
 from vlmkernels.testing import assert_as_accurate, reference_ops
 from vlmkernels.testing.memory import peak_bytes
@@ -175,11 +176,15 @@ def test_panels(backend: Backend, kind: str, monkeypatch: pytest.MonkeyPatch) ->
     tensors = to(backend, inputs(kind, 150, 24), backend.dtypes[0])
     exact = gradients(open_clip, [x.double() for x in tensors])
     whole = gradients(ours, tensors)
-    for name in ("FORWARD_ROWS", "BACKWARD_ROWS", "CHUNK_ROWS"):
+    for name in ("FORWARD_ROWS", "BACKWARD_ROWS"):
         monkeypatch.setattr(room, name, 64)
-    parts = gradients(ours, tensors)
-    for name, a, b, want in zip("litsb", parts, whole, exact, strict=False):
-        assert_as_accurate(name, a, b, want)
+    for name in ("CHUNK_ROWS", "CHUNK_PRODUCTS"):
+        monkeypatch.setattr(chunks, name, 64)
+    for kept in (chunks.KEPT_BYTES, 0):  # products in memory for the backward, or multiplied again
+        monkeypatch.setattr(chunks, "KEPT_BYTES", kept)
+        parts = gradients(ours, tensors)
+        for name, a, b, want in zip("litsb", parts, whole, exact, strict=False):
+            assert_as_accurate(name, a, b, want)
     double = [x.to(backend.device) for x in inputs(kind, 150, 24)]  # chunks of plain PyTorch
     for a, b in zip(gradients(ours, double), gradients(open_clip, double), strict=True):
         torch.testing.assert_close(a, b)
@@ -255,10 +260,11 @@ def test_memory(backend: Backend, kind: str, offset: int, size: tuple[int, int])
 
 
 @pytest.mark.parametrize("kind", PAIRS)
-def test_peak_memory(backend: Backend, kind: str) -> None:
-    """No batch x batch matrix, forward or backward."""
+def test_peak_memory(backend: Backend, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No batch x batch matrix, forward or backward, of more than KEPT_BYTES."""
     if backend.small:
         pytest.skip("the panels of the CUDA kernels hold more rows than an emulated batch has")
+    monkeypatch.setattr(chunks, "KEPT_BYTES", 0)
     ours, _ = PAIRS[kind]
     batch, dim = (16384, 64) if backend.name == "cuda" else (3072, 32)
     tensors = to(backend, inputs(kind, batch, dim), backend.dtypes[0])

@@ -40,6 +40,7 @@ LARGE_CASES = {  # large tiles; dweight in splits; more tiles than a GPU has SMs
     "1296 patches to 1272": ([(1, 3, 144, 144)], (1272, 3, 4, 4), 1),
     "1120 patches to 8": ([(3, 60, 64), (3, 40, 16)], (8, 3, 2, 2), 2),
     "K 768 to 264": ([(1, 3, 48, 160)], (264, 3, 16, 16), 1),
+    "K 1536 to 264": ([(1, 3, 4, 32, 48)], (264, 3, 2, 16, 16), 1),  # more than stays in memory
 }
 
 

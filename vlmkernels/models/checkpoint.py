@@ -1,4 +1,5 @@
-"""Checkpoint directories in the Hugging Face layout: config.json and (sharded) safetensors.
+"""Checkpoint directories in the Hugging Face layout: config.json and (sharded) safetensors; those
+with PyTorch's .bin files instead are read as well.
 
 Reading goes shard by shard into a model built on the meta device, so a checkpoint never takes
 twice its memory. Everything is checked by the files' headers before a weight is touched. Writing
@@ -24,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vlmkernels.models.bin_files import BIN_INDEX, BIN_WEIGHTS, NAMES, BinFile
 from vlmkernels.models.fields import FILE_NAMES, expect
 
 Json = dict[str, Any]
@@ -33,12 +35,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 # What a model computes in, by torch's names and by those in a file's header. Others (integers,
 # 8-bit floats that want a scale) would only fail later, or answer wrongly.
-DTYPES = {
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
 def read_json(path: Path) -> Json:
@@ -100,15 +97,9 @@ class Stored:
 
 
 def read_headers(path: Path, rename: Rename, weights: str = WEIGHTS) -> dict[str, Stored]:
-    """What the safetensors of a checkpoint directory hold, by the model's names."""
-    if (path / INDEX).is_file():
-        key = f"{path / INDEX}: weight_map"
-        weight_map = expect(key, read_json(path / INDEX).get("weight_map"), FILE_NAMES)
-        files = [path / name for name in sorted(set(weight_map.values()))]
-    else:
-        files = [path / weights]
+    """What the weight files of a checkpoint directory hold, by the model's names."""
     stored: dict[str, Stored] = {}
-    for file in files:
+    for file in _files(path, weights):
         with _open(file) as shard:
             for name in shard.keys():  # noqa: SIM118  (not a mapping)
                 for piece in _pieces(rename(name)):
@@ -118,6 +109,18 @@ def read_headers(path: Path, rename: Rename, weights: str = WEIGHTS) -> dict[str
                     shape = _shape(header.get_shape(), piece)
                     stored[piece.name] = Stored(file, name, shape, header.get_dtype(), piece)
     return stored
+
+
+def _files(path: Path, weights: str) -> list[Path]:
+    """The shards of the first index that is there, or else one file."""
+    for index, single in ((INDEX, weights), (BIN_INDEX, BIN_WEIGHTS)):
+        if (path / index).is_file():
+            key = f"{path / index}: weight_map"
+            weight_map = expect(key, read_json(path / index).get("weight_map"), FILE_NAMES)
+            return [path / name for name in sorted(set(weight_map.values()))]
+        if (path / single).is_file():
+            return [path / single]
+    return [path / weights]
 
 
 def _pieces(names: str | list[Piece]) -> list[Piece]:
@@ -136,6 +139,9 @@ def _shape(stored: list[int], piece: Piece) -> tuple[int, ...]:
 def _open(file: Path) -> Iterator[Any]:
     if not file.is_file():
         raise ValueError(f"{file}: expected a safetensors file, found none")
+    if file.suffix == ".bin":
+        yield BinFile(file)
+        return
     try:
         shard = safe_open(str(file), framework="pt")
     except (SafetensorError, OSError) as error:

@@ -1,7 +1,6 @@
 """contrastive_loss: the losses of CLIP and SigLIP without the batch x batch matrix of logits."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,10 +9,16 @@ from torch.nn.functional import logsigmoid
 
 from vlmkernels import _core
 from vlmkernels.ops import _library
+from vlmkernels.ops._contrastive_chunks import (
+    clip_chunks,
+    gradient_chunks,
+    products_for,
+    siglip_chunks,
+)
 
 # Rows of logits whose partial results (forward) or gradients (backward) the CUDA kernels keep at a
-# time, and rows that are multiplied at a time elsewhere: memory is linear in the batch.
-FORWARD_ROWS, BACKWARD_ROWS, CHUNK_ROWS = 8192, 4096, 512
+# time: memory is linear in the batch.
+FORWARD_ROWS, BACKWARD_ROWS = 8192, 4096
 
 
 @_library.public
@@ -43,7 +48,7 @@ def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor
     Radford et al., arXiv 2103.00020, figure 3; two statistics in one sweep as in no paper we know.
     """
     scale = _scalar("clip_loss: logit_scale", logit_scale, image_features)
-    loss, _, _ = _clip_op(*_library.autocast(image_features, text_features), scale)
+    loss, *_ = _clip_op(*_library.autocast(image_features, text_features), scale)
     return loss  # type: ignore[no-any-return]
 
 
@@ -68,20 +73,23 @@ def siglip_loss(
     bias = None
     if logit_bias is not None:
         bias = _scalar("siglip_loss: logit_bias", logit_bias, image_features)
-    features = _library.autocast(image_features, text_features)
-    return _siglip_op(*features, scale, bias)  # type: ignore[no-any-return]
+    loss, _ = _siglip_op(*_library.autocast(image_features, text_features), scale, bias)
+    return loss  # type: ignore[no-any-return]
 
 
-def reference(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def reference(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
     logits = _logits(image, text, scale, None)
     whole = (logits.logsumexp(1), logits.logsumexp(0))
     image_lse, text_lse = (torch.stack((x, torch.zeros_like(x))) for x in whole)
-    return mean_loss(image_lse, text_lse, logits.diagonal()), image_lse, text_lse
+    loss = mean_loss(image_lse, text_lse, logits.diagonal())
+    return loss, image_lse, text_lse, image.new_empty(0)
 
 
-def siglip_reference(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def siglip_reference(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
     logits = _logits(image, text, scale, bias)
-    return (-logsigmoid(-logits).sum(1) - logits.diagonal()).mean()
+    return (-logsigmoid(-logits).sum(1) - logits.diagonal()).mean(), image.new_empty(0)
 
 
 def _logits(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -105,7 +113,11 @@ def _scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
 
 
 def statistics(
-    image: Tensor, text: Tensor, scale: Tensor, positives: bool = True
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    positives: bool = True,
+    products: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of a block of logits: log-sum-exp of each row, of each column, and the positives' logits.
 
@@ -113,13 +125,14 @@ def statistics(
     it would be rounded to the digits of the largest logit, and so would every probability.
 
     positives: pair (i, i) is positive; otherwise no pair of the block is, and the third is empty.
+    products: from `_products_for`; filled.
     """
     image, text = image.contiguous(), text.contiguous()
     image_lse, text_lse = _lse_of(image, scale), _lse_of(text, scale)
     positive = _vector(image, scale) if positives else None
     outputs = (image_lse, text_lse, positive, None)
     if not _forward(image, text, scale, None, positives, outputs):
-        _clip_chunks(image, text, scale, image_lse, text_lse, positive)
+        clip_chunks(image, text, scale, image_lse, text_lse, positive, products)
     return image_lse, text_lse, image_lse.new_empty(0) if positive is None else positive
 
 
@@ -136,19 +149,18 @@ def mean_loss(image_lse: Tensor, text_lse: Tensor, positive: Tensor) -> Tensor:
 
 
 def losses(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, positives: bool = True
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    positives: bool = True,
+    products: Tensor | None = None,
 ) -> Tensor:
-    """Of a block of logits: the sum over each row of softplus(-z s)."""
+    """Of a block of logits: the sum over each row of softplus(-z s). products: filled."""
     image, text = image.contiguous(), text.contiguous()
     sums = _vector(image, scale)
     if not _forward(image, text, scale, bias, positives, (None, None, None, sums)):
-        for rows, products in _chunks(image, text):
-            first = rows.start if positives else text.shape[0]
-            if not _core.C.siglip_rows(products, scale, bias, first, sums[rows]):
-                logits = products * scale if bias is None else products * scale + bias
-                torch.sum(-logsigmoid(-logits), 1, out=sums[rows])
-                if positives:
-                    sums[rows] -= logits.diagonal(rows.start)
+        siglip_chunks(image, text, scale, bias, sums, positives, products)
     return sums
 
 
@@ -182,66 +194,48 @@ def _has_cuda_kernel(image: Tensor, text: Tensor) -> bool:
     return bool(half and image.numel() and text.numel() and _core.C.takes_cuda(image))
 
 
-def _operand(features: Tensor) -> Tensor:
-    """As they are multiplied where there is no kernel: bf16 on the CPU is fast as it is."""
-    if features.dtype == torch.float16 or (features.is_cuda and features.dtype == torch.bfloat16):
-        return features.float()
-    return features
+def _clip_kernel(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    products = products_for(image, text)
+    loss, image_lse, text_lse = _clip(image, text, scale, products)
+    return loss, image_lse, text_lse, image.new_empty(0) if products is None else products
 
 
-def _chunks(image: Tensor, text: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows at a time, and their products with all texts in memory that is used again."""
-    image, text = _operand(image), _operand(text)
-    count = min(len(image), CHUNK_ROWS)
-    buffer = image.new_empty((count, len(text)))
-    for first in range(0, len(image), max(count, 1)):
-        rows = slice(first, min(first + count, len(image)))
-        yield rows, torch.mm(image[rows], text.t(), out=buffer[: rows.stop - first])
+def _clip_inference(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    return _clip(image, text, scale, None)
 
 
-def _clip_chunks(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    image_lse: Tensor,
-    text_lse: Tensor,
-    positive: Tensor | None,
-) -> None:
-    text_max, text_sum = text_lse
-    text_max.fill_(-math.inf)
-    text_sum.zero_()
-    for rows, products in _chunks(image, text):
-        diagonal = None if positive is None else positive[rows]
-        first = rows.start if positive is not None else len(text)
-        row_max, row_log = image_lse[0, rows], image_lse[1, rows]
-        out = (row_max, row_log, diagonal, text_max, text_sum)
-        if not _core.C.clip_rows(products, scale, first, *out):
-            logits = products * scale
-            torch.amax(logits, 1, out=row_max)
-            row_log.copy_((logits - row_max[:, None]).exp().sum(1).log())
-            high = torch.maximum(text_max, logits.amax(0))
-            text_sum.mul_((text_max - high).exp()).add_((logits - high).exp().sum(0))
-            text_max.copy_(high)
-            if diagonal is not None:
-                diagonal.copy_(logits.diagonal(rows.start))
-    text_sum.log_()
-
-
-def _clip_kernel(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    image_lse, text_lse, positive = statistics(image, text, scale)
+def _clip(
+    image: Tensor, text: Tensor, scale: Tensor, products: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    image_lse, text_lse, positive = statistics(image, text, scale, products=products)
     return mean_loss(image_lse, text_lse, positive), image_lse, text_lse
 
 
-def _clip_fake(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(scale), _lse_of(image, scale), _lse_of(text, scale)
+def _clip_fake(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    lse = _lse_of(image, scale), _lse_of(text, scale)
+    products = products_for(image, text)
+    return torch.empty_like(scale), *lse, image.new_empty(0) if products is None else products
 
 
-def _siglip_kernel(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    return losses(image, text, scale, bias).mean()
+def _siglip_kernel(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    products = products_for(image, text)
+    loss = losses(image, text, scale, bias, products=products).mean()
+    return loss, image.new_empty(0) if products is None else products
 
 
-def _siglip_fake(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.empty_like(scale)
+def _siglip_inference(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None
+) -> tuple[Tensor, None]:
+    return losses(image, text, scale, bias).mean(), None
+
+
+def _siglip_fake(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    products = products_for(image, text)
+    return torch.empty_like(scale), image.new_empty(0) if products is None else products
 
 
 def gradients(
@@ -256,9 +250,10 @@ def gradients(
     weights: list[float],
     image_grad: bool,
     text_grad: bool,
+    products: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of a block of logits, with ds_ij = w_0 (p_row - positive) + w_1 (p_column - positive) given
-    log-sum-exps, sigmoid(s) - positive without them:
+    log-sum-exps, sigmoid(s) - positive without them (products: those kept by the forward):
 
     image_lse, text_lse: as `statistics` gives them.
 
@@ -281,78 +276,14 @@ def gradients(
     ):
         assert sums is not None
         return dimage, dtext, torch.sum(sums, 1, out=totals)
-    _gradient_chunks(*args, *out, totals.zero_())
+    gradient_chunks(*args, *out, totals.zero_(), products)
     return dimage, dtext, totals
-
-
-def _gradient_chunks(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    image_lse: Tensor | None,
-    text_lse: Tensor | None,
-    factor: Tensor,
-    positives: bool,
-    weights: list[float],
-    dimage: Tensor | None,
-    dtext: Tensor | None,
-    totals: Tensor,
-) -> None:
-    if dtext is not None:
-        dtext.zero_()
-    for rows, products in _chunks(image, text):
-        lse = None if image_lse is None else image_lse[:, rows].contiguous()
-        sums = totals.new_empty((2, len(products)))
-        first = rows.start if positives else len(text)
-        options: tuple[Any, ...] = (first, lse, text_lse, *weights, sums)
-        ds = products
-        if not _core.C.contrastive_gradient_rows(products, scale, bias, *options):
-            ds = _gradient_rows(products, scale, bias, *options)
-        totals += sums.sum(1)
-        if dimage is not None:
-            dimage[rows] = torch.mm(ds, _operand(text))
-        if dtext is None:
-            continue
-        part = _operand(image[rows])
-        if part.dtype == dtext.dtype:
-            dtext.addmm_(ds.t(), part)
-        else:
-            dtext += torch.mm(ds.t(), part)
-    for gradient in (dimage, dtext):
-        if gradient is not None:
-            gradient *= factor * scale
-
-
-def _gradient_rows(
-    products: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    first_positive: int,
-    image_lse: Tensor | None,
-    text_lse: Tensor | None,
-    image_weight: float,
-    text_weight: float,
-    sums: Tensor,
-) -> Tensor:
-    logits = products * scale if bias is None else products * scale + bias
-    if image_lse is None or text_lse is None:
-        ds, share = logits.sigmoid(), 1.0
-    else:
-        ds = image_weight * (logits - image_lse[0, :, None] - image_lse[1, :, None]).exp()
-        ds += text_weight * (logits - text_lse[0] - text_lse[1]).exp()
-        share = image_weight + text_weight
-    if first_positive < ds.shape[1]:
-        ds.diagonal(first_positive).sub_(share)
-    torch.sum(ds * products, 1, out=sums[0])
-    torch.sum(ds, 1, out=sums[1])
-    return ds
 
 
 def gradients_fake(
     image: Tensor, text: Tensor, scale: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    image_grad, text_grad = rest[-2:]
+    image_grad, text_grad = [x for x in rest if isinstance(x, bool)][-2:]
     dimage = scale.new_empty(image.shape if image_grad else 0)
     dtext = scale.new_empty(text.shape if text_grad else 0)
     return dimage, dtext, scale.new_empty(2)
@@ -367,12 +298,12 @@ def _clip_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 def _clip_backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dloss is None:
         return None, None, None
-    image, text, scale, image_lse, text_lse = ctx.saved_tensors
+    image, text, scale, image_lse, text_lse, products = ctx.saved_tensors
     need_image, need_text, need_scale = ctx.needs_input_grad
     factor = dloss / (2 * len(image)) if len(image) else dloss
     dimage, dtext, totals = _gradients_op(
         *(image, text, scale, None, image_lse, text_lse, factor, True, [1.0, 1.0]),
-        *(need_image, need_text),
+        *(need_image, need_text, products if products.ndim == 2 else None),
     )
     return (
         dimage.to(image.dtype) if need_image else None,
@@ -381,16 +312,21 @@ def _clip_backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | N
     )
 
 
-def _siglip_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _siglip_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs, output[1])
 
 
-def _siglip_backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-    image, text, scale, bias = ctx.saved_tensors
+def _siglip_backward(ctx: Any, dloss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dloss is None:
+        return None, None, None, None
+    image, text, scale, bias, products = ctx.saved_tensors
     need_image, need_text, need_scale, need_bias = ctx.needs_input_grad
     factor = dloss / len(image) if len(image) else dloss
     dimage, dtext, totals = _gradients_op(
-        *(image, text, scale, bias, None, None, factor, True, [1.0, 1.0]), need_image, need_text
+        *(image, text, scale, bias, None, None, factor, True, [1.0, 1.0]),
+        *(need_image, need_text, products if products.ndim == 2 else None),
     )
     return (
         dimage.to(image.dtype) if need_image else None,
@@ -403,22 +339,25 @@ def _siglip_backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
 _gradients_op = _library.define(
     "contrastive_gradients(Tensor image, Tensor text, Tensor scale, Tensor? bias, "
     "Tensor? image_lse, Tensor? text_lse, Tensor factor, bool positives, float[] weights, "
-    "bool image_grad, bool text_grad) -> (Tensor, Tensor, Tensor)",
+    "bool image_grad, bool text_grad, Tensor? products=None) -> (Tensor, Tensor, Tensor)",
     kernel=gradients,
     fake=gradients_fake,
     reference=gradients,
 )
 _clip_op = _library.define(
-    "clip_loss(Tensor image, Tensor text, Tensor logit_scale) -> (Tensor, Tensor, Tensor)",
+    "clip_loss(Tensor image, Tensor text, Tensor logit_scale) -> (Tensor, Tensor, Tensor, Tensor)",
     kernel=_clip_kernel,
+    inference=_clip_inference,
     fake=_clip_fake,
     reference=reference,
     setup_context=_clip_setup_context,
     backward=_clip_backward,
 )
 _siglip_op = _library.define(
-    "siglip_loss(Tensor image, Tensor text, Tensor logit_scale, Tensor? logit_bias) -> Tensor",
+    "siglip_loss(Tensor image, Tensor text, Tensor logit_scale, Tensor? logit_bias)"
+    " -> (Tensor, Tensor)",
     kernel=_siglip_kernel,
+    inference=_siglip_inference,
     fake=_siglip_fake,
     reference=siglip_reference,
     setup_context=_siglip_setup_context,

@@ -366,12 +366,13 @@ def _pixels_dweight_kernel(
         images, dweight, folded, None, None, grid, table, *numbers, merge
     )
     hidden_dim, columns = folded.shape[0], folded[0].numel()
-    splits = _core.C.patch_embed_splits(dy.shape[0], hidden_dim, columns)
+    splits = _core.C.patch_embed_pixels_splits(dy.shape[0], hidden_dim, columns)
     workspace = dy.new_empty((splits, hidden_dim, columns + 1), dtype=_FP32)
+    rows = dy.new_empty(dy.shape[0], (columns + 8) // 8 * 8)
     on_device = None if table is None else table.to(images.device, non_blocking=True)
     if _core.C.patch_embed_pixels_dweight(
         *(dy, images, folded, on_device, merge, *numbers, _patches.centre(images)),
-        *(workspace, dweight, dbias if bias else None),
+        *(rows, workspace, dweight, dbias if bias else None),
     ):
         return dweight, dbias
     rows = _normalised_rows(images, folded, grid, table, *numbers, merge)

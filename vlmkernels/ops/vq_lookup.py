@@ -160,8 +160,9 @@ def _backward(
     if ctx.needs_input_grad[1]:
         rows = _total(_to_z(codes, z, dcodebook_distance, ctx.metric), to_code)
         if rows is not None:
-            rows = rows.to(_sum_dtype(z))
-            dcodebook = sum_by_code(rows, indices, ctx.num_codes).to(z.dtype)
+            dcodebook = _rounded_sum_by_code(
+                rows.to(_sum_dtype(z)), indices, ctx.num_codes, z.dtype
+            )
     return dz, dcodebook, None, None
 
 
@@ -170,6 +171,22 @@ def sum_by_code(rows: Tensor, indices: Tensor, num_codes: int) -> Tensor:
     # By sorting on CUDA and in rows of vectors on the CPU; index_add_ does neither.
     sums: Tensor = torch.ops.aten.embedding_dense_backward(rows, indices, num_codes, -1, False)
     return sums
+
+
+def _rounded_sum_by_code(
+    rows: Tensor, indices: Tensor, num_codes: int, dtype: torch.dtype
+) -> Tensor:
+    """sum_by_code, rounded: where tokens are few, no codebook of sums comes first."""
+    if dtype == rows.dtype:
+        return sum_by_code(rows, indices, num_codes)
+    # Each code that occurs has the place of one of its tokens, whichever.
+    place = indices.new_empty(num_codes)
+    place[indices] = torch.arange(len(indices), device=indices.device)
+    of_token = place[indices]
+    sums = sum_by_code(rows, of_token, len(indices)).to(dtype)
+    rounded = rows.new_zeros((num_codes, rows.shape[1]), dtype=dtype)
+    rounded[indices] = sums[of_token]
+    return rounded
 
 
 def _total(a: Tensor | None, b: Tensor | None) -> Tensor | None:

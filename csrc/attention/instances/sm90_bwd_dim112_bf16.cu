@@ -2,6 +2,7 @@
 
 namespace vlmkernels {
 
-template Error attention_bwd_sm90<__nv_bfloat16, 112>(const AttentionBackwardParams&, Stream);
+template Error attention_bwd_sm90<__nv_bfloat16, 112, PlainScores>(const AttentionBackwardParams&,
+                                                                   Stream);
 
 }  // namespace vlmkernels

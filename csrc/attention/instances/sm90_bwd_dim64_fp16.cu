@@ -2,6 +2,6 @@
 
 namespace vlmkernels {
 
-template Error attention_bwd_sm90<__half, 64>(const AttentionBackwardParams&, Stream);
+template Error attention_bwd_sm90<__half, 64, PlainScores>(const AttentionBackwardParams&, Stream);
 
 }  // namespace vlmkernels

@@ -2,6 +2,6 @@
 
 namespace vlmkernels {
 
-template Error attention_bwd_sm90<__half, 96>(const AttentionBackwardParams&, Stream);
+template Error attention_bwd_sm90<__half, 96, PlainScores>(const AttentionBackwardParams&, Stream);
 
 }  // namespace vlmkernels

@@ -211,6 +211,10 @@ def test_wrong_arguments_are_named(model: Model, processor: Blip2Processor) -> N
         ({"attention_mask": torch.ones(1, 3)}, "attention_mask: expected shape"),
         ({"labels": torch.zeros(2, 3, dtype=torch.int64)}, "expected"),
         ({"inputs_embeds": torch.zeros(1, 2, 64)}, "exactly one of input_ids and inputs_embeds"),
+        (
+            {"inputs_embeds": torch.zeros(1, 2, 64), "input_ids": None},
+            "pixel_values: expected None with inputs_embeds",
+        ),
         ({"input_ids": None, "pixel_values": None}, "exactly one of input_ids and inputs_embeds"),
     ):
         with pytest.raises(ValueError, match=message):

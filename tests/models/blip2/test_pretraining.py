@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from tests.conftest import Backend
 from tests.models.blip2.conftest import pixels
 from tests.models.blip2.lavis import Lavis
 from tests.models.common import assert_compiles_and_recomputes, randomize, state_of
@@ -190,6 +192,50 @@ def test_a_checkpoint_keeps_its_training_heads(tmp_path: Path) -> None:
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("old", [False, True])
+def test_it_starts_from_bert(old: bool, tmp_path: Path) -> None:
+    """Texts alone are then read as by BERT, and words predicted as by its head."""
+    config = transformers.BertConfig(
+        vocab_size=39,  # all but [DEC]
+        hidden_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        intermediate_size=64,
+        max_position_embeddings=16,
+    )
+    bert = transformers.BertForMaskedLM(config).eval()
+    randomize(bert)
+    with torch.no_grad():
+        bert.bert.embeddings.token_type_embeddings.weight.zero_()  # the Q-Former has none
+    bert.save_pretrained(tmp_path)
+    if old:
+        state = {
+            name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+                "LayerNorm.bias", "LayerNorm.beta"
+            ): tensor
+            for name, tensor in state_of(tmp_path).items()
+        }
+        save_file(state, tmp_path / "model.safetensors")
+    model = make_model()
+    dec = model.embeddings.word_embeddings.weight[39].clone()
+    model.take_bert(tmp_path)
+    texts = model.read(IDS, MASK)
+    _, words = model.qformer(None, None, model.embed(texts), apart(0, 0, texts.packing, IDS.device))
+    logits = model.cls(words, model.embeddings.word_embeddings.weight)[:, :39]
+    expected = bert(input_ids=IDS, attention_mask=MASK).logits[MASK.bool()]
+    assert expected.std() > 0.5
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    layer = model.qformer.encoder.layer[1]
+    assert torch.equal(layer.output_query.dense.weight, layer.output.dense.weight)
+    assert torch.equal(layer.intermediate_query.dense.bias, layer.intermediate.dense.bias)
+    assert torch.equal(model.embeddings.word_embeddings.weight[39], dec)
+    save_file(
+        {"bert.encoder.layer.0.output.dense.bias": torch.ones(48)}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(ValueError, match="expected a BERT, it does not have"):
+        model.take_bert(tmp_path)
+
+
 def test_the_tied_head_of_lavis_is_read(tmp_path: Path) -> None:
     model = make_model()
     model.save_pretrained(tmp_path)
@@ -206,6 +252,28 @@ def test_gradients_recomputed_and_compiled_are_the_same() -> None:
         return value
 
     assert_compiles_and_recomputes(make_model(2), loss)
+
+
+def test_every_backend_computes_the_same_losses(backend: Backend) -> None:
+    model, inputs = make_model(), (pixels(2), IDS[:2], MASK[:2])  # of two, no choice is drawn
+    expected = model(*inputs)
+    half = copy.deepcopy(model).to(backend.device, torch.bfloat16)
+    out = half(*(x.to(backend.device) for x in inputs))
+    for name in ("loss_itc", "loss_itm", "loss_itg"):
+        ours, theirs = float(getattr(out, name).detach()), float(getattr(expected, name).detach())
+        assert ours == pytest.approx(theirs, rel=0.05), name
+
+
+def test_autocast_trains_close_to_float32() -> None:
+    model, grads = make_model(), []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            model(pixels(2), IDS[:2], MASK[:2]).loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    for name, expected in grads[0].items():
+        if not name.endswith("key.bias"):  # rounding noise
+            assert (grads[1][name] - expected).norm() < 0.15 * expected.norm(), name
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -36,6 +36,11 @@ def test_what_is_no_region_is_passed_over(answer: str) -> None:
     assert parse(f"{answer} <box>(1,2),(3,4)</box>")[-1] == Region(((1, 2), (3, 4)))
 
 
+def test_a_name_that_is_not_closed_names_nothing() -> None:
+    box = Region(((1, 2), (3, 4)))
+    assert parse(f"<ref>a {box} <ref>a cat</ref>{box}") == [box, Region(box.points, "a cat")]
+
+
 def test_as_written_in_a_prompt() -> None:
     region = Region.from_pixels([(32, 0), (320, 239.9)], width=320, height=240, ref="a cat")
     assert str(region) == "<ref>a cat</ref><box>(100,0),(999,999)</box>"

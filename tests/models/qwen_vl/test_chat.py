@@ -100,3 +100,19 @@ def test_chat_says_what_is_wrong(
     args = ["chat", "--model", str(chat_dir), "--device", "cpu"]
     code, _, err = run_command(args, monkeypatch, capsys)
     assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_a_slip_of_the_keyboard_ends_nothing(
+    chat_dir: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    keyboard = io.StringIO("/image none.png\nWhat?\n/draw out.png\nWhat?\n")
+    monkeypatch.setattr(keyboard, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdin", keyboard)
+    args = ["chat", "--model", str(chat_dir), "--device", "cpu", "--max-new-tokens", "5"]
+    code, out, err = run_command(args, monkeypatch, capsys)
+    answer = Chat(load(chat_dir), load_processor(chat_dir)).ask("What?", max_new_tokens=5)
+    assert (code, out) == (0, answer + "\n")
+    assert "none.png" in err and "/draw: expected an answer about an image" in err

@@ -110,6 +110,48 @@ def test_round_trip(tmp_path: Path) -> None:
     assert torch.equal(again(ids).logits, load_model()(ids).logits)
 
 
+@pytest.mark.parametrize("num_files", [1, 3])
+def test_published_files_are_of_pytorch(num_files: int, tmp_path: Path) -> None:
+    state = load_file(DATA / "model.safetensors")
+    names = sorted(state)
+    files = {name: f"pytorch_model-{i % num_files}.bin" for i, name in enumerate(names)}
+    if num_files == 1:
+        files = dict.fromkeys(names, "pytorch_model.bin")
+    else:
+        index = {"metadata": {"total_size": 1}, "weight_map": files}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    for file in {*files.values()}:
+        torch.save({n: state[n] for n in names if files[n] == file}, tmp_path / file)
+    shutil.copy(DATA / "config.json", tmp_path)
+    model = load(tmp_path)
+    shutil.rmtree(tmp_path)  # nothing of it is still in the files
+    assert model.dtype == torch.bfloat16
+    assert all(torch.equal(x, state[name]) for name, x in model.published_state().items())
+
+
+class Unexpected:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (Unexpected(), "pytorch_model.bin: truncated or not a file of tensors"),
+        ([torch.ones(3)], "pytorch_model.bin: expected tensors by name"),
+        ({"lm_head.weight": 3}, "pytorch_model.bin: expected tensors by name"),
+        ({"lm_head.weight": torch.ones(300, 128).int()}, "wrong dtype: lm_head.weight: .*int32"),
+    ],
+)
+def test_pytorch_files_hold_only_tensors(content: Any, message: str, tmp_path: Path) -> None:
+    shutil.copy(DATA / "config.json", tmp_path)
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="truncated or not a file of tensors"):
+        load(tmp_path)
+
+
 def test_names_are_a_bijection() -> None:
     model = load_model()
     for name in model.state_dict():

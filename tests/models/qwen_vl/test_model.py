@@ -11,10 +11,10 @@ import torch
 
 from bench.rivals.qwen_vl import PlainQwenVL
 from tests.conftest import Backend
-from tests.models.common import assert_compiles_and_recomputes
+from tests.models.common import assert_compiles_and_recomputes, randomize
 from tests.models.qwen_vl.conftest import IMG, NUM_SLOTS, load_model
 from vlmkernels.distributed import context_parallel
-from vlmkernels.models.qwen_vl import QwenVL
+from vlmkernels.models.qwen_vl import QwenVisionConfig, QwenVL, QwenVLConfig
 from vlmkernels.models.qwen_vl.language import logn_scale, ntk_alpha
 from vlmkernels.models.qwen_vl.weights import published_name
 from vlmkernels.testing.ranks import run_ranks
@@ -168,13 +168,29 @@ def test_images_of_other_sizes(model: QwenVL) -> None:
         )
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_gradients_recomputed_and_compiled_are_the_same(mode: str) -> None:
-    """Beyond seq_length: in eval mode NTK and LogN are part of the graph."""
-    model = load_model().train(mode == "train")
+def test_heads_of_the_published_width(backend: Backend) -> None:
+    """head_dim 104 in the tower, 128 in two heads of the resampler and in the language model."""
+    visual = QwenVisionConfig(28, 14, 208, 1, 2, 1.0, 256, 4, image_start_id=90)
+    config = QwenVLConfig(96, 256, 64, 1, 2, 128, seq_length=64, visual=visual)
+    model = QwenVL(config).eval()
+    randomize(model)
+    own = {published_name(n): x for n, x in model.state_dict().items()}
+    ids = torch.tensor([[90, *[92] * 4, 91, *range(9)]])
+    expected = PlainQwenVL(own, config, sdpa=True)(ids, pixel_values=pixels(1, 28)).logits
+    moved = model.to(backend.device)
+    inputs = {"input_ids": ids, "pixel_values": pixels(1, 28)}
+    logits = moved(**{name: x.to(backend.device) for name, x in inputs.items()}).logits.cpu()
+    assert expected.std() > 0.5
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_gradients_recomputed_and_compiled_are_the_same() -> None:
+    """Beyond seq_length in eval mode: NTK and LogN are part of the graph."""
     ids = torch.tensor([IMAGE + text(60)])
     labels = ids.masked_fill(ids >= IMG, -100)
-    assert_compiles_and_recomputes(model, lambda run: run(ids, labels=labels, **PIXELS_1).loss)
+    assert_compiles_and_recomputes(
+        load_model(), lambda run: run(ids, labels=labels, **PIXELS_1).loss
+    )
 
 
 def test_every_backend_computes_the_same_model(backend: Backend, model: QwenVL) -> None:

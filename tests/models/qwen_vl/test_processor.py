@@ -95,6 +95,9 @@ def test_conversations(processor: QwenVLProcessor, turn: Any) -> None:
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>"
     )
     assert text.endswith("Picture 2: <img></img>\n?<|im_end|>\n<|im_start|>assistant\n")
+    seen = [{"role": "system", "content": user(cat)["content"]}, user(dog)]
+    inputs = processor.from_messages(seen)
+    assert torch.equal(inputs["pixel_values"], processor.image([cat, dog]))
     shouting = [{"role": "system", "content": "Shout."}, user("Hi")]
     assert processor.apply_chat_template(shouting).startswith(
         "<|im_start|>system\nShout.<|im_end|>"

@@ -109,13 +109,18 @@ def test_texts_that_cannot_be_encoded(text: str, message: str) -> None:
         QwenTokenizer(make_ranks(), num_slots=8).encode(text)
 
 
+def test_only_special_tokens_are_allowed_as_such() -> None:
+    with pytest.raises(ValueError, match=r"expected special tokens, got \['dog'\]"):
+        QwenTokenizer(make_ranks()).encode("a dog", allowed_special=["dog", "<ref>"])
+
+
 def test_any_ids_decode() -> None:
     """Those of half a character, of broken images, of no token; tags of boxes stay."""
     tokenizer = QwenTokenizer(make_ranks(), num_slots=8)
     start, end = tokenizer.special["<img>"], tokenizer.special["</img>"]
     half = tokenizer.encode("é")[:1]
     assert tokenizer.decode(half) == "\ufffd"
-    for ids in ([start], [end, start], [start, 300, end], [10**6, -1], []):
+    for ids in ([start], [end, start], [start, 300, end], [start, -1, end], [10**6, -1], []):
         assert tokenizer.decode([*ids, *tokenizer.encode("dog")]).endswith("dog")
     answer = "<ref>dog</ref><box>(1,2),(3,4)</box>"
     ids = tokenizer.encode(f"<|im_start|>{answer}<|im_end|><|endoftext|>")

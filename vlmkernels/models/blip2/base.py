@@ -48,8 +48,8 @@ class Blip2Base(Pretrained):
         (batch, num_query_tokens, hidden_size)."""
         batch, count = len(image), self.config.num_query_tokens
         layout = apart(batch, count, None, image.device)
-        queries, _ = self.qformer(self.queries(batch), image, None, layout)
-        return queries  # type: ignore[no-any-return]
+        queries: Tensor = self.qformer(self.queries(batch), image, None, layout)[0]
+        return queries
 
     def take(self, other: Blip2Base) -> Self:
         """This model with every parameter that `other`, of another stage, has under the same name.

@@ -81,6 +81,8 @@ class Generative(Blip2Base, PretrainedGenerator):
             ids = self.start_ids(len(pixels))
         x = embed_text(ids, embeds, self.words)
         if ids is None:
+            if pixels is not None:
+                raise ValueError("pixel_values: expected None with inputs_embeds, got images")
             return x
         rows = None
         if pixels is not None:
@@ -142,8 +144,8 @@ class Blip2OPT(VLM, Generative):
         Args:
             pixel_values: (num_images, 3, height, width), images of all rows in order.
             input_ids: (batch, seqlen) int64, with num_query_tokens placeholders (the config's
-                image_token_index) for each image; or `inputs_embeds` (batch, seqlen, hidden_size);
-                or neither: the placeholders and a start token, the prompt for a caption.
+                image_token_index) for each image; or `inputs_embeds` (batch, seqlen, hidden_size)
+                without images; or neither: the prompt for a caption, placeholders and a start.
             attention_mask: (batch, seqlen), 0 on padding, anywhere.
             labels: (batch, seqlen), shifted here; -100 does not count. A token is never predicted
                 from padding.

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vlmkernels.models.checkpoint import WEIGHTS
 from vlmkernels.models.layers import activation
 from vlmkernels.nn import LayerNorm
 
 from .config import PRETRAINING, Blip2Config, Blip2QFormerConfig
 from .qformer import joint
 from .retrieval import FirstStage, Texts, nearest, unit
+from .weights import names_of_bert
 
 SMOOTHING = 0.1  # of the labels, in contrast and captioning
 TEMPERATURE = 0.07  # where it starts
@@ -148,6 +153,32 @@ class Blip2Pretraining(FirstStage):
         logits = self.cls(words[:count], self.embeddings.word_embeddings.weight)
         return nn.functional.cross_entropy(logits.float(), targets, label_smoothing=SMOOTHING)
 
+    @torch.no_grad()
+    def take_bert(self, path: str | Path) -> Self:
+        """Start the Q-Former from a BERT in a checkpoint directory (bert-base-uncased), as LAVIS.
+
+        Words and queries get its MLP; cross-attention, queries and projections stay as they are,
+        and so do rows of the vocabulary that BERT does not have. Raises ValueError when a weight
+        that BERT has to give is missing or of another shape; nothing is changed then.
+        """
+        own, given = dict(self.named_parameters()), {}
+        for stored, tensor in load_file(Path(path) / WEIGHTS).items():
+            for name in names_of_bert(stored):
+                if name not in own:
+                    continue
+                given[name] = tensor
+                if own[name][: len(tensor)].shape != tensor.shape:
+                    raise ValueError(
+                        f"{stored}: expected shape {(*own[name].shape,)}, got {(*tensor.shape,)}"
+                    )
+        wanted = {name for name in own if name.startswith(("qformer.", "embeddings.", "cls."))}
+        missing = sorted(x for x in wanted - given.keys() if ".crossattention." not in x)
+        if missing:
+            raise ValueError(f"{path}: expected a BERT, it does not have {missing[:5]}")
+        for name, tensor in given.items():
+            own[name][: len(tensor)].copy_(tensor)
+        return self
+
     def tied_names(self) -> Mapping[str, str]:
         # LAVIS' head has the embeddings once more.
         head = "cls.predictions."
@@ -159,18 +190,17 @@ class Blip2Pretraining(FirstStage):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if hasattr(self, "temp"):  # not yet where the base class calls this
-            self.temp.fill_(TEMPERATURE)
+        self.temp.fill_(TEMPERATURE)
 
 
 def contrast(similarity: Tensor) -> Tensor:
     """(batch, batch) logits, pairs on the diagonal: mean cross entropy of rows and of columns."""
     targets = torch.arange(len(similarity), device=similarity.device)
-    losses = (
+    of_images, of_texts = (
         nn.functional.cross_entropy(logits, targets, label_smoothing=SMOOTHING)
         for logits in (similarity, similarity.T)
     )
-    return sum(losses, start=similarity.new_zeros(())) / 2
+    return (of_images + of_texts) / 2
 
 
 def hard_negatives(similarity: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -178,7 +178,7 @@ class QFormer(nn.Module):
 
 
 class TextEmbeddings(nn.Module):
-    """Word plus position: input_ids (batch, seqlen) -> packed (num_words, hidden_size)."""
+    """Word plus position: ids and places (num_words,) -> (num_words, hidden_size)."""
 
     def __init__(self, config: Blip2QFormerConfig) -> None:
         super().__init__()

@@ -53,7 +53,6 @@ class FirstStage(Blip2Base):
         self.vision_projection = nn.Linear(width, dim)
         self.text_projection = nn.Linear(width, dim)
         self.itm_head = nn.Linear(width, 2)
-        self.reset_parameters()
 
     def encode_image(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """(num_images, num_query_tokens, image_text_hidden_size) of unit length."""
@@ -114,6 +113,10 @@ class Blip2Retrieval(FirstStage):
 
     architecture = RETRIEVAL
 
+    def __init__(self, config: Blip2Config) -> None:
+        super().__init__(config)
+        self.reset_parameters()
+
     def forward(
         self,
         pixel_values: Tensor,
@@ -158,4 +161,4 @@ def nearest(image: Tensor, text: Tensor) -> Tensor:
     """image (num_images, num_queries, dim), text (num_texts, dim) -> (num_images, num_texts): the
     largest product of a text with one of an image's queries."""
     products: Tensor = image @ text.T
-    return products.amax(dim=1)
+    return products.max(dim=1).values

@@ -16,7 +16,7 @@ COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e
 
 _POINT = r"\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)\s*"
 _TAG = re.compile(
-    r"<ref>(?P<ref>.*?)</ref>"
+    r"<ref>(?P<ref>(?:(?!<(?:ref|box|quad)>).)*?)</ref>"
     rf"|<box>{_POINT},{_POINT}</box>"
     rf"|<quad>{','.join([_POINT] * 4)}</quad>",
     re.DOTALL,

@@ -130,14 +130,15 @@ class QwenVLProcessor(ChatProcessor):
             return self.tokenizer.encode(turns[0][0].text), [*turns[0][0].images]
         newline = self.tokenizer.encode("\n")
         ids = [[i for m in turn for i in newline + self._encode(m)] for turn in turns]
-        head = self._encode(Message("system", system))
+        head = self._encode(system)
         first, size = len(turns) - 1, len(head)  # the last turn, the question, always stays
         while first and size + len(ids[first - 1]) < self.max_window_size:
             first -= 1
             size += len(ids[first])
         start = [self.tokenizer.special[IM_START], *self.tokenizer.encode("assistant"), *newline]
         tokens = [*head, *(i for turn in ids[first:] for i in turn), *newline, *start]
-        return tokens, [x for turn in turns[first:] for m in turn for x in m.images]
+        kept = [system, *(message for turn in turns[first:] for message in turn)]
+        return tokens, [image for message in kept for image in message.images]
 
     def apply_chat_template(self, messages: Sequence[Json], **_: Any) -> str:
         """The conversation as text, to look at; `from_messages` makes the tokens."""
@@ -155,15 +156,15 @@ class QwenVLProcessor(ChatProcessor):
         pixels = {"pixel_values": self.image(images)} if images else {}
         return self.tokenizer.pad(rows, padding_side) | pixels
 
-    def _turns(self, messages: Sequence[Json]) -> tuple[str, list[list[Message]]]:
-        """The system's text, and what belongs together: a question and the answer to it."""
-        system, count = SYSTEM, 0
+    def _turns(self, messages: Sequence[Json]) -> tuple[Message, list[list[Message]]]:
+        """The system's message, and what belongs together: a question and the answer to it."""
+        system, count = Message("system", SYSTEM), 0
         turns: list[list[Message]] = []
         for i, raw in enumerate(messages):
             message = self._read(raw, count)
             count += len(message.images)
             if message.role == "system" and i == 0:
-                system = message.text
+                system = message
             elif message.role == "user" and (not turns or len(turns[-1]) == 2):
                 turns.append([message])
             elif message.role == "assistant" and turns and len(turns[-1]) == 1:

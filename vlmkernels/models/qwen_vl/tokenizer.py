@@ -16,7 +16,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from vlmkernels.models.checkpoint import Json, read_json, write_json
+from vlmkernels.models.checkpoint import Json, read_json, write_json, write_text
 from vlmkernels.models.tokenizer import Tokenizer
 
 VOCAB_FILE, CONFIG_FILE = "qwen.tiktoken", "tokenizer_config.json"
@@ -70,8 +70,8 @@ class QwenTokenizer(Tokenizer):
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         ranks = self.bytes_of[: self.special[END_OF_TEXT]]
-        lines = (b"%s %d\n" % (base64.b64encode(token), i) for i, token in enumerate(ranks))
-        (path / VOCAB_FILE).write_bytes(b"".join(lines))
+        lines = (f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(ranks))
+        write_text(path / VOCAB_FILE, "".join(lines))
         write_json(path / CONFIG_FILE, {"tokenizer_class": "QWenTokenizer"} | self.config)
 
     def __len__(self) -> int:
@@ -98,13 +98,15 @@ class QwenTokenizer(Tokenizer):
 
         Raises:
             ValueError: an <img> without </img>, a path of more than num_slots bytes, a special
-                token in it, half a surrogate pair.
+                token in it, half a surrogate pair, an unknown token in allowed_special.
         """
         text = unicodedata.normalize("NFC", text)
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"text: expected Unicode text: {error}") from error
+        if unknown := sorted(set(allowed_special) - self.special.keys()):
+            raise ValueError(f"allowed_special: expected special tokens, got {unknown}")
         parts = [text]
         if allowed_special:
             pattern = "|".join(re.escape(token) for token in allowed_special)
@@ -160,7 +162,7 @@ class QwenTokenizer(Tokenizer):
         for start, stop in self._images(ids):
             slots = ids[start + 1 : max(stop, 0)]
             path = slots[: slots.index(pad)] if pad in slots else slots
-            if stop < 0 or any(i >= 256 for i in path):
+            if stop < 0 or any(not 0 <= i < 256 for i in path):
                 continue
             yield from ids[end : start + 1]
             yield from (self.bytes_of.index(bytes([i])) for i in path)

@@ -281,6 +281,7 @@ class T5Language(nn.Module):
     """Encoder, decoder and head under the published names, for whatever embeddings come in.
 
     Padding never reaches a kernel. Training: `forward`. Generation: `encode`, `start`, then `step`.
+    Inside of `context_parallel` every rank still computes the whole batch.
     """
 
     def __init__(self, config: T5Config) -> None:

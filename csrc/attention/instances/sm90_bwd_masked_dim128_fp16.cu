@@ -1,0 +1,8 @@
+#include "attention/attention_bwd_sm90.cuh"
+
+namespace vlmkernels {
+
+template Error attention_bwd_sm90<__half, 128, MaskedScores>(const AttentionBackwardParams&,
+                                                             Stream);
+
+}  // namespace vlmkernels
