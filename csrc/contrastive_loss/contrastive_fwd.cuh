@@ -23,8 +23,10 @@ struct Lse {
 template <class F>
 __device__ Lse merge(int count, F&& part) {
     Lse all{negative_infinity(), 0};
+#pragma unroll 4
     for (int n = 0; n < count; ++n) all.max = fmaxf(all.max, part(n).max);
     const float offset = all.max == negative_infinity() ? 0 : all.max;
+#pragma unroll 4
     for (int n = 0; n < count; ++n) all.sum += part(n).sum * exp2_approx(part(n).max - offset);
     return all;
 }
