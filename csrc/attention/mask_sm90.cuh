@@ -38,8 +38,8 @@ struct alignas(2 * sizeof(T)) Pair {
 template <int kN, class T, class F>
 __device__ void for_pairs(const T* at, int count, T missing, F&& f) {
     constexpr int kBatch = kN < 16 ? 4 : 8;
-    const bool fast =
-        __all_sync(~0u, reinterpret_cast<uintptr_t>(at) % sizeof(Pair<T>) == 0 && count >= kN * 8);
+    const bool fast = __all_sync(
+        ~0u, reinterpret_cast<uintptr_t>(at) % sizeof(Pair<T>) == 0 && count >= kN * 8 - 6);
 #pragma unroll
     for (int n0 = 0; n0 < kN; n0 += kBatch) {
         Pair<T> pairs[kBatch];
