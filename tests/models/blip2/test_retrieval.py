@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import save_file
 
 from tests.models.blip2.conftest import pixels
-from tests.models.common import assert_grads_match, state_of
-from vlmkernels.models import load
+from tests.models.common import assert_grads_match, picture, run_command, state_of
+from vlmkernels.models import load, load_processor
 from vlmkernels.models.blip2 import Blip2Config, Blip2Pretraining, Blip2Retrieval
 
 
@@ -107,6 +108,19 @@ def test_the_names_tell_what_an_old_config_does_not(retrieval_dir: Path, tmp_pat
     model = load(path)
     assert isinstance(model, Blip2Retrieval) and not isinstance(model, Blip2Pretraining)
     assert model.config.to_dict()["architectures"] == ["Blip2ForImageTextRetrieval"]
+    assert load_processor(path).image_token_id is None
+
+
+def test_the_command_line_wants_one_that_answers(
+    retrieval_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Image.fromarray(picture(9, 9)).save(tmp_path / "a.png")
+    args = ["ask", "--model", str(retrieval_dir), "--image", str(tmp_path / "a.png"), "What?"]
+    code, _, err = run_command([*args, "--device", "cpu"], monkeypatch, capsys)
+    assert code == 2 and "model: expected one that answers in text" in err
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
