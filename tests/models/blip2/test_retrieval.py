@@ -13,7 +13,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import save_file
 
-from tests.models.blip2.conftest import pixels
+from tests.models.blip2.conftest import pixels, write_tokenizer
 from tests.models.common import assert_grads_match, picture, run_command, state_of
 from vlmkernels.models import load, load_processor
 from vlmkernels.models.blip2 import Blip2Config, Blip2Pretraining, Blip2Retrieval
@@ -102,6 +102,7 @@ def test_the_names_tell_what_an_old_config_does_not(retrieval_dir: Path, tmp_pat
     path = Path(shutil.copytree(retrieval_dir, tmp_path / "old"))
     raw = json.loads((path / "config.json").read_text())
     del raw["architectures"]
+    write_tokenizer(path, "bert")
     (path / "config.json").write_text(json.dumps(raw))
     index = {"embeddings.position_ids": torch.arange(16)[None]}  # older files hold it
     save_file(state_of(path) | index, path / "model.safetensors")
@@ -117,8 +118,10 @@ def test_the_command_line_wants_one_that_answers(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    path = Path(shutil.copytree(retrieval_dir, tmp_path / "model"))
+    write_tokenizer(path, "bert")
     Image.fromarray(picture(9, 9)).save(tmp_path / "a.png")
-    args = ["ask", "--model", str(retrieval_dir), "--image", str(tmp_path / "a.png"), "What?"]
+    args = ["ask", "--model", str(path), "--image", str(tmp_path / "a.png"), "What?"]
     code, _, err = run_command([*args, "--device", "cpu"], monkeypatch, capsys)
     assert code == 2 and "model: expected one that answers in text" in err
 
