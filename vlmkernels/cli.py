@@ -81,7 +81,7 @@ def ask(
         raise ValueError(f"model: expected one that answers in text, got {model}")
     options = {} if video_fps is None else {"video_fps": video_fps}
     inputs = processor.from_messages([message], **options)
-    loaded = load(model, dtype=computed_in, device=where)
+    loaded = _generator(load(model, dtype=computed_in, device=where), model)
     tensors: dict[str, Any] = {name: x.to(where) for name, x in inputs.items()}
     steps = loaded.generate_steps(
         max_new_tokens=max_new_tokens,
@@ -103,6 +103,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="Length of an answer at most.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float | None, typer.Option(help="Sample from this share.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Repeats sampled answers.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; a GPU if there is one.")] = "",
     dtype: Annotated[str, typer.Option(help="bfloat16, ...; the checkpoint's if empty.")] = "",
 ) -> None:
@@ -110,13 +111,16 @@ def chat(
     "/draw FILE" saves the last with the boxes of the answer; an empty line ends."""
     from vlmkernels.models import load, load_processor
     from vlmkernels.models.chat import Chat, ChatProcessor
+    from vlmkernels.models.generation import Sampling
 
     where, computed_in = _device(device), _dtype(dtype)
+    Sampling(temperature, None, top_p).expect_drawing(seed=seed)  # before the long loading
     processor = load_processor(model)
     if not isinstance(processor, ChatProcessor):
         raise ValueError(f"model: expected one that answers in text, got {model}")
-    talk = Chat(load(model, dtype=computed_in, device=where), processor, system)
-    options = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+    loaded = _generator(load(model, dtype=computed_in, device=where), model)
+    talk = Chat(loaded, processor, system)
+    options = {"temperature": temperature, "top_p": top_p, "seed": seed}
     shown: list[Path] = list(image or [])
     for line in iter(sys.stdin.readline, ""):
         command, _, rest = line.strip().partition(" ")
@@ -128,15 +132,26 @@ def chat(
             elif command == "/draw":
                 _draw(talk, Path(rest))
             else:
-                for piece in talk.stream(line.strip(), shown, **options):
+                for piece in talk.stream(
+                    line.strip(), shown, max_new_tokens=max_new_tokens, **options
+                ):
                     print(piece, end="", flush=True)
                 print()
                 shown = []
         except (ValueError, OSError) as error:
             if not sys.stdin.isatty():
                 raise
-            print(error, file=sys.stderr)
+            dropped = f" ({len(shown)} images to show are dropped)" if shown else ""
+            print(f"{error}{dropped}", file=sys.stderr)
             shown = []
+
+
+def _generator(loaded: Any, path: Path) -> Any:
+    from vlmkernels.models.generation import Generates
+
+    if not isinstance(loaded, Generates):
+        raise ValueError(f"model: expected one that answers in text, got {path}")
+    return loaded
 
 
 def _draw(talk: Chat, file: Path) -> None:

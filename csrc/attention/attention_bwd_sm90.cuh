@@ -127,11 +127,14 @@ struct BwdConsumer {
     __device__ void release_block() {
         if (lane == 0) shared.y_barriers().release({sums_stage(), 0});
     }
+    // The warp converges before lane 0 gives away what all lanes have read.
     __device__ void release_end() {  // the stage that holds no block
+        __syncwarp();
         if (lane == 0) shared.y_barriers().release(y_at);
         y_at.advance();
     }
     __device__ void release_rows() {
+        __syncwarp();
         if (lane == 0) shared.x_barriers().release(x_at);
         x_at.advance();
     }

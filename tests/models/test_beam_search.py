@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -146,7 +147,14 @@ def test_streaming_is_refused(opt: tuple[OPT, Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_beams": 0}, "num_beams: expected at least 1, got 0"),
+        ({"num_beams": 0}, "num_beams: expected a positive integer, got 0"),
+        ({"num_beams": 2.0}, "num_beams: expected a positive integer, got 2.0"),
+        ({"num_beams": "3"}, "num_beams: expected a positive integer, got '3'"),
+        ({"num_beams": 2, "num_return_sequences": 1.0}, "num_return_sequences: expected a pos"),
+        ({"num_beams": 2, "length_penalty": "1"}, "length_penalty: expected a number, got '1'"),
+        ({"num_beams": 2, "early_stopping": 1}, "early_stopping: expected True, False or"),
+        ({"eos_token_id": 96, "min_new_tokens": 2}, "eos_token_id: expected below vocab_size = 96"),
+        ({"eos_token_id": [5, 99], "num_beams": 2}, "eos_token_id: expected .* 96, got 99"),
         ({"length_penalty": 2.0}, "length_penalty, early_stopping: expected together with"),
         ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping: expected True, False or"),
         ({"num_beams": 2, "num_return_sequences": 3}, "expected from 1 to num_beams 2, got 3"),
@@ -161,3 +169,20 @@ def test_streaming_is_refused(opt: tuple[OPT, Any]) -> None:
 def test_bad_options_are_named(options: Any, message: str, opt: tuple[OPT, Any]) -> None:
     with pytest.raises(ValueError, match=message):
         opt[0].generate(test_opt.IDS, **{"max_new_tokens": 20} | options)
+
+
+@pytest.mark.parametrize("name", ["opt", "t5"])
+def test_unknown_keywords_are_those_of_generate(name: str, request: pytest.FixtureRequest) -> None:
+    model, _ = request.getfixturevalue(name)
+    for option in ("do_sample", "max_length"):
+        message = rf"^generate\(\) got an unexpected keyword argument '{option}'"
+        with pytest.raises(TypeError, match=message):
+            model.generate(test_opt.IDS, **{option: 5})
+
+
+@pytest.mark.parametrize("name", ["opt", "t5"])
+def test_inputs_go_to_the_models_device(name: str, request: pytest.FixtureRequest) -> None:
+    model = copy.deepcopy(request.getfixturevalue(name)[0]).to("meta")
+    model.prefill = lambda max_new_tokens, input_ids: (input_ids.new_zeros(3, 96).float(), None)
+    out = model.generate(test_opt.IDS, max_new_tokens=1)
+    assert test_opt.IDS.device.type == "cpu" and out.device.type == "meta"

@@ -255,3 +255,9 @@ def test_wrong_arguments_are_named(model: T5) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             model(**arguments)
+    for labels, error, message in (
+        (LABELS[0], ValueError, r"^labels: expected shape \(batch, seqlen\), got \(21,\)"),
+        (LABELS.float(), TypeError, "^labels: expected int32 or int64, got torch.float32"),
+    ):
+        with pytest.raises(error, match=message):
+            model(IDS, labels=labels)

@@ -9,6 +9,7 @@ from typing import Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from vlmkernels.models.fields import COUNT, FLAG_OR_NEVER, NUMBER, expect
 from vlmkernels.models.rules import Rules
 
 NEVER = -1e9  # the score of what must not be chosen
@@ -31,19 +32,15 @@ class Beams:
     num_return_sequences: int = 1
 
     def __post_init__(self) -> None:
-        if self.num_beams < 1:
-            raise ValueError(f"num_beams: expected at least 1, got {self.num_beams}")
-        if self.early_stopping not in (True, False, "never"):
-            raise ValueError(
-                f'early_stopping: expected True, False or "never", got {self.early_stopping!r}'
-            )
-        if not 1 <= self.num_return_sequences <= self.num_beams:
+        expect("num_beams", self.num_beams, COUNT)
+        expect("length_penalty", self.length_penalty, NUMBER)
+        expect("early_stopping", self.early_stopping, FLAG_OR_NEVER)
+        expect("num_return_sequences", self.num_return_sequences, COUNT)
+        if self.num_return_sequences > self.num_beams:
             raise ValueError(
                 f"num_return_sequences: expected from 1 to num_beams {self.num_beams}, "
                 f"got {self.num_return_sequences}"
             )
-        if not -torch.inf < self.length_penalty < torch.inf:
-            raise ValueError(f"length_penalty: expected a number, got {self.length_penalty}")
         if self.num_beams == 1 and (self.length_penalty != 1 or self.early_stopping):
             raise ValueError("length_penalty, early_stopping: expected together with num_beams > 1")
 

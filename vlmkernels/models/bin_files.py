@@ -1,10 +1,12 @@
 """Weights in PyTorch's own files (.bin), as checkpoints before safetensors have them.
 
-Only tensors are unpickled (weights_only=True), and they stay in the file until they are read.
+Only tensors are unpickled (weights_only=True), and they stay in the file until they are read; those
+of a file in the format before torch 1.6, which is no zip, are read at once.
 """
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,8 @@ class BinFile:
 
     def __init__(self, file: Path) -> None:
         try:
-            content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            mmap = zipfile.is_zipfile(file)
+            content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
         except Exception as error:  # pickle raises nearly anything
             raise ValueError(f"{file}: truncated or not a file of tensors: {error}") from error
         if not isinstance(content, dict) or not all(

@@ -111,6 +111,14 @@ def read_headers(path: Path, rename: Rename, weights: str = WEIGHTS) -> dict[str
     return stored
 
 
+def read_tensors(path: Path, weights: str = WEIGHTS) -> Iterator[tuple[str, Tensor]]:
+    """What the weight files of a checkpoint directory hold, by the names in them."""
+    for file in _files(path, weights):
+        with _open(file) as shard:
+            for name in shard.keys():  # noqa: SIM118  (not a mapping)
+                yield name, shard.get_tensor(name)
+
+
 def _files(path: Path, weights: str) -> list[Path]:
     """The shards of the first index that is there, or else one file."""
     for index, single in ((INDEX, weights), (BIN_INDEX, BIN_WEIGHTS)):

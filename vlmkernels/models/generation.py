@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic
 
@@ -98,18 +99,20 @@ class Generates(ABC, Generic[State]):
     def decode(self, tokens: Tensor, state: State) -> Tensor:
         """One more token (batch,) of every row -> logits (batch, vocab_size) of the next."""
 
-    def before_answer(self, input_ids: Tensor | None, batch: int) -> Tensor:
+    def before_answer(self, inputs: Mapping[str, Any], batch: int) -> Tensor:
         """(batch, n) ids that `generate` returns in front of the new tokens: the prompt's."""
-        if input_ids is None:  # it came as inputs_embeds
+        ids: Tensor | None = inputs.get("input_ids")
+        if ids is None:  # it came as inputs_embeds
             return torch.empty(batch, 0, dtype=torch.int64, device=self.device)
-        return input_ids
+        return ids
 
     def generate(self, input_ids: Tensor | None = None, **options: Any) -> Tensor:
         """Prompt and new tokens, (batch, seqlen + num_new), as transformers returns them.
 
         Args:
-            input_ids, attention_mask, pixel_values, ...: as of `forward`. Rows may be padded on
-                either side; the new tokens are appended to the padded row.
+            input_ids, attention_mask, pixel_values, ...: as of `forward`, on any device: they are
+                moved to the model's. Rows may be padded on either side; the new tokens are appended
+                to the padded row.
             num_beams, length_penalty, early_stopping: beam search, see `Beams`; 1 for none.
             num_return_sequences: so many rows for each prompt, the best first; with beams.
             max_new_tokens: at most so many (128); fewer when every row has ended.
@@ -122,6 +125,7 @@ class Generates(ABC, Generic[State]):
         Raises:
             ValueError: naming the argument; so too when top_k, top_p, seed or generator comes at
                 temperature 0, where nothing is drawn, or an option of beams without them.
+            TypeError: a keyword that neither `generate` nor the model knows.
         """
         names = {field.name for field in dataclasses.fields(Beams)}
         beams = Beams(**{name: options.pop(name) for name in names & options.keys()})
@@ -132,8 +136,8 @@ class Generates(ABC, Generic[State]):
             rules, logits, state, seen = self._begin(input_ids=input_ids, **options)
             new = beam_search(logits, state, self.decode, beams, rules, seen)
         count = beams.num_return_sequences
-        before = self.before_answer(input_ids, len(new) // count)
-        return torch.cat([before.repeat_interleave(count, dim=0), new], dim=1)
+        before = self.before_answer({"input_ids": input_ids, **options}, len(new) // count)
+        return torch.cat([before.to(new.device).repeat_interleave(count, dim=0), new], dim=1)
 
     def generate_steps(
         self,
@@ -180,15 +184,23 @@ class Generates(ABC, Generic[State]):
         **inputs: Any,
     ) -> tuple[Rules, Tensor, State, Tensor | None]:
         """The rules, and what they and the model make of the prompt."""
+        this: Any = self
+        known = inspect.signature(getattr(this, "inputs_class", this.forward)).parameters
+        if unknown := [name for name in inputs if name not in known]:
+            raise TypeError(f"generate() got an unexpected keyword argument {unknown[0]!r}")
+        inputs = {k: x.to(self.device) if isinstance(x, Tensor) else x for k, x in inputs.items()}
         eos_ids = self._eos_token_ids(eos_token_id)
         pad_id = self._pad_token_id(pad_token_id, eos_ids)
         eos = torch.tensor(eos_ids, dtype=torch.int64, device=self.device)
         rules = Rules(eos, pad_id, max_new_tokens, min_new_tokens, repetition_penalty)
         logits, state = self.prefill(max_new_tokens, **inputs)
-        ids = inputs.get("input_ids")
-        before = self.before_answer(ids, len(logits))
-        mask = inputs.get("attention_mask") if before is ids else None
-        return rules, logits, state, rules.seen(before, mask, logits.shape[-1])
+        if max(eos_ids, default=0) >= (vocab_size := logits.shape[-1]):
+            raise ValueError(
+                f"eos_token_id: expected below vocab_size = {vocab_size}, got {max(eos_ids)}"
+            )
+        before = self.before_answer(inputs, len(logits))
+        mask = inputs.get("attention_mask") if before is inputs.get("input_ids") else None
+        return rules, logits, state, rules.seen(before, mask, vocab_size)
 
     def _eos_token_ids(self, given: int | Sequence[int] | None) -> list[int]:
         if given is None:

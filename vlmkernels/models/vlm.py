@@ -186,15 +186,20 @@ class VLM(Generates[DecodeState], PretrainedGenerator):
 
 def expect_ids(ids: Tensor, vocab_size: int, name: str = "input_ids") -> None:
     """Token ids (batch, seqlen) that the embedding has; else ValueError or TypeError."""
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}: expected int32 or int64, got {ids.dtype}")
-    if ids.ndim != 2 or ids.numel() == 0:
-        raise ValueError(f"{name}: expected shape (batch, seqlen), got {tuple(ids.shape)}")
+    expect_id_grid(ids, name)
     # On a GPU the values are not looked at: that would stall every batch.
     if looks_at(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
         raise ValueError(
             f"{name}: expected in [0, {vocab_size}), got {int(ids.min())} to {int(ids.max())}"
         )
+
+
+def expect_id_grid(ids: Tensor, name: str) -> None:
+    """(batch, seqlen) of integers; else ValueError or TypeError."""
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected int32 or int64, got {ids.dtype}")
+    if ids.ndim != 2 or ids.numel() == 0:
+        raise ValueError(f"{name}: expected shape (batch, seqlen), got {tuple(ids.shape)}")
 
 
 def looks_at(x: Tensor) -> bool:

@@ -125,7 +125,7 @@ def statistics(
     it would be rounded to the digits of the largest logit, and so would every probability.
 
     positives: pair (i, i) is positive; otherwise no pair of the block is, and the third is empty.
-    products: from `_products_for`; filled.
+    products: from `products_for`; filled.
     """
     image, text = image.contiguous(), text.contiguous()
     image_lse, text_lse = _lse_of(image, scale), _lse_of(text, scale)

@@ -177,8 +177,8 @@ def _rounded_sum_by_code(
     rows: Tensor, indices: Tensor, num_codes: int, dtype: torch.dtype
 ) -> Tensor:
     """sum_by_code, rounded: where tokens are few, no codebook of sums comes first."""
-    if dtype == rows.dtype:
-        return sum_by_code(rows, indices, num_codes)
+    if dtype == rows.dtype or len(indices) >= num_codes:
+        return sum_by_code(rows, indices, num_codes).to(dtype)
     # Each code that occurs has the place of one of its tokens, whichever.
     place = indices.new_empty(num_codes)
     place[indices] = torch.arange(len(indices), device=indices.device)

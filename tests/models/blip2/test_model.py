@@ -141,6 +141,10 @@ def test_a_caption_is_the_answer_to_an_empty_prompt(
     before = 1 if isinstance(model, Blip2T5) else 5
     pieces = list(stream_text(processor.tokenizer, steps))
     assert "".join(pieces) == processor.tokenizer.decode(new[before:])
+    if isinstance(model, Blip2OPT):  # ids that nobody gave do not come back
+        embeds = torch.randn(2, 5, model.config.text.hidden_size)
+        out = model.generate(inputs_embeds=embeds, max_new_tokens=3, eos_token_id=())
+        assert out.shape == (2, 3)
 
 
 def test_other_sizes_of_images(model: Model, hf_model: Any, processor: Blip2Processor) -> None:

@@ -229,6 +229,11 @@ def test_it_starts_from_bert(old: bool, tmp_path: Path) -> None:
     assert torch.equal(layer.output_query.dense.weight, layer.output.dense.weight)
     assert torch.equal(layer.intermediate_query.dense.bias, layer.intermediate.dense.bias)
     assert torch.equal(model.embeddings.word_embeddings.weight[39], dec)
+    binary = tmp_path / "bin"  # as older checkpoints have it
+    binary.mkdir()
+    torch.save(state_of(tmp_path), binary / "pytorch_model.bin")
+    again = make_model().take_bert(binary)
+    assert all(torch.equal(x, parameters(again)[name]) for name, x in parameters(model).items())
     save_file(
         {"bert.encoder.layer.0.output.dense.bias": torch.ones(48)}, tmp_path / "model.safetensors"
     )
@@ -282,6 +287,8 @@ def test_wrong_arguments_are_named() -> None:
         ((pixels(1), IDS[:1]), "expected at least two images, one for each text, got 1 and 1"),
         ((pixels(3), IDS), "got 3 and 4 texts"),
         ((pixels(4), IDS, torch.zeros_like(IDS)), "expected a token in every row"),
+        ((pixels(4), IDS, MASK[:, 1:]), r"attention_mask: expected shape \(4, 7\), got \(4, 6\)"),
+        ((pixels(4), IDS[0]), r"input_ids: expected shape \(batch, seqlen\), got \(7,\)"),
     ):
         with pytest.raises(ValueError, match=message):
             model(*args)

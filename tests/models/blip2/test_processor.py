@@ -68,6 +68,13 @@ def test_a_conversation_is_questions_and_answers(processor: Blip2Processor) -> N
     assert torch.equal(inputs["input_ids"], processor(expected)["input_ids"])
     assert len(inputs["pixel_values"]) == 1
     assert processor.apply_chat_template([{"role": "user", "content": [cat]}]) == ""
+    more[1]["content"] = " a cat\n"  # as a model says it
+    assert processor.apply_chat_template(more) == expected
+    with pytest.raises(ValueError, match="expected user and assistant, got system"):
+        processor.from_messages([{"role": "system", "content": "Be short."}, question])
+    for pictures in (0, 2):
+        with pytest.raises(ValueError, match=f"images: expected 1 .*, got {pictures}"):
+            processor("a", [picture(9, 9)] * pictures)
 
 
 def test_a_saved_processor_is_the_same(
@@ -100,6 +107,22 @@ def test_texts_of_the_first_stage(tmp_path: Path) -> None:
     cut = processor(texts[1], max_length=4)["input_ids"][0]
     whole = processor(texts[1])["input_ids"][0]
     assert torch.equal(cut, torch.cat([whole[:3], whole[-1:]]))
+    with pytest.raises(ValueError, match="max_length: expected a positive integer, got 0"):
+        processor(texts, max_length=0)
+
+
+def test_a_text_is_cut_as_transformers_cuts_it(processor: Blip2Processor) -> None:
+    """These tokenizers put a token in front (OPT) or behind (T5)."""
+    whole = processor.tokenizer.encode("two red cars", add_special_tokens=True)
+    words = processor.tokenizer.encode("two red cars")
+    behind = whole[-1] != words[-1]
+    for length in range(2, len(whole) + 1):
+        ids = processor("two red cars", max_length=length)["input_ids"][0].tolist()
+        kept = [i for i in ids if i != processor.image_token_id]
+        if behind:
+            assert kept == whole[: length - 1] + whole[-1:]
+        else:
+            assert kept == whole[:length]
 
 
 def test_real_pictures_end_to_end(model: Blip2OPT | Blip2T5, processor: Blip2Processor) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import save_file
 
-from tests.models.blip2.conftest import pixels
-from tests.models.common import assert_grads_match, state_of
-from vlmkernels.models import load
+from tests.models.blip2.conftest import pixels, write_tokenizer
+from tests.models.common import assert_grads_match, picture, run_command, state_of
+from vlmkernels.models import load, load_processor
 from vlmkernels.models.blip2 import Blip2Config, Blip2Pretraining, Blip2Retrieval
 
 
@@ -101,12 +102,28 @@ def test_the_names_tell_what_an_old_config_does_not(retrieval_dir: Path, tmp_pat
     path = Path(shutil.copytree(retrieval_dir, tmp_path / "old"))
     raw = json.loads((path / "config.json").read_text())
     del raw["architectures"]
+    write_tokenizer(path, "bert")
     (path / "config.json").write_text(json.dumps(raw))
     index = {"embeddings.position_ids": torch.arange(16)[None]}  # older files hold it
     save_file(state_of(path) | index, path / "model.safetensors")
     model = load(path)
     assert isinstance(model, Blip2Retrieval) and not isinstance(model, Blip2Pretraining)
     assert model.config.to_dict()["architectures"] == ["Blip2ForImageTextRetrieval"]
+    assert load_processor(path).image_token_id is None
+
+
+def test_the_command_line_wants_one_that_answers(
+    retrieval_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = Path(shutil.copytree(retrieval_dir, tmp_path / "model"))
+    write_tokenizer(path, "bert")
+    Image.fromarray(picture(9, 9)).save(tmp_path / "a.png")
+    args = ["ask", "--model", str(path), "--image", str(tmp_path / "a.png"), "What?"]
+    code, _, err = run_command([*args, "--device", "cpu"], monkeypatch, capsys)
+    assert code == 2 and "model: expected one that answers in text" in err
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -28,12 +30,19 @@ def test_regions_of_an_answer() -> None:
     [
         *("", "<ref>a</ref>", "<box></box>", "<box>(1,2)</box>", "<box>(1,2),(3,4)"),
         *("<box>(1,2),(3,4),(5,6)</box>", "<box>(1,x),(3,4)</box>", "(1,2),(3,4)"),
+        *(
+            f"<box>(1,2),(3,{'9' * 5000})</box>",
+            "<box>(1,2),(3,1001)</box>",
+            "<box>(1,2),(3,٤)</box>",
+        ),
         *("<box>(1,2),(3,-4)</box>", "<quad>(1,2),(3,4)</quad>", "<box>(1,2),(3,4)</quad>"),
     ],
 )
 def test_what_is_no_region_is_passed_over(answer: str) -> None:
     assert parse(answer) == []
     assert parse(f"{answer} <box>(1,2),(3,4)</box>")[-1] == Region(((1, 2), (3, 4)))
+    white = Image.new("RGB", (40, 40), "white")
+    assert draw(white, answer).tobytes() == white.tobytes()
 
 
 def test_a_name_that_is_not_closed_names_nothing() -> None:
@@ -52,6 +61,16 @@ def test_as_written_in_a_prompt() -> None:
     assert parse(str(quad)) == [quad]
     with pytest.raises(ValueError, match="points: expected 2 or 4, got 3"):
         Region(((1, 2), (3, 4), (5, 6)))
+
+
+@pytest.mark.parametrize("length", [0, -3, float("nan"), float("inf")])
+def test_a_picture_without_a_size_is_named(length: Any) -> None:
+    with pytest.raises(ValueError, match=f"width: expected a positive number, got {length}"):
+        Region.from_pixels([(0, 0), (1, 1)], length, 20)
+    with pytest.raises(ValueError, match=f"height: expected a positive number, got {length}"):
+        Region.from_pixels([(0, 0), (1, 1)], 20, length)
+    with pytest.raises(ValueError, match="points: expected numbers, got nan"):
+        Region.from_pixels([(0, 0), (1, float("nan"))], 20, 20)
 
 
 def test_boxes_are_drawn_where_they_are() -> None:

@@ -102,6 +102,14 @@ def test_chat_says_what_is_wrong(
     assert code == 2 and message in err and err.count("\n") == 1
 
 
+def test_chat_looks_at_its_options_before_it_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["chat", "--model", str(tmp_path / "none"), "--device", "cpu", "--top-p", "0.5"]
+    code, _, err = run_command(args, monkeypatch, capsys)
+    assert code == 2 and "top_p: expected together with temperature > 0" in err
+
+
 def test_a_slip_of_the_keyboard_ends_nothing(
     chat_dir: Path,
     folder: Path,

@@ -129,6 +129,17 @@ def test_published_files_are_of_pytorch(num_files: int, tmp_path: Path) -> None:
     assert all(torch.equal(x, state[name]) for name, x in model.published_state().items())
 
 
+def test_files_of_older_pytorch_are_read(tmp_path: Path) -> None:
+    state, file = load_file(DATA / "model.safetensors"), tmp_path / "pytorch_model.bin"
+    shutil.copy(DATA / "config.json", tmp_path)
+    torch.save(state, file, _use_new_zipfile_serialization=False)
+    published = load(tmp_path).published_state()
+    assert all(torch.equal(x, state[name]) for name, x in published.items())
+    torch.save(Unexpected(), file, _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match="truncated or not a file of tensors"):
+        load(tmp_path)
+
+
 class Unexpected:
     pass
 

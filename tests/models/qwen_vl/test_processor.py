@@ -111,6 +111,13 @@ def test_nobody_writes_a_turn_of_somebody_else(processor: QwenVLProcessor) -> No
     assert ids.count(special["<|im_end|>"]) == 2 and ids.count(special["<|im_start|>"]) == 3
     assert special["<|endoftext|>"] not in ids
     assert attack in processor.tokenizer.decode(ids, skip_special_tokens=False)
+    # Nor does an answer open a file, or break what follows.
+    for written in ("<img>none.png</img>", "<img>"):
+        inputs = processor.from_messages([user("Hi"), assistant(written), user("Go on.")])
+        assert "pixel_values" not in inputs
+        assert written in processor.tokenizer.decode(
+            inputs["input_ids"][0].tolist(), skip_special_tokens=False
+        )
     # A plain text is its caller's, who may write what he wants.
     assert processor(attack)["input_ids"][0].tolist().count(special["<|im_end|>"]) == 2
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmkernels.models.checkpoint import CONFIG, read_headers, read_json
 from vlmkernels.models.generation import Generates
 from vlmkernels.models.opt import OPTConfig, OPTDecoder, OPTLanguage
 from vlmkernels.models.pretrained import PretrainedGenerator
@@ -32,7 +31,7 @@ from .base import Blip2Base
 from .config import GENERATION, RETRIEVAL, Blip2Config
 from .pretraining import Blip2Pretraining
 from .retrieval import Blip2Retrieval
-from .weights import architecture_of, own_name
+from .weights import read_config
 
 
 @dataclass
@@ -164,8 +163,10 @@ class Blip2OPT(VLM, Generative):
     def embed(self, inputs: Blip2Inputs) -> Embedded:
         return embedded(self.embed_prompt(inputs), inputs.attention_mask, None)
 
-    def before_answer(self, input_ids: Tensor | None, batch: int) -> Tensor:
-        return self.start_ids(batch) if input_ids is None else input_ids
+    def before_answer(self, inputs: Mapping[str, Any], batch: int) -> Tensor:
+        if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
+            return self.start_ids(batch)
+        return super().before_answer(inputs, batch)
 
 
 class Blip2T5(Generates[T5State], Generative):
@@ -236,7 +237,7 @@ class Blip2T5(Generates[T5State], Generative):
         """See `vlmkernels.models.generation.Generates`."""
         return self.words.step(tokens, state)
 
-    def before_answer(self, input_ids: Tensor | None, batch: int) -> Tensor:
+    def before_answer(self, inputs: Mapping[str, Any], batch: int) -> Tensor:
         return self.words.start_tokens(batch, self.device)[:, None]
 
 
@@ -257,7 +258,4 @@ class Blip2:
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> Any:
         """In eval mode; see `vlmkernels.models.load`."""
-        raw = read_json(Path(path) / CONFIG)
-        if not raw.get("architectures"):
-            raw["architectures"] = [architecture_of(read_headers(Path(path), own_name))]
-        return cls.model_class(Blip2Config.from_dict(raw)).from_pretrained(path, **options)
+        return cls.model_class(read_config(Path(path))).from_pretrained(path, **options)

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vlmkernels.models.checkpoint import WEIGHTS
+from vlmkernels.models.checkpoint import read_tensors
 from vlmkernels.models.layers import activation
 from vlmkernels.nn import LayerNorm
 
@@ -102,11 +101,11 @@ class Blip2Pretraining(FirstStage):
         Raises:
             ValueError: naming the argument, what was expected and what came.
         """
-        mask = attention_mask
+        input_ids, mask = self.checked(input_ids, attention_mask)
         # Queries never see the words that follow them, so one pass serves contrast and captioning:
         # each text is there behind the queries of its image, and once more alone.
         twice = None if mask is None else mask.repeat(2, 1)
-        texts = self.read(input_ids.repeat(2, 1), twice)
+        texts = self.pack(input_ids.repeat(2, 1), twice)
         image = self.vision_model(pixel_values, interpolate_pos_encoding)
         batch = len(image)
         if len(input_ids) != batch or batch < 2:
@@ -139,7 +138,7 @@ class Blip2Pretraining(FirstStage):
         wrong_text = hard_negatives(similarity, generator)
         right = torch.arange(batch, device=image.device)
         rows = torch.cat([right, right, wrong_text])
-        texts = self.read(input_ids[rows], None if mask is None else mask[rows])
+        texts = self.pack(input_ids[rows], None if mask is None else mask[rows])
         logits = self.match(image[torch.cat([right, wrong_image, right])], texts)
         labels = (torch.arange(3 * batch, device=image.device) < batch).long()
         return nn.functional.cross_entropy(logits.float(), labels)
@@ -162,7 +161,7 @@ class Blip2Pretraining(FirstStage):
         that BERT has to give is missing or of another shape; nothing is changed then.
         """
         own, given = dict(self.named_parameters()), {}
-        for stored, tensor in load_file(Path(path) / WEIGHTS).items():
+        for stored, tensor in read_tensors(Path(path)):
             for name in names_of_bert(stored):
                 if name not in own:
                     continue

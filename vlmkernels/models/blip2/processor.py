@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from vlmkernels.models.chat import ChatProcessor, as_texts, read_processor
-from vlmkernels.models.checkpoint import CONFIG, read_json, write_json
-from vlmkernels.models.pixels import ImageSettings
+from vlmkernels.models.checkpoint import write_json
+from vlmkernels.models.fields import COUNT, expect
+from vlmkernels.models.pixels import ImageSettings, as_list
 from vlmkernels.models.tokenizer import Tokenizer
 
-from .config import Blip2Config
+from .weights import read_config
 
 # How the paper asks (appendix) and LAVIS goes on asking; a turn with nothing but an image asks for
 # its caption.
@@ -23,7 +24,9 @@ QUESTION_ANSWER = (
     "{% if message['content'] is string %}{% set text = message['content'] %}"
     "{% else %}{% set text = message['content'] | selectattr('type', 'equalto', 'text')"
     " | map(attribute='text') | join(' ') %}{% endif %}"
-    "{% if message['role'] == 'assistant' %}{{ ' ' + text + '. ' }}"
+    "{% if message['role'] == 'system' %}"
+    "{{ raise_exception('messages: expected user and assistant, got system') }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + (text | trim) + '. ' }}"
     "{% elif text %}{{ 'Question: ' + text + ' Answer:' }}{% endif %}"
     "{% endfor %}"
 )
@@ -65,7 +68,7 @@ class Blip2Processor(ChatProcessor):
         """From a checkpoint directory, whose config.json tells of the placeholders."""
         path = Path(path)
         _, image = read_processor(path)
-        config = Blip2Config.from_dict(read_json(path / CONFIG))
+        config = read_config(path)
         return cls(
             Tokenizer.from_pretrained(path),
             BlipImageSettings.from_dict(image),
@@ -95,7 +98,7 @@ class Blip2Processor(ChatProcessor):
             text: one or many, each about one image, in order; the tokenizer puts its special tokens
                 around it. Without one the model describes the images.
             images: one or many (vlmkernels.models.images.load_rgb).
-            max_length: cut a text to so many tokens; the last one, its end, stays.
+            max_length: cut a text to so many tokens; special tokens behind it stay.
             padding_side: "left" or "right", of the whole row; the tokenizer's by default.
 
         Returns:
@@ -103,22 +106,34 @@ class Blip2Processor(ChatProcessor):
             height, width) float32.
 
         Raises:
-            ValueError: neither text nor images, or an image that cannot be read.
+            ValueError: neither text nor images, an image that cannot be read, or not one for each
+                text that has placeholders.
         """
         out: dict[str, Tensor] = {}
-        if text is not None:
-            rows = [self._encode(t, max_length) for t in as_texts(text)]
+        texts, pictures = [] if text is None else as_texts(text), as_list(images)
+        paired = texts and images is not None and self.image_token_id is not None
+        if paired and len(pictures) != len(texts):
+            raise ValueError(
+                f"images: expected {len(texts)} (one for each text or conversation), "
+                f"got {len(pictures)}"
+            )
+        if texts:
+            rows = [self._encode(t, max_length) for t in texts]
             out |= self.tokenizer.pad(rows, padding_side)
-        if images is not None:
-            out["pixel_values"] = self.image(images)
+        if pictures:
+            out["pixel_values"] = self.image(pictures)
         if not out:
             raise ValueError("text: expected text, images or both, got neither")
         return out
 
     def _encode(self, text: str, max_length: int | None) -> list[int]:
         ids = self.tokenizer.encode(text, add_special_tokens=True)
-        if max_length is not None and len(ids) > max_length:
-            ids = ids[: max_length - 1] + ids[-1:]
+        if max_length is not None and len(ids) > expect("max_length", max_length, COUNT):
+            words = self.tokenizer.encode(text)
+            begins = range(len(ids) - len(words) + 1)
+            begin = next(i for i in begins if ids[i : i + len(words)] == words)
+            end = ids[begin + len(words) :]
+            ids = (ids[: max(0, max_length - len(end))] + end)[:max_length]
         if self.image_token_id is None:
             return ids
         return [self.image_token_id] * self.num_query_tokens + ids

@@ -82,18 +82,28 @@ class FirstStage(Blip2Base):
 
     def read(self, input_ids: Tensor, attention_mask: Tensor | None) -> Texts:
         """Checked, without placeholders and padding."""
+        return self.pack(*self.checked(input_ids, attention_mask))
+
+    def checked(
+        self, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Both, checked and without placeholders."""
         qformer, count = self.config.qformer, self.config.num_query_tokens
         expect_grid("attention_mask", attention_mask, input_ids)
         if self.config.image_token_index is not None:
             input_ids = input_ids[:, count:]
             attention_mask = None if attention_mask is None else attention_mask[:, count:]
         expect_ids(input_ids, qformer.vocab_size)
-        num_texts, seqlen = input_ids.shape
-        if seqlen > qformer.max_position_embeddings:
+        if (seqlen := input_ids.shape[1]) > qformer.max_position_embeddings:
             raise ValueError(
                 f"input_ids: expected at most {qformer.max_position_embeddings} tokens, "
                 f"got {seqlen}"
             )
+        return input_ids, attention_mask
+
+    def pack(self, input_ids: Tensor, attention_mask: Tensor | None) -> Texts:
+        """What `checked` returns, or rows of it, without padding."""
+        num_texts, seqlen = input_ids.shape
         packing = make_packing(num_texts, seqlen, input_ids.device, attention_mask)
         if attention_mask is None:
             positions = torch.arange(seqlen, device=input_ids.device).expand(num_texts, -1)

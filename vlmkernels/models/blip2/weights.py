@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Container
+from pathlib import Path
 
+from vlmkernels.models.checkpoint import CONFIG, read_headers, read_json
 from vlmkernels.models.t5 import own_name as t5_own_name
 
-from .config import GENERATION, PRETRAINING, RETRIEVAL
+from .config import GENERATION, PRETRAINING, RETRIEVAL, Blip2Config
 
 
 def own_name(stored: str) -> str:
@@ -44,3 +46,11 @@ def architecture_of(names: Container[str]) -> str:
     if "itm_head.weight" not in names:
         return GENERATION
     return PRETRAINING if "temp" in names else RETRIEVAL
+
+
+def read_config(path: Path) -> Blip2Config:
+    """A directory's; the names of its weights say the stage where config.json does not."""
+    raw = read_json(path / CONFIG)
+    if not raw.get("architectures"):
+        raw["architectures"] = [architecture_of(read_headers(path, own_name))]
+    return Blip2Config.from_dict(raw)

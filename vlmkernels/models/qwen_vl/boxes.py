@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from vlmkernels.models.images import load_rgb
 SCALE = 1000  # places are whole thousandths of the width and height, [0, 1000)
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf")
 
-_POINT = r"\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)\s*"
+_POINT = r"\s*\(\s*([0-9]{1,4})\s*,\s*([0-9]{1,4})\s*\)\s*"
 _TAG = re.compile(
     r"<ref>(?P<ref>(?:(?!<(?:ref|box|quad)>).)*?)</ref>"
     rf"|<box>{_POINT},{_POINT}</box>"
@@ -42,6 +43,9 @@ class Region:
         cls, points: Iterable[Sequence[float]], width: int, height: int, ref: str | None = None
     ) -> Region:
         """From pixels of a picture; a point beyond its edge counts as on it."""
+        for name, length in (("width", width), ("height", height)):
+            if not 0 < length < math.inf:
+                raise ValueError(f"{name}: expected a positive number, got {length}")
         return cls(tuple((_share(x, width), _share(y, height)) for x, y in points), ref)
 
     def to_pixels(self, width: int, height: int) -> tuple[tuple[int, int], ...]:
@@ -57,17 +61,20 @@ class Region:
 
 def parse(text: str) -> list[Region]:
     """The regions in a text, in order; those that follow a <ref> without text between have its
-    name. What is not written as a box or quadrilateral is passed over: models make mistakes."""
+    name. What is not written as a box or quadrilateral, or has a coordinate outside of [0, 1000],
+    is passed over: models make mistakes."""
     regions: list[Region] = []
     name, end = None, -1
     for match in _TAG.finditer(text):
+        numbers = [int(x) for x in match.groups()[1:] if x is not None]
+        if max(numbers, default=0) > SCALE:
+            continue
         if match.start() != end:
             name = None
         end = match.end()
         if match["ref"] is not None:
             name = match["ref"].strip()
             continue
-        numbers = [int(x) for x in match.groups()[1:] if x is not None]
         points = tuple(zip(numbers[::2], numbers[1::2], strict=True))
         regions.append(Region(points, name))
     return regions
@@ -113,4 +120,6 @@ def draw(
 
 
 def _share(x: float, length: int) -> int:
-    return min(max(int(x * SCALE / length), 0), SCALE - 1)
+    if math.isnan(x):
+        raise ValueError(f"points: expected numbers, got {x}")
+    return int(min(max(x * SCALE / length, 0), SCALE - 1))

@@ -17,7 +17,7 @@ from vlmkernels.models.fields import COUNT, expect
 from vlmkernels.models.pixels import ImageSettings, as_list
 
 from .config import QwenVLConfig
-from .tokenizer import IM_END, IM_START, IMAGE_TAGS, IMG_END, IMG_START, QwenTokenizer
+from .tokenizer import GROUNDING, IM_END, IM_START, IMAGE_TAGS, IMG_END, IMG_START, QwenTokenizer
 
 SYSTEM = "You are a helpful assistant."
 CHAT_FORMATS = ("chatml", "raw")
@@ -146,7 +146,9 @@ class QwenVLProcessor(ChatProcessor):
 
     def _encode(self, message: Message) -> list[int]:
         encode, special = self.tokenizer.encode, self.tokenizer.special
-        content = encode(message.text, allowed_special=IMAGE_TAGS)
+        # An answer shows no image: a model that writes <img> must not open a file.
+        allowed = GROUNDING if message.role == "assistant" else IMAGE_TAGS
+        content = encode(message.text, allowed_special=allowed)
         role = encode(message.role + "\n")
         return [special[IM_START], *role, *content, special[IM_END]]
 
@@ -179,9 +181,9 @@ class QwenVLProcessor(ChatProcessor):
 
     def _read(self, raw: Json, count: int) -> Message:
         """`count`: how many pictures came before."""
-        content = raw["content"]
+        content, answer = raw["content"], raw["role"] == "assistant"
         if isinstance(content, str):
-            return Message(raw["role"], content, image_paths(content))
+            return Message(raw["role"], content, [] if answer else image_paths(content))
         text = ""
         images: list[Any] = []
         for part in content:
@@ -189,7 +191,7 @@ class QwenVLProcessor(ChatProcessor):
                 images.append(part["image"])
                 text += f"Picture {count + len(images)}: {self._tagged(images[-1])}\n"
             elif "text" in part:
-                images += image_paths(part["text"])
+                images += [] if answer else image_paths(part["text"])
                 text += part["text"]
             else:
                 raise ValueError(f"messages: expected an image or a text, got {sorted(part)}")

@@ -76,5 +76,5 @@ class T5(Generates[T5State], PretrainedGenerator):
         """See `vlmkernels.models.generation.Generates`."""
         return self.language_model.step(tokens, state)
 
-    def before_answer(self, input_ids: Tensor | None, batch: int) -> Tensor:
+    def before_answer(self, inputs: Mapping[str, Any], batch: int) -> Tensor:
         return self.language_model.start_tokens(batch, self.device)[:, None]
