@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic
+from typing import Any, ClassVar, Generic
 
 import torch
 from torch import Tensor
@@ -87,6 +86,7 @@ class Generates(ABC, Generic[State]):
     State is what it carries from step to step.
     """
 
+    inputs_class: ClassVar[type]  # dataclass of what a prompt is made of: keywords of `prefill`
     config: Any
     generation_config: Json  # the checkpoint's generation_config.json
     device: Any
@@ -110,9 +110,9 @@ class Generates(ABC, Generic[State]):
         """Prompt and new tokens, (batch, seqlen + num_new), as transformers returns them.
 
         Args:
-            input_ids, attention_mask, pixel_values, ...: as of `forward`, on any device: they are
-                moved to the model's. Rows may be padded on either side; the new tokens are appended
-                to the padded row.
+            input_ids, attention_mask, pixel_values, ...: the prompt, as of `forward`, on any device:
+                they are moved to the model's. Rows may be padded on either side; the new tokens are
+                appended to the padded row.
             num_beams, length_penalty, early_stopping: beam search, see `Beams`; 1 for none.
             num_return_sequences: so many rows for each prompt, the best first; with beams.
             max_new_tokens: at most so many (128); fewer when every row has ended.
@@ -125,7 +125,8 @@ class Generates(ABC, Generic[State]):
         Raises:
             ValueError: naming the argument; so too when top_k, top_p, seed or generator comes at
                 temperature 0, where nothing is drawn, or an option of beams without them.
-            TypeError: a keyword that neither `generate` nor the model knows.
+            TypeError: a keyword that neither `generate` nor the model's prompt knows; so too what
+                `forward` takes of an answer, as labels and decoder_input_ids.
         """
         names = {field.name for field in dataclasses.fields(Beams)}
         beams = Beams(**{name: options.pop(name) for name in names & options.keys()})
@@ -184,8 +185,7 @@ class Generates(ABC, Generic[State]):
         **inputs: Any,
     ) -> tuple[Rules, Tensor, State, Tensor | None]:
         """The rules, and what they and the model make of the prompt."""
-        this: Any = self
-        known = inspect.signature(getattr(this, "inputs_class", this.forward)).parameters
+        known = {field.name for field in dataclasses.fields(self.inputs_class)}
         if unknown := [name for name in inputs if name not in known]:
             raise TypeError(f"generate() got an unexpected keyword argument {unknown[0]!r}")
         inputs = {k: x.to(self.device) if isinstance(x, Tensor) else x for k, x in inputs.items()}

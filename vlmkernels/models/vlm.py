@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -43,8 +43,6 @@ class VLM(Generates[DecodeState], PretrainedGenerator):
 
     All rows of a batch go through the decoder as one run of tokens: padding never reaches a kernel.
     """
-
-    inputs_class: ClassVar[type]  # dataclass of what a prompt is made of
 
     def __init__(self, config: Any) -> None:
         super().__init__()

@@ -223,3 +223,12 @@ def test_wrong_arguments_are_named(model: Model, processor: Blip2Processor) -> N
     ):
         with pytest.raises(ValueError, match=message):
             model(**inputs | change)
+
+
+@pytest.mark.parametrize("option", ["labels", "decoder_input_ids", "decoder_attention_mask"])
+def test_what_is_of_an_answer_is_no_argument_of_generate(
+    option: str, model: Model, processor: Blip2Processor
+) -> None:
+    given = torch.zeros(1, 2, dtype=torch.int64)
+    with pytest.raises(TypeError, match=rf"^generate\(\) got an unexpected .* '{option}'"):
+        model.generate(**make("question", processor), **{option: given})

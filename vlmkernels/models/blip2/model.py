@@ -172,6 +172,7 @@ class Blip2OPT(VLM, Generative):
 class Blip2T5(Generates[T5State], Generative):
     """BLIP-2 on FlanT5: its encoder reads image and prompt, its decoder answers."""
 
+    inputs_class = Blip2Inputs
     config: Blip2Config
 
     def __init__(self, config: Blip2Config) -> None:
@@ -216,22 +217,22 @@ class Blip2T5(Generates[T5State], Generative):
         Raises:
             ValueError: naming the argument, what was expected and what came.
         """
-        memory = self._encode(
+        prompt = Blip2Inputs(
             input_ids, attention_mask, inputs_embeds, pixel_values, interpolate_pos_encoding
         )
+        memory = self._encode(prompt)
         output: VLMOutput = self.language_model(
             memory, decoder_input_ids, decoder_attention_mask, labels, num_items_in_batch
         )
         return output
 
-    def _encode(self, *args: Any, **inputs: Any) -> Memory:
-        prompt = Blip2Inputs(*args, **inputs)
+    def _encode(self, prompt: Blip2Inputs) -> Memory:
         return self.words.encode(self.embed_prompt(prompt), prompt.attention_mask)
 
     @torch.inference_mode()
     def prefill(self, max_new_tokens: int, **inputs: Any) -> tuple[Tensor, T5State]:
         """See `vlmkernels.models.generation.Generates`; `inputs` as of `forward`."""
-        return self.words.start(self._encode(**inputs), max_new_tokens)
+        return self.words.start(self._encode(Blip2Inputs(**inputs)), max_new_tokens)
 
     def decode(self, tokens: Tensor, state: T5State) -> Tensor:
         """See `vlmkernels.models.generation.Generates`."""

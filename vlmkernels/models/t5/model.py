@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,10 +19,20 @@ from .language import Memory, T5Language, T5State
 from .weights import own_name, tied_names
 
 
+@dataclass
+class T5Inputs:
+    """What a prompt is made of; the arguments of `T5.forward`, where they are described."""
+
+    input_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
+    inputs_embeds: Tensor | None = None
+
+
 class T5(Generates[T5State], PretrainedGenerator):
     """T5 with the published parameter names and transformers' keywords."""
 
     config_class = T5Config
+    inputs_class = T5Inputs
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -54,23 +65,18 @@ class T5(Generates[T5State], PretrainedGenerator):
         The encoder gets input_ids (batch, seqlen) or inputs_embeds (batch, seqlen, d_model), with 0
         in attention_mask on padding, on either side.
         """
-        memory = self._encode(input_ids, attention_mask, inputs_embeds)
+        memory = self._encode(T5Inputs(input_ids, attention_mask, inputs_embeds))
         output: VLMOutput = self.language_model(memory, **answer)
         return output
 
-    def _encode(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-    ) -> Memory:
-        x = embed_text(input_ids, inputs_embeds, self.language_model)
-        return self.language_model.encode(x, attention_mask)
+    def _encode(self, prompt: T5Inputs) -> Memory:
+        x = embed_text(prompt.input_ids, prompt.inputs_embeds, self.language_model)
+        return self.language_model.encode(x, prompt.attention_mask)
 
     @torch.inference_mode()
     def prefill(self, max_new_tokens: int, **inputs: Any) -> tuple[Tensor, T5State]:
         """See `vlmkernels.models.generation.Generates`."""
-        return self.language_model.start(self._encode(**inputs), max_new_tokens)
+        return self.language_model.start(self._encode(T5Inputs(**inputs)), max_new_tokens)
 
     def decode(self, tokens: Tensor, state: T5State) -> Tensor:
         """See `vlmkernels.models.generation.Generates`."""
