@@ -110,7 +110,7 @@ class Generates(ABC, Generic[State]):
         """Prompt and new tokens, (batch, seqlen + num_new), as transformers returns them.
 
         Args:
-            input_ids, attention_mask, pixel_values, ...: the prompt, as of `forward`, on any device:
+            input_ids, attention_mask, pixel_values, ...: the prompt as of `forward`, on any device:
                 they are moved to the model's. Rows may be padded on either side; the new tokens are
                 appended to the padded row.
             num_beams, length_penalty, early_stopping: beam search, see `Beams`; 1 for none.
