@@ -60,19 +60,25 @@ def ask(
         float | None, typer.Option(help="Frames per second in them; two a second are taken.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the answer at most.")] = 512,
+    num_beams: Annotated[
+        int, typer.Option(help="Above 1: so many answers go on together, the best is shown.")
+    ] = 1,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float | None, typer.Option(help="Sample from this share.")] = None,
     seed: Annotated[int | None, typer.Option(help="Repeats a sampled answer.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; a GPU if there is one.")] = "",
     dtype: Annotated[str, typer.Option(help="bfloat16, ...; the checkpoint's if empty.")] = "",
 ) -> None:
-    """Ask a question about images and videos; the answer appears as it is made."""
+    """Ask a question about images and videos; the answer appears as it is made, beams at once."""
     from vlmkernels.models import load, load_processor
+    from vlmkernels.models.beam_search import Beams
     from vlmkernels.models.chat import ChatProcessor
-    from vlmkernels.models.generation import Sampling, stream_text
+    from vlmkernels.models.generation import Sampling, expect_no_sampling, stream_text
 
     where, computed_in = _device(device), _dtype(dtype)
     Sampling(temperature, None, top_p).expect_drawing(seed=seed)  # before the long loading
+    if Beams(num_beams).num_beams > 1:
+        expect_no_sampling({"temperature": temperature})
     processor = load_processor(model)
     pictures = [("image", p) for p in image or []] + [("video", p) for p in video or []]
     content = [{"type": kind, kind: path} for kind, path in pictures]
@@ -82,14 +88,12 @@ def ask(
     options = {} if video_fps is None else {"video_fps": video_fps}
     inputs = processor.from_messages([message], **options)
     loaded = _generator(load(model, dtype=computed_in, device=where), model)
-    tensors: dict[str, Any] = {name: x.to(where) for name, x in inputs.items()}
-    steps = loaded.generate_steps(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        **tensors,
-    )
+    how = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    if num_beams == 1:
+        steps = loaded.generate_steps(max_new_tokens=max_new_tokens, **how, **inputs)
+    else:
+        tokens = loaded.generate(num_beams=num_beams, max_new_tokens=max_new_tokens, **inputs)
+        steps = tokens[:, loaded.before_answer(inputs, 1).shape[1] :].T
     for piece in stream_text(processor.tokenizer, steps):
         print(piece, end="", flush=True)
     print()

@@ -133,7 +133,7 @@ class Generates(ABC, Generic[State]):
         if beams.num_beams == 1:
             new = torch.stack(list(self.generate_steps(input_ids=input_ids, **options)), dim=1)
         else:
-            _expect_no_sampling(options)
+            expect_no_sampling(options)
             rules, logits, state, seen = self._begin(input_ids=input_ids, **options)
             new = beam_search(logits, state, self.decode, beams, rules, seen)
         count = beams.num_return_sequences
@@ -219,7 +219,7 @@ class Generates(ABC, Generic[State]):
         return given
 
 
-def _expect_no_sampling(options: dict[str, Any]) -> None:
+def expect_no_sampling(options: dict[str, Any]) -> None:
     """Takes them out of `options`; ValueError when there are any."""
     sampling = {"temperature": 0, "top_k": None, "top_p": None, "seed": None, "generator": None}
     for name, absent in sampling.items():

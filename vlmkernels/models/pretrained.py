@@ -20,6 +20,12 @@ from vlmkernels.models.checkpoint import (
 )
 
 
+def read_generation_config(path: Path) -> Json:
+    """generation_config.json of a checkpoint directory; empty where there is none."""
+    file = path / GENERATION_CONFIG
+    return read_json(file) if file.is_file() else {}
+
+
 class Pretrained(nn.Module):
     """A model with a `config`, whose own parameter names are the published ones."""
 
@@ -69,7 +75,7 @@ class Pretrained(nn.Module):
         """Write the configs and safetensors, in the published layout."""
         config = self.config.to_dict()
         config["dtype" if "dtype" in config else "torch_dtype"] = str(self.dtype).split(".")[-1]
-        configs = {CONFIG: config, **self.other_configs()}
+        configs = {CONFIG: config, **self.other_configs(Path(path))}
         save_checkpoint(path, self.published_state(), configs, max_shard_bytes=max_shard_bytes)
 
     def own_name(self, stored: str) -> str | list[Piece]:
@@ -84,8 +90,8 @@ class Pretrained(nn.Module):
         """What is written."""
         return self.state_dict()
 
-    def other_configs(self) -> dict[str, Json]:
-        """JSON files written beside config.json."""
+    def other_configs(self, path: Path) -> dict[str, Json]:
+        """JSON files written beside config.json into `path`, which may hold older ones."""
         return {}
 
     def gradient_checkpointing_enable(self, enable: bool = True) -> None:
@@ -114,10 +120,9 @@ class PretrainedGenerator(Pretrained):
     def from_pretrained(cls, path: str | Path, **options: Any) -> Self:
         """The model of a checkpoint directory, in eval mode; see `vlmkernels.models.load`."""
         model = super().from_pretrained(path, **options)
-        if (Path(path) / GENERATION_CONFIG).is_file():
-            model.generation_config = read_json(Path(path) / GENERATION_CONFIG)
+        model.generation_config = read_generation_config(Path(path))
         return model
 
-    def other_configs(self) -> dict[str, Json]:
+    def other_configs(self, path: Path) -> dict[str, Json]:
         generation = self.generation_config or {"eos_token_id": self.config.eos_token_id}
         return {GENERATION_CONFIG: generation}

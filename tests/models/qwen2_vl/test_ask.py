@@ -24,7 +24,9 @@ def pictures(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_ask_streams_the_models_answer(
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_ask_prints_the_models_answer(
+    num_beams: int,
     checkpoint_dir: Path,
     pictures: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -33,16 +35,16 @@ def test_ask_streams_the_models_answer(
     image, frames = pictures / "a.png", pictures / "frames"
     args = ["ask", "--model", str(checkpoint_dir), "--image", str(image), "--image", str(image)]
     args += ["--video", str(frames), "--max-new-tokens", "6", "--device", "cpu", "What is it?"]
+    args += ["--num-beams", str(num_beams)] if num_beams > 1 else []
     code, out, err = run_command(args, monkeypatch, capsys)
 
     processor = load_processor(checkpoint_dir)
     content = [{"type": "image", "image": image}] * 2 + [{"type": "video", "video": frames}]
     content += [{"type": "text", "text": "What is it?"}]
     inputs = processor.from_messages([{"role": "user", "content": content}])
-    ids = load(checkpoint_dir).generate(**inputs, max_new_tokens=6)[
-        0, inputs["input_ids"].shape[1] :
-    ]
-    expected = processor.tokenizer.decode(ids.tolist()).rstrip("\ufffd")
+    ids = load(checkpoint_dir).generate(**inputs, max_new_tokens=6, num_beams=num_beams)
+    answer = ids[0, inputs["input_ids"].shape[1] :].tolist()
+    expected = processor.tokenizer.decode(answer).rstrip("\ufffd")
     assert (code, out, err) == (0, expected + "\n", "")
 
 
@@ -61,6 +63,11 @@ def test_ask_streams_the_models_answer(
         (["--model", "MODEL", "--device", "cuda:256"], "device: expected one that is there"),
         (["--model", "MODEL", "--top-p", "0.9"], "top_p: expected together with temperature > 0"),
         (["--model", "MODEL", "--seed", "3"], "seed: expected together with temperature > 0"),
+        (["--model", "MODEL", "--num-beams", "0"], "num_beams: expected a positive integer, got 0"),
+        (
+            ["--model", "MODEL", "--num-beams", "2", "--temperature", "1"],
+            "temperature: expected none with num_beams > 1, got one",
+        ),
         (["--model", "MODEL", "--device", "cuda:99"], "device: expected one that is there"),
         (["--model", "MODEL", "--max-new-tokens", "0"], "max_new_tokens: expected at least 1"),
         (["--model", "MODEL", "--seed", "x"], "Invalid value for '--seed'"),

@@ -191,7 +191,24 @@ def test_processors_come_with_the_checkpoint(chat_dir: Path, tmp_path: Path) -> 
     with pytest.raises(ValueError, match="tiktoken, found none"):
         load_processor(tmp_path)
     processor.save_pretrained(tmp_path)
-    assert load_processor(tmp_path).chat_format == "raw"
+    again = load_processor(tmp_path)
+    assert (again.chat_format, again.max_window_size) == ("chatml", 200)
+
+
+@pytest.mark.parametrize("first", ["model", "processor"])
+def test_a_chat_that_is_saved_is_a_chat(first: str, chat_dir: Path, tmp_path: Path) -> None:
+    """generation_config.json is of both: neither takes away what the other wrote."""
+    model, processor = load(chat_dir), load_processor(chat_dir)
+    model.generation_config = {"eos_token_id": 7, "top_p": 0.3}
+    parts = [model, processor] if first == "model" else [processor, model]
+    for part in parts:
+        part.save_pretrained(tmp_path / "chat")
+    assert load(tmp_path / "chat").generation_config == {
+        "eos_token_id": 7,
+        "top_p": 0.3,
+        "chat_format": "chatml",
+        "max_window_size": 200,
+    }
 
 
 def test_a_new_model_has_the_published_positions() -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from vlmkernels.models.checkpoint import GENERATION_CONFIG, Json
 from vlmkernels.models.llava.model import LlavaInputs
+from vlmkernels.models.pretrained import read_generation_config
 from vlmkernels.models.vlm import VLM, Embedded, VLMOutput, embed_text, embedded, looks_at, splice
 from vlmkernels.nn.qformer_attention import sincos_positions
 
 from .config import QwenVLConfig
 from .language import QwenLanguage
+from .processor import CHAT_OPTIONS
 from .vision import QwenVision
 from .weights import own_name, published_name
 
@@ -106,6 +110,13 @@ class QwenVL(VLM):
         """(num_images, 3, size, size) -> (num_images, n_queries, hidden_size)."""
         features: Tensor = self.visual(pixel_values)
         return features
+
+    def other_configs(self, path: Path) -> dict[str, Json]:
+        # How a conversation is written stands there too; the processor may have said it before.
+        configs = super().other_configs(path)
+        before = read_generation_config(path)
+        said = {name: before[name] for name in CHAT_OPTIONS if name in before}
+        return configs | {GENERATION_CONFIG: said | configs[GENERATION_CONFIG]}
 
     def _eos_token_ids(self, given: int | Sequence[int] | None) -> list[int]:
         """In ChatML a turn's tokens end it too: they follow <|endoftext|> in the vocabulary."""

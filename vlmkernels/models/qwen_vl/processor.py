@@ -12,15 +12,17 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from vlmkernels.models.chat import ChatProcessor, as_texts
-from vlmkernels.models.checkpoint import CONFIG, GENERATION_CONFIG, Json, read_json
+from vlmkernels.models.checkpoint import CONFIG, GENERATION_CONFIG, Json, read_json, write_json
 from vlmkernels.models.fields import COUNT, expect
 from vlmkernels.models.pixels import ImageSettings, as_list
+from vlmkernels.models.pretrained import read_generation_config
 
 from .config import QwenVLConfig
 from .tokenizer import GROUNDING, IM_END, IM_START, IMAGE_TAGS, IMG_END, IMG_START, QwenTokenizer
 
 SYSTEM = "You are a helpful assistant."
 CHAT_FORMATS = ("chatml", "raw")
+CHAT_OPTIONS = ("chat_format", "max_window_size")  # of the processor, in generation_config.json
 _IMAGE = re.compile(f"{IMG_START}(.*?){IMG_END}", re.DOTALL)
 
 
@@ -66,8 +68,7 @@ class QwenVLProcessor(ChatProcessor):
         """From a checkpoint directory: qwen.tiktoken, config.json and generation_config.json."""
         path = Path(path)
         visual = QwenVLConfig.from_dict(read_json(path / CONFIG)).visual
-        file = path / GENERATION_CONFIG
-        generation = read_json(file) if file.is_file() else {}
+        generation = read_generation_config(path)
         return cls(
             QwenTokenizer.from_pretrained(path, num_slots=visual.n_queries),
             QwenImageSettings(size=(visual.image_size, visual.image_size)),
@@ -76,8 +77,12 @@ class QwenVLProcessor(ChatProcessor):
         )
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the tokenizer's files; the rest is in the model's."""
+        """Write the tokenizer's files and, into generation_config.json, CHAT_OPTIONS; the rest is
+        in the model's config.json."""
+        path = Path(path)
         self.tokenizer.save_pretrained(path)
+        options = {name: getattr(self, name) for name in CHAT_OPTIONS}
+        write_json(path / GENERATION_CONFIG, read_generation_config(path) | options)
 
     def __call__(
         self, text: str | Sequence[str], images: Any = None, *, padding_side: str | None = None
