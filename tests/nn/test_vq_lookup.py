@@ -152,6 +152,37 @@ def test_masked_tokens_do_not_count() -> None:
         ours(x[0], lens=lens)
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("kmeans_init", [False, True])
+@pytest.mark.parametrize("use_cosine_sim", [False, True])
+def test_a_token_that_is_not_finite_moves_no_code(
+    use_cosine_sim: bool, kmeans_init: bool, heads: int
+) -> None:
+    options = {"kmeans_init": kmeans_init, "use_cosine_sim": use_cosine_sim, "heads": heads}
+    options |= {"threshold_ema_dead_code": 3, "separate_codebook_per_head": heads > 1}
+    options |= {"codebook_dim": 8 // heads}
+    vq = nn.VectorQuantize(dim=8, codebook_size=6, **options)
+    x = torch.randn(1, 40, 8)
+    x[0, ::3, :2], x[0, 7, 1] = torch.nan, torch.inf  # in the first head
+    for _ in range(5):
+        vq(x)
+        counts = vq._codebook.cluster_size
+        assert vq._codebook.embed.isfinite().all() and counts.isfinite().all()
+    if not kmeans_init:  # 25 of 40 tokens count in the first head, all of them in the second
+        totals = torch.tensor([25.0, 40.0])[:heads]
+        vq._codebook.threshold_ema_dead_code = 0
+        for _ in range(60):
+            vq(x)
+        torch.testing.assert_close(counts.sum(-1), totals, rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_without_a_finite_token_leaves_the_codes() -> None:
+    vq = nn.VectorQuantize(dim=4, codebook_size=3, threshold_ema_dead_code=5, decay=1.0)
+    before = vq.codebook.clone()
+    vq(torch.full((1, 7, 4), torch.nan))
+    torch.testing.assert_close(vq.codebook, before, rtol=1e-4, atol=1e-4)
+
+
 def test_dead_codes_become_tokens() -> None:
     vq = nn.VectorQuantize(dim=4, codebook_size=16, threshold_ema_dead_code=2, decay=0.1)
     x = torch.randn(1, 12, 4)

@@ -14,6 +14,7 @@ class Codebook(torch.nn.Module):
 
     n_k: the tokens whose nearest code is k. Counts are smoothed: (count + eps) / (total + K eps) *
     total. Codes of fewer than `threshold_ema_dead_code` tokens are replaced by tokens of the batch.
+    A token that `ops.vq_lookup` gives the distance NaN has no code: it moves none and becomes none.
     With `sync`, counts and sums are those of all ranks of `process_group`, and so are the
     replacements: every rank ends with the same codes. Nothing waits for the GPU.
 
@@ -83,9 +84,13 @@ class Codebook(torch.nn.Module):
             for tokens, codes in zip(x, self.embed.float(), strict=True)
         ]
         if update and self.training and (self.ema_update or self.threshold_ema_dead_code > 0):
-            indices = torch.stack([f.indices for f in found])
+            indices = torch.stack([self._codes_of(f) for f in found])
             self._update(seen, indices if mask is None else indices[:, mask])
         return found
+
+    def _codes_of(self, found: VQLookup) -> Tensor:
+        """(num_tokens,) indices, codebook_size of the tokens that have no code."""
+        return found.indices.masked_fill(found.distance.isnan(), self.codebook_size)
 
     @torch.no_grad()
     def _update(self, x: Tensor, indices: Tensor) -> None:
@@ -95,16 +100,18 @@ class Codebook(torch.nn.Module):
         if self.ema_update:
             self._follow()
         if self.threshold_ema_dead_code > 0:
-            self._replace(x, self.cluster_size < self.threshold_ema_dead_code)
+            dead = self.cluster_size < self.threshold_ema_dead_code
+            self._replace(x, indices < self.codebook_size, dead)
 
     def _totals(self, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """How many tokens each code has, and their sum, over all ranks: a sum by segments."""
+        """How many tokens each code has, and their sum, over all ranks: a sum by segments, the last
+        of which, of the tokens without a code, is left out."""
         size = self.codebook_size
         counts = torch.stack(  # integers, whose sum has no order
-            [i.new_zeros(size).scatter_add_(0, i, torch.ones_like(i)) for i in indices]
+            [i.new_zeros(size + 1).scatter_add_(0, i, torch.ones_like(i))[:size] for i in indices]
         )
         heads = zip(x, indices, strict=True)
-        sums = torch.stack([sum_by_code(rows, codes, size) for rows, codes in heads])
+        sums = torch.stack([sum_by_code(rows, codes, size + 1)[:size] for rows, codes in heads])
         return self._all_reduce(counts).to(x), self._all_reduce(sums)
 
     def _all_reduce(self, x: Tensor) -> Tensor:
@@ -117,11 +124,11 @@ class Codebook(torch.nn.Module):
         size = (self.cluster_size + self.eps) / (total + self.codebook_size * self.eps) * total
         self.embed.copy_(self._unit(self.embed_avg / size[..., None]))
 
-    def _replace(self, x: Tensor, dead: Tensor) -> None:
-        """Dead codes become tokens of the batch, each token at most once; the others wait."""
+    def _replace(self, x: Tensor, valid: Tensor, dead: Tensor) -> None:
+        """Dead codes become valid tokens of the batch, each token at most once; the others wait."""
         size = max(float(self.threshold_ema_dead_code), 1e-12)
         for head in range(x.shape[0]):
-            tokens, replaced = self._sample(x[head], dead[head])
+            tokens, replaced = self._sample(x[head], valid[head], dead[head])
             column = replaced[:, None]
             self.embed[head] = torch.where(column, tokens.to(self.embed), self.embed[head])
             self.cluster_size[head].masked_fill_(replaced, size)
@@ -129,15 +136,17 @@ class Codebook(torch.nn.Module):
                 column, (tokens * size).to(self.embed_avg), self.embed_avg[head]
             )
 
-    def _sample(self, x: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """A token of x, or of another rank's, for each code that is wanted; and which got one."""
+    def _sample(self, x: Tensor, valid: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """A valid token of x, or of another rank's, for each code that is wanted; and which got
+        one."""
         ranks = dist.get_world_size(self.process_group) if self.sync else 1
         rank = dist.get_rank(self.process_group) if self.sync else 0
         place = wanted.cumsum(0) - 1
-        mine = wanted & (place % ranks == rank) & (place // ranks < x.shape[0])
+        mine = wanted & (place % ranks == rank) & (place // ranks < valid.sum())
         tokens = x.new_zeros(wanted.shape[0], x.shape[1])
         if x.shape[0]:
             order = torch.randperm(x.shape[0], device=x.device)
+            order = order[valid[order].byte().argsort(descending=True, stable=True)]
             chosen = x[order[(place // ranks).clamp(0, x.shape[0] - 1)]]
             tokens = torch.where(mine[:, None], chosen, tokens)
         return self._all_reduce(tokens), self._all_reduce(mine.to(x.dtype)) > 0
@@ -148,7 +157,9 @@ class Codebook(torch.nn.Module):
         codes; False where there is none. A code that no token chose keeps its place with a count of
         1, as codes start without k-means: from a count of 0 it would become 0."""
         everything = torch.ones(self.codebook_size, dtype=torch.bool, device=x.device)
-        samples = [self._sample(tokens, everything) for tokens in x]
+        # As `ops.vq_lookup` takes them; in all heads, so that the same codes get a token in each.
+        valid = (x.abs() < 2.0**50).all(dim=(0, 2))
+        samples = [self._sample(tokens, valid, everything) for tokens in x]
         drawn = samples[0][1].nonzero()[:, 0]  # the same codes of all heads
         if not len(drawn):
             return False
@@ -159,7 +170,7 @@ class Codebook(torch.nn.Module):
         for _ in range(self.kmeans_iters):
             indices = torch.stack(
                 [
-                    ops.vq_lookup(tokens, codes, metric=self.metric).indices
+                    self._codes_of(ops.vq_lookup(tokens, codes, metric=self.metric))
                     for tokens, codes in zip(x, means, strict=True)
                 ]
             )
