@@ -76,6 +76,9 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     args.dtypes = [getattr(torch, name, None) for name in (args.dtype or default).split(",")]
     if not all(isinstance(dtype, torch.dtype) for dtype in args.dtypes):
         parser.error(f"unknown dtype in {args.dtype!r}")
+    for option, least in (("rounds", 1), ("threads", 0)):
+        if (value := getattr(args, option)) < least:
+            parser.error(f"--{option}: expected at least {least}, got {value}")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("no CUDA device that torch can use")
     return args
@@ -156,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _options(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    before = load(args.check) if args.check else None  # a wrong file is known before the long run
     console = Console(width=None if sys.stdout.isatty() else 170)
     run = load(args.source) if args.source else run_all(args, console)
     console.print(table(run))
@@ -167,9 +171,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for row in failed:
         console.print(f"FAILED {check.key(row)}: {row['failed']}")
     slower = []
-    if args.check:
-        slower = check.regressions(run, load(args.check))
-        console.print(check.summary(run, load(args.check), slower))
+    if before is not None:
+        slower = check.regressions(run, before)
+        console.print(check.summary(run, before, slower))
     if failed or slower:
         sys.exit(1)
 

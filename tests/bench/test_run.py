@@ -112,6 +112,8 @@ def test_a_failed_row_is_exit_code_1(
         (["--shapes", "gpt_9"], "unknown shape gpt_9"),
         (["--dtype", "float33"], "unknown dtype"),
         (["--mode", "sideways"], "invalid choice"),
+        (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
+        (["--threads", "-1"], "--threads: expected at least 0, got -1"),
         pytest.param(
             ["--device", "cuda"],
             "no CUDA device",
@@ -124,6 +126,14 @@ def test_bad_options(options: list[str], message: str, capsys: pytest.CaptureFix
         run.main(options)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_wrong_file_to_compare_with_is_known_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "run_all", lambda *_: pytest.fail("measured before"))
+    with pytest.raises(ValueError, match=r"none.json: expected the JSON of a bench run"):
+        run.main(["null", "--device", "cpu", "--check", str(tmp_path / "none.json")])
 
 
 def test_unknown_rival_is_named() -> None:

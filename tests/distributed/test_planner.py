@@ -38,5 +38,6 @@ def test_command() -> None:
     result = CliRunner().invoke(app, ["ring", "--tokens", "65536", "--ranks", "8"])
     assert result.exit_code == 0 and "65,536 tokens on 8 ranks" in result.output
     assert all(way in result.output for way in ("p2p", "all_gather", "ulysses"))
-    result = CliRunner().invoke(app, ["ring", "--heads", "32", "--heads-k", "5"])
-    assert isinstance(result.exception, ValueError)
+    for wrong in (["--heads", "32", "--heads-k", "5"], ["--document", "-3"]):
+        result = CliRunner().invoke(app, ["ring", *wrong])
+        assert isinstance(result.exception, ValueError)

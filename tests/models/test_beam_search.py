@@ -164,6 +164,15 @@ def test_streaming_is_refused(opt: tuple[OPT, Any]) -> None:
         ({"min_new_tokens": 200}, "min_new_tokens: expected from 0 to max_new_tokens 20, got 200"),
         ({"repetition_penalty": 0.0}, "repetition_penalty: expected a positive number, got 0"),
         ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens: expected an integer, got 2.5"),
+        ({"min_new_tokens": "1"}, "min_new_tokens: expected an integer, got '1'"),
+        ({"repetition_penalty": "2"}, "repetition_penalty: expected a number, got '2'"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty: expected a number, got nan"),
+        ({"temperature": "hot"}, "temperature: expected a number, got 'hot'"),
+        ({"temperature": -1.0}, "temperature: expected at least 0, got -1.0"),
+        ({"temperature": 1.0, "top_k": 2.5}, "top_k: expected an integer or null, got 2.5"),
+        ({"temperature": 1.0, "top_p": "1"}, "top_p: expected a number, got '1'"),
+        ({"temperature": 1.0, "seed": "a"}, "seed: expected an integer, got 'a'"),
     ],
 )
 def test_bad_options_are_named(options: Any, message: str, opt: tuple[OPT, Any]) -> None:

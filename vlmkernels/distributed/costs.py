@@ -15,6 +15,8 @@ def show_costs(
     for name, value in {**numbers, "head-dim": head_dim}.items():
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
+    if document < 0:
+        raise ValueError(f"document: expected at least 0, got {document}")
     if heads % heads_k:
         raise ValueError(f"heads-k: expected a divisor of {heads}, got {heads_k}")
     if min(bandwidth, flops) <= 0:

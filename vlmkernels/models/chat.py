@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from vlmkernels.models.checkpoint import Json, read_json
-from vlmkernels.models.fields import OBJECT, expect
+from vlmkernels.models.fields import OBJECT, TEXT, expect
 from vlmkernels.models.generation import Generates, stream_text
 from vlmkernels.models.tokenizer import Tokenizer
 
@@ -28,7 +28,13 @@ class ChatProcessor:
 
         messages: [{"role": "user", "content": [{"type": "image", "image": x}, {"type": "text",
         "text": t}]}, ...], as in transformers and qwen-vl-utils.
+
+        Raises:
+            ValueError: what is not of this form, by its place.
         """
+        expect_messages(messages)
+        if not messages:
+            raise ValueError("messages: expected at least one, got none")
         parts = [p for m in messages if not isinstance(m["content"], str) for p in m["content"]]
         images = [p["image"] for p in parts if "image" in p]
         if videos := [p["video"] for p in parts if "video" in p]:
@@ -38,6 +44,26 @@ class ChatProcessor:
             self.apply_chat_template(messages), images, **options
         )
         return arguments
+
+
+def expect_messages(messages: Any) -> None:
+    """ValueError unless these are messages of a role, with a text or with parts, each an image, a
+    video or a text: a template passes over what it does not know."""
+    if not isinstance(messages, (list, tuple)):
+        raise ValueError(f"messages: expected a list, got {messages!r:.80}")
+    for i, message in enumerate(messages):
+        name = f"messages[{i}]"
+        expect(name, message, OBJECT)
+        expect(f"{name}['role']", message.get("role"), TEXT)
+        content = message.get("content")
+        if isinstance(content, str):
+            continue
+        if not isinstance(content, (list, tuple)):
+            raise ValueError(f"{name}['content']: expected a text or parts, got {content!r:.80}")
+        for j, part in enumerate(content):
+            if not isinstance(part, dict) or not part.keys() & {"image", "video", "text"}:
+                known = "an image, a video or a text"
+                raise ValueError(f"{name}['content'][{j}]: expected {known}, got {part!r:.80}")
 
 
 def read_processor(path: Path) -> tuple[Json, Json]:

@@ -31,6 +31,8 @@ def _are(holds: Callable[[Any], bool], value: Any, count: int | None = None) -> 
     return is_list and all(map(holds, value))
 
 
+INTEGER = Kind("an integer", lambda x: isinstance(x, int) and not isinstance(x, bool))
+INTEGER_OR_NONE = Kind("an integer or null", lambda x: x is None or INTEGER.holds(x))
 COUNT = Kind("a positive integer", lambda x: _is_integer(x, 1))
 INDEX = Kind("an integer of at least 0", lambda x: _is_integer(x, 0))
 INDICES = Kind(

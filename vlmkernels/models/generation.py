@@ -14,7 +14,7 @@ from torch import Tensor
 from vlmkernels.models.beam_search import Beams, State, beam_search
 from vlmkernels.models.cache import KVCache
 from vlmkernels.models.checkpoint import Json
-from vlmkernels.models.fields import INDEX, INDICES, expect
+from vlmkernels.models.fields import INDEX, INDICES, INTEGER, INTEGER_OR_NONE, NUMBER, expect
 from vlmkernels.models.rules import Rules
 from vlmkernels.models.tokenizer import Tokenizer
 
@@ -42,7 +42,10 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
+        expect("temperature", self.temperature, NUMBER)
+        expect("top_k", self.top_k, INTEGER_OR_NONE)
+        expect("top_p", 1 if self.top_p is None else self.top_p, NUMBER)
+        if self.temperature < 0:
             raise ValueError(f"temperature: expected at least 0, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k: expected at least 1, got {self.top_k}")
@@ -160,6 +163,7 @@ class Generates(ABC, Generic[State]):
         if seed is not None and generator is not None:
             raise ValueError("seed: expected at most one of seed and generator, got both")
         if seed is not None:
+            expect("seed", seed, INTEGER)
             generator = torch.Generator(self.device).manual_seed(seed)
         rules, logits, state, seen = self._begin(**options)
         ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)

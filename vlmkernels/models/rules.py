@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlmkernels.models.fields import INTEGER, NUMBER, expect
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -25,6 +27,9 @@ class Rules:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        expect("max_new_tokens", self.max_new_tokens, INTEGER)
+        expect("min_new_tokens", self.min_new_tokens, INTEGER)
+        expect("repetition_penalty", self.repetition_penalty, NUMBER)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected at least 1, got {self.max_new_tokens}")
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
@@ -32,7 +37,7 @@ class Rules:
                 f"min_new_tokens: expected from 0 to max_new_tokens {self.max_new_tokens}, "
                 f"got {self.min_new_tokens}"
             )
-        if not 0 < self.repetition_penalty < torch.inf:
+        if self.repetition_penalty <= 0:
             raise ValueError(
                 f"repetition_penalty: expected a positive number, got {self.repetition_penalty}"
             )

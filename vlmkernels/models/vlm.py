@@ -194,6 +194,8 @@ def expect_ids(ids: Tensor, vocab_size: int, name: str = "input_ids") -> None:
 
 def expect_id_grid(ids: Tensor, name: str) -> None:
     """(batch, seqlen) of integers; else ValueError or TypeError."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(ids).__name__}")
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: expected int32 or int64, got {ids.dtype}")
     if ids.ndim != 2 or ids.numel() == 0:

@@ -141,6 +141,31 @@ def test_generate_refuses_unknown_keywords(model: Qwen2VL, processor: Qwen2VLPro
         model.generate(**cases.make("text", processor), max_tokens=3)
 
 
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("hello", "messages: expected a list, got 'hello'"),
+        ([], "messages: expected at least one, got none"),
+        (["hello"], r"messages\[0\]: expected an object, got 'hello'"),
+        ([{"content": "a"}], r"messages\[0\]\['role'\]: expected a string, got None"),
+        ([{"role": "user"}], r"messages\[0\]\['content'\]: expected a text or parts, got None"),
+        ([{"role": "user", "content": ["a"]}], r"\['content'\]\[0\]: expected an image, a vid"),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "a"}, {"audio": 1}]}],
+            r"\[1\]: expected an image, a video or a text, got {'audio': 1}",
+        ),
+    ],
+)
+def test_what_is_no_conversation(messages: Any, message: str, processor: Qwen2VLProcessor) -> None:
+    with pytest.raises(ValueError, match=message):
+        processor.from_messages(messages)
+
+
+def test_ids_that_are_no_tensor(model: Qwen2VL) -> None:
+    with pytest.raises(TypeError, match=r"input_ids: expected a torch.Tensor, got list"):
+        model.generate([[1, 2]])
+
+
 def test_a_row_of_padding_only_gives_zeros_and_leaves_the_rest(
     model: Qwen2VL, processor: Qwen2VLProcessor
 ) -> None:

@@ -14,17 +14,16 @@ from vlmkernels.models.clip import ClipVisionConfig
 from vlmkernels.models.fields import (
     INDEX,
     INDICES,
+    INTEGER,
+    INTEGER_OR_NONE,
     NOT_NEGATIVE,
     OBJECT,
-    Kind,
     expect,
     expect_fields,
 )
 
 Json = dict[str, Any]
 
-LAYER = Kind("an integer", lambda x: isinstance(x, int) and not isinstance(x, bool))
-LAYER_OR_NONE = Kind("an integer or null", lambda x: x is None or LAYER.holds(x))
 STRATEGIES = ("default", "full")
 _CLIP_L_336: Json = {
     "hidden_size": 1024,
@@ -64,7 +63,7 @@ class LlavaTextConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        expect_fields(self, "text_config.", eos_token_id=INDICES, pad_token_id=LAYER_OR_NONE)
+        expect_fields(self, "text_config.", eos_token_id=INDICES, pad_token_id=INTEGER_OR_NONE)
         for name, value, by in (
             ("hidden_size", self.hidden_size, self.num_attention_heads),
             ("num_attention_heads", self.num_attention_heads, self.num_heads_k),
@@ -122,7 +121,7 @@ class LlavaConfig:
         expect_fields(
             self,
             image_token_index=INDEX,
-            vision_feature_layer=LAYER,
+            vision_feature_layer=INTEGER,
             initializer_range=NOT_NEGATIVE,
         )
         if self.vision_feature_select_strategy not in STRATEGIES:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from vlmkernels.models.chat import ChatProcessor, as_texts
+from vlmkernels.models.chat import ChatProcessor, as_texts, expect_messages
 from vlmkernels.models.checkpoint import CONFIG, GENERATION_CONFIG, Json, read_json, write_json
 from vlmkernels.models.fields import COUNT, expect
 from vlmkernels.models.pixels import ImageSettings, as_list
@@ -123,6 +123,7 @@ class QwenVLProcessor(ChatProcessor):
         Only tags of images and boxes count as special in it: <|im_end|> is text like any other,
         so that no content can end its own turn.
         """
+        expect_messages(messages)
         rows, images = self.prompt(messages)
         return self._arguments([rows], images, **options)
 
