@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from vlmkernels import cli
@@ -76,6 +77,20 @@ def run_command(
         code = int(stop.code or 0)
     out, err = capsys.readouterr()
     return code, out, err
+
+
+def ask(
+    checkpoint: Path,
+    image: Path,
+    question: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> tuple[int, str, str]:
+    """`vlmkernels ask` about a picture that is made at `image`, for five tokens on the CPU."""
+    Image.fromarray(picture(40, 50)).save(image)
+    args = ["ask", "--model", str(checkpoint), "--image", str(image)]
+    args += ["--max-new-tokens", "5", "--device", "cpu", question]
+    return run_command(args, monkeypatch, capsys)
 
 
 def assert_compiles_and_recomputes(

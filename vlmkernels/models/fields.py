@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ def _is_integer(value: Any, least: int) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return REAL.holds(value) and math.isfinite(value)
 
 
 def _are(holds: Callable[[Any], bool], value: Any, count: int | None = None) -> bool:
@@ -40,7 +42,8 @@ INDICES = Kind(
 )
 MAYBE_INDEX = Kind("an integer of at least 0 or null", lambda x: x is None or INDEX.holds(x))
 THREE_INDICES = Kind("three integers of at least 0", lambda x: _are(INDEX.holds, x, 3))
-NUMBER = Kind("a number", _is_number)
+REAL = Kind("a number", lambda x: isinstance(x, (int, float)) and not isinstance(x, bool))
+NUMBER = Kind("a number", _is_number)  # a finite one
 POSITIVE = Kind("a positive number", lambda x: _is_number(x) and x > 0)
 NOT_NEGATIVE = Kind("a number of at least 0", lambda x: _is_number(x) and x >= 0)
 FRACTION = Kind("a number of at least 0 and below 1", lambda x: _is_number(x) and 0 <= x < 1)
@@ -85,6 +88,33 @@ def expect_multiple(config: Any, prefix: str, name: str, by: str) -> None:
     value, divisor = getattr(config, name), getattr(config, by)
     if value % divisor:
         raise ValueError(f"{prefix}{name}: expected a multiple of {by} = {divisor}, got {value}")
+
+
+class SquareImages:
+    """Of the config of a tower that cuts square images into patches: image_size, patch_size."""
+
+    image_size: int
+    patch_size: int
+
+    def expect_a_patch(self, prefix: str = "") -> None:
+        """ValueError unless a patch fits into an image."""
+        if self.image_size < self.patch_size:
+            raise ValueError(
+                f"{prefix}image_size: expected at least patch_size = {self.patch_size}, "
+                f"got {self.image_size}"
+            )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches along height and width."""
+        return (self.image_size // self.patch_size,) * 2
+
+
+def preset_of(presets: Mapping[str, T], name: str) -> T:
+    """The published size of this name; ValueError that lists them all when there is none."""
+    if name not in presets:
+        raise ValueError(f"preset: expected one of {sorted(presets)}, got {name!r}")
+    return presets[name]
 
 
 def _is_file_name(name: Any) -> bool:

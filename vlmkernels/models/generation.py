@@ -14,7 +14,7 @@ from torch import Tensor
 from vlmkernels.models.beam_search import Beams, State, beam_search
 from vlmkernels.models.cache import KVCache
 from vlmkernels.models.checkpoint import Json
-from vlmkernels.models.fields import INDEX, INDICES, INTEGER, INTEGER_OR_NONE, NUMBER, expect
+from vlmkernels.models.fields import INDEX, INDICES, INTEGER, INTEGER_OR_NONE, REAL, expect
 from vlmkernels.models.rules import Rules
 from vlmkernels.models.tokenizer import Tokenizer
 
@@ -42,10 +42,10 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        expect("temperature", self.temperature, NUMBER)
+        expect("temperature", self.temperature, REAL)
         expect("top_k", self.top_k, INTEGER_OR_NONE)
-        expect("top_p", 1 if self.top_p is None else self.top_p, NUMBER)
-        if self.temperature < 0:
+        expect("top_p", 1.0 if self.top_p is None else self.top_p, REAL)
+        if not self.temperature >= 0:
             raise ValueError(f"temperature: expected at least 0, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k: expected at least 1, got {self.top_k}")

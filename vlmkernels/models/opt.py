@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vlmkernels.models.checkpoint import Json
 from vlmkernels.models.decoder import PackedDecoder, causal_attention
-from vlmkernels.models.fields import INDICES, NOT_NEGATIVE, expect_fields
+from vlmkernels.models.fields import INDICES, NOT_NEGATIVE, expect_fields, preset_of
 from vlmkernels.models.layers import add_norm
 from vlmkernels.models.vlm import VLM, Embedded, VLMOutput, embed_text, embedded, looks_at
 from vlmkernels.nn import LayerNorm
@@ -92,9 +92,7 @@ class OPTConfig:
     @classmethod
     def preset(cls, name: str) -> OPTConfig:
         """A published size: "2.7B" or "6.7B"."""
-        if name not in PRESETS:
-            raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {name!r}")
-        return cls(**PRESETS[name])
+        return cls(**preset_of(PRESETS, name))
 
     @classmethod
     def from_dict(cls, raw: Json) -> OPTConfig:

@@ -13,7 +13,7 @@ import transformers
 from PIL import Image
 
 from tests.models.blip2.conftest import write_retrieval, write_tokenizer
-from tests.models.common import picture, run_command
+from tests.models.common import ask, picture
 from vlmkernels.models import load, load_processor
 from vlmkernels.models.blip2 import Blip2OPT, Blip2Processor, Blip2T5
 
@@ -140,10 +140,8 @@ def test_ask_answers_on_the_command_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    Image.fromarray(picture(40, 50)).save(tmp_path / "a.png")
-    args = ["ask", "--model", str(checkpoint_dir), "--image", str(tmp_path / "a.png")]
-    args += ["--max-new-tokens", "5", "--device", "cpu", "what is in the picture?"]
-    code, out, err = run_command(args, monkeypatch, capsys)
+    question = "what is in the picture?"
+    answer = ask(checkpoint_dir, tmp_path / "a.png", question, monkeypatch, capsys)
     inputs = processor(QUESTION, tmp_path / "a.png")
     new = torch.stack(list(load(checkpoint_dir).generate_steps(**inputs, max_new_tokens=5)))
-    assert (code, out, err) == (0, processor.tokenizer.decode(new[:, 0].tolist()) + "\n", "")
+    assert answer == (0, processor.tokenizer.decode(new[:, 0].tolist()) + "\n", "")

@@ -12,7 +12,7 @@ import torch
 import transformers
 from PIL import Image
 
-from tests.models.common import picture, run_command
+from tests.models.common import ask, picture
 from vlmkernels.models import load, load_processor
 from vlmkernels.models.llava import VICUNA_V1, Llava, LlavaProcessor
 from vlmkernels.models.tokenizer import Tokenizer
@@ -135,11 +135,8 @@ def test_ask_answers_on_the_command_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    Image.fromarray(picture(40, 50)).save(tmp_path / "a.png")
-    args = ["ask", "--model", str(checkpoint_dir), "--image", str(tmp_path / "a.png")]
-    args += ["--max-new-tokens", "5", "--device", "cpu", "What is it?"]
-    code, out, err = run_command(args, monkeypatch, capsys)
+    answer = ask(checkpoint_dir, tmp_path / "a.png", "What is it?", monkeypatch, capsys)
     model, processor = load(checkpoint_dir), load_processor(checkpoint_dir)
     inputs = processor("USER: <image>\nWhat is it? ASSISTANT:", [tmp_path / "a.png"])
     ids = model.generate(**inputs, max_new_tokens=5)[0, inputs["input_ids"].shape[1] :]
-    assert (code, out, err) == (0, processor.tokenizer.decode(ids.tolist()) + "\n", "")
+    assert answer == (0, processor.tokenizer.decode(ids.tolist()) + "\n", "")

@@ -11,20 +11,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from vlmkernels.models.checkpoint import Json
 from vlmkernels.models.fields import (
     FRACTION,
     INDEX,
     NOT_NEGATIVE,
     OBJECT,
+    SquareImages,
     expect,
     expect_fields,
     expect_multiple,
     known_fields,
+    preset_of,
 )
 from vlmkernels.models.opt import OPTConfig
 from vlmkernels.models.t5 import T5Config
 
-Json = dict[str, Any]
 TextConfig = OPTConfig | T5Config
 
 # What a checkpoint is for: the value of `architectures` in config.json. The last is LAVIS' name of
@@ -37,7 +39,7 @@ GENERATION, RETRIEVAL, PRETRAINING = (
 
 
 @dataclass
-class Blip2VisionConfig:
+class Blip2VisionConfig(SquareImages):
     """The image tower. Defaults are EVA-CLIP ViT-g/14, which sparse files leave out."""
 
     hidden_size: int = 1408
@@ -54,16 +56,7 @@ class Blip2VisionConfig:
     def __post_init__(self) -> None:
         expect_fields(self, "vision_config.")
         expect_multiple(self, "vision_config.", "hidden_size", "num_attention_heads")
-        if self.image_size < self.patch_size:
-            raise ValueError(
-                f"vision_config.image_size: expected at least patch_size = {self.patch_size}, "
-                f"got {self.image_size}"
-            )
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patches along height and width."""
-        return (self.image_size // self.patch_size,) * 2
+        self.expect_a_patch("vision_config.")
 
 
 @dataclass
@@ -165,10 +158,8 @@ class Blip2Config:
     def preset(cls, name: str, *, image_size: int = 224) -> Blip2Config:
         """A published size: "opt-2.7b", "opt-6.7b", "flan-t5-xl", "flan-t5-xxl" or, of the first
         stage, "itm-vit-g". Models tuned on COCO's captions have image_size 364."""
-        if name not in PRESETS:
-            raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {name!r}")
+        language = preset_of(PRESETS, name)
         vision = Blip2VisionConfig(image_size=image_size)
-        language = PRESETS[name]
         if language is None:
             words = Blip2QFormerConfig(vocab_size=30523, use_qformer_text_input=True)
             return cls(RETRIEVAL, vision=vision, qformer=words)

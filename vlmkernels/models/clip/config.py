@@ -8,22 +8,20 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
 
+from vlmkernels.models.checkpoint import Json
 from vlmkernels.models.fields import (
     INDEX,
     NOT_NEGATIVE,
+    NUMBER,
     OBJECT,
-    Kind,
+    SquareImages,
     expect,
     expect_fields,
     expect_multiple,
     known_fields,
+    preset_of,
 )
-
-Json = dict[str, Any]
-
-NUMBER = Kind("a number", lambda x: isinstance(x, (int, float)) and not isinstance(x, bool))
 
 # Published sizes: name -> (vision, text, projection_dim); what differs from the defaults below.
 _BASE_TEXT: Json = {}
@@ -62,7 +60,7 @@ PRESETS: dict[str, tuple[Json, Json, int]] = {
 
 
 @dataclass
-class ClipVisionConfig:
+class ClipVisionConfig(SquareImages):
     """The image tower."""
 
     hidden_size: int = 768
@@ -78,16 +76,7 @@ class ClipVisionConfig:
     def __post_init__(self) -> None:
         expect_fields(self, "vision_config.")
         expect_multiple(self, "vision_config.", "hidden_size", "num_attention_heads")
-        if self.image_size < self.patch_size:
-            raise ValueError(
-                f"vision_config.image_size: expected at least patch_size = {self.patch_size}, "
-                f"got {self.image_size}"
-            )
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patches along height and width."""
-        return (self.image_size // self.patch_size,) * 2
+        self.expect_a_patch("vision_config.")
 
     @classmethod
     def from_dict(cls, raw: Json) -> ClipVisionConfig:
@@ -130,9 +119,7 @@ class ClipConfig:
     @classmethod
     def preset(cls, name: str) -> ClipConfig:
         """A published size: "B/32", "B/16", "L/14", "L/14-336", "H/14" or "bigG/14"."""
-        if name not in PRESETS:
-            raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {name!r}")
-        vision, text, dim = PRESETS[name]
+        vision, text, dim = preset_of(PRESETS, name)
         return cls(dim, text=ClipTextConfig(**text), vision=ClipVisionConfig(**vision))
 
     @classmethod

@@ -8,8 +8,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
 
+from vlmkernels.models.checkpoint import Json
 from vlmkernels.models.clip import ClipVisionConfig
 from vlmkernels.models.fields import (
     INDEX,
@@ -20,9 +20,8 @@ from vlmkernels.models.fields import (
     OBJECT,
     expect,
     expect_fields,
+    preset_of,
 )
-
-Json = dict[str, Any]
 
 STRATEGIES = ("default", "full")
 _CLIP_L_336: Json = {
@@ -153,10 +152,9 @@ class LlavaConfig:
     @classmethod
     def preset(cls, name: str) -> LlavaConfig:
         """A published size: "7B" or "13B"."""
-        if name not in PRESETS:
-            raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {name!r}")
+        sizes = preset_of(PRESETS, name)
         text: Json = {"vocab_size": 32064, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
-        return cls(text=LlavaTextConfig(**text, **PRESETS[name], pad_token_id=32001))
+        return cls(text=LlavaTextConfig(**text, **sizes, pad_token_id=32001))
 
     @classmethod
     def from_dict(cls, raw: Json) -> LlavaConfig:

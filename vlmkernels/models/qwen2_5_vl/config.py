@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from vlmkernels.models.checkpoint import Json
 from vlmkernels.models.fields import INDICES, expect_fields
 from vlmkernels.models.qwen2_vl.config import PRESETS as QWEN2_VL
 from vlmkernels.models.qwen2_vl.config import Qwen2VLConfig, VisionFields
-
-Json = dict[str, Any]
 
 # Published sizes (hub config.json files): name -> fields that differ from the defaults below.
 # 7B and 72B have the language models of Qwen2-VL.

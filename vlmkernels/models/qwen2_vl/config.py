@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
+from vlmkernels.models.checkpoint import Json
 from vlmkernels.models.fields import (
     FLAG,
     INDEX,
@@ -19,9 +20,8 @@ from vlmkernels.models.fields import (
     THREE_INDICES,
     expect,
     expect_fields,
+    preset_of,
 )
-
-Json = dict[str, Any]
 
 # Published sizes (hub config.json files): name -> fields that differ from the defaults below.
 PRESETS: dict[str, Json] = {
@@ -207,9 +207,7 @@ class Qwen2VLConfig:
     @classmethod
     def preset(cls, name: str) -> Self:
         """A published size: "2B", "7B", "72B", ...; `presets` has them all."""
-        if name not in cls.presets:
-            raise ValueError(f"preset: expected one of {sorted(cls.presets)}, got {name!r}")
-        fields = dict(cls.presets[name])
+        fields = dict(preset_of(cls.presets, name))
         vision = fields.pop("vision", {})
         return cls(**fields, vision=cls.vision_class.from_dict(vision, fields["hidden_size"]))
 

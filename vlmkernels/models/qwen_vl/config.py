@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from math import isqrt
 
 from vlmkernels.models.checkpoint import Json
-from vlmkernels.models.fields import INDEX, NOT_NEGATIVE, OBJECT, expect, expect_fields
+from vlmkernels.models.fields import INDEX, NOT_NEGATIVE, OBJECT, expect, expect_fields, preset_of
 
 # Published sizes (hub config.json files). Qwen-VL and Qwen-VL-Chat are one.
 PRESETS: dict[str, Json] = {"9.6B": {}}
@@ -128,9 +128,7 @@ class QwenVLConfig:
     @classmethod
     def preset(cls, name: str) -> QwenVLConfig:
         """A published size: "9.6B"."""
-        if name not in PRESETS:
-            raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {name!r}")
-        return cls(**PRESETS[name])
+        return cls(**preset_of(PRESETS, name))
 
     @classmethod
     def from_dict(cls, raw: Json) -> QwenVLConfig:

@@ -7,7 +7,7 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from vlmkernels.models.checkpoint import Json
-from vlmkernels.models.fields import INDICES, expect_fields
+from vlmkernels.models.fields import INDICES, expect_fields, preset_of
 
 # feed_forward_proj -> its activations, the default first: BLIP-2's FlanT5 has the exact GELU.
 FEED_FORWARD = {"gated-gelu": ("gelu_new", "gelu"), "relu": ("relu",)}
@@ -69,9 +69,8 @@ class T5Config:
     @classmethod
     def preset(cls, name: str) -> T5Config:
         """A published size: "flan-t5-xl" or "flan-t5-xxl"."""
-        if name not in PRESETS:
-            raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {name!r}")
-        return cls(feed_forward_proj="gated-gelu", tie_word_embeddings=False, **PRESETS[name])
+        sizes = preset_of(PRESETS, name)
+        return cls(feed_forward_proj="gated-gelu", tie_word_embeddings=False, **sizes)
 
     @classmethod
     def from_dict(cls, raw: Json) -> T5Config:

@@ -8,11 +8,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
 
-from vlmkernels.models.fields import INDEX, NOT_NEGATIVE, OBJECT, expect, expect_fields
-
-Json = dict[str, Any]
+from vlmkernels.models.checkpoint import Json
+from vlmkernels.models.fields import (
+    INDEX,
+    NOT_NEGATIVE,
+    OBJECT,
+    SquareImages,
+    expect,
+    expect_fields,
+    expect_multiple,
+    preset_of,
+)
 
 _BASE: Json = {}
 _LARGE = {
@@ -38,7 +45,7 @@ PRESETS: dict[str, Json] = {
 
 
 @dataclass
-class ViTConfig:
+class ViTConfig(SquareImages):
     """The whole model. `raw` is the config.json it came from: unknown keys survive a round trip.
 
     num_labels 0: no classification head. pooler: the tanh layer on [CLS] of `ViTModel` files.
@@ -62,28 +69,13 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         expect_fields(self, initializer_range=NOT_NEGATIVE, num_labels=INDEX)
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size: expected a multiple of num_attention_heads = "
-                f"{self.num_attention_heads}, got {self.hidden_size}"
-            )
-        if self.image_size < self.patch_size:
-            raise ValueError(
-                f"image_size: expected at least patch_size = {self.patch_size}, "
-                f"got {self.image_size}"
-            )
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patches along height and width."""
-        return (self.image_size // self.patch_size,) * 2
+        expect_multiple(self, "", "hidden_size", "num_attention_heads")
+        self.expect_a_patch()
 
     @classmethod
     def preset(cls, name: str, *, image_size: int = 224, num_labels: int = 1000) -> ViTConfig:
         """A published size: "B/16", "B/32", "L/16", "L/32" or "H/14", for any resolution."""
-        if name not in PRESETS:
-            raise ValueError(f"preset: expected one of {sorted(PRESETS)}, got {name!r}")
-        return cls(**PRESETS[name], image_size=image_size, num_labels=num_labels)
+        return cls(**preset_of(PRESETS, name), image_size=image_size, num_labels=num_labels)
 
     @classmethod
     def from_dict(cls, raw: Json) -> ViTConfig:
