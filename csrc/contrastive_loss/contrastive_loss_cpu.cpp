@@ -13,7 +13,6 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kMaxSpread = 80;  // exp() of a larger distance may be 0
 
-VLMKERNELS_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 VLMKERNELS_INLINE Vec abs(Vec x) { return (Vec)((Bits)x & 0x7fffffff); }
 VLMKERNELS_INLINE float max_of(Vec x) {
     float y = x[0];
