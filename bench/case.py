@@ -120,6 +120,21 @@ def dtype_name(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
 
 
+def in_float32(case: Case) -> list[Tensor]:
+    """What the eager code of a case gives for the same numbers in float32."""
+    assert case.eager is not None
+    inputs = {
+        name: x.detach().float().requires_grad_(x.requires_grad)
+        if isinstance(x, Tensor) and x.is_floating_point()
+        else x
+        for name, x in case.inputs.items()
+    }
+    bind = gradient if case.direction == "bwd" else forward
+    return tensors(bind(case.eager, inputs)())
+
+
 def _same_noise(y: Tensor) -> Tensor:
+    """The same numbers in every dtype."""
     generator = torch.Generator(y.device).manual_seed(0)
-    return torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype)
+    noise = torch.randn(y.shape, generator=generator, device=y.device)
+    return noise.to(torch.bfloat16).to(y.dtype)

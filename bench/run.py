@@ -14,6 +14,7 @@ import importlib
 import pkgutil
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,11 @@ from vlmkernels.testing.shapes import CODEBOOKS, SHAPES
 
 PACKAGES = (bench.ops, bench.distributed, bench.models)
 NAMED = (*SHAPES, *CODEBOOKS)
+# On the CPU one shape of each op of these is measured in bfloat16 as well.
+SAMPLED = (
+    *("activation", "attention", "contrastive_loss", "norm", "patch_embed", "rope"),
+    "vq_lookup",
+)
 DIRECTIONS = {"fwd": ("fwd",), "bwd": ("bwd",), "both": ()}
 
 
@@ -50,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("names", nargs="*", metavar="op", help=f"of {', '.join(names())}")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--mode", choices=DIRECTIONS, default="both")
-    parser.add_argument("--dtype", default="", help="float32,bfloat16,...")
+    parser.add_argument("--dtype", default="", help="float32,bfloat16,...: all cases")
     parser.add_argument("--shapes", default="", help=f"of {','.join(NAMED)}")
     parser.add_argument("--rivals", default="all", help="all, none, or names: 'SDPA flash,Liger'")
     parser.add_argument("--rounds", type=int, default=15, help="turns of every variant")
@@ -74,6 +80,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unknown shape {', '.join(unknown)}; there are {', '.join(NAMED)}")
     default = "bfloat16" if args.device.startswith("cuda") else "float32"
     args.dtypes = [getattr(torch, name, None) for name in (args.dtype or default).split(",")]
+    args.sample = not args.dtype and not args.device.startswith("cuda")
     if not all(isinstance(dtype, torch.dtype) for dtype in args.dtypes):
         parser.error(f"unknown dtype in {args.dtype!r}")
     for option, least in (("rounds", 1), ("threads", 0)):
@@ -114,10 +121,20 @@ def _chosen_rivals(args: argparse.Namespace) -> list[rivals.Rival]:
     return [r for r in here if r.name in wanted]
 
 
+def _sample(module: Any, args: argparse.Namespace) -> Iterator[Case]:
+    """The first shape of each op in bfloat16, where the options leave that to the bench."""
+    if not args.sample or module.__name__.rpartition(".")[2] not in SAMPLED:
+        return
+    first: dict[str, str] = {}
+    for case in module.cases(args.device, torch.bfloat16):
+        if first.setdefault(case.op, case.shape) == case.shape:
+            yield case
+
+
 def _cases(args: argparse.Namespace, progress: Progress, task: Any) -> Iterator[Case]:
     for module in _modules(args.names):
         for dtype in args.dtypes:
-            for case in module.cases(args.device, dtype):
+            for case in chain(module.cases(args.device, dtype), _sample(module, args)):
                 if _wanted(case, args):
                     label = f"{case.op} {case.shape} {case.dtype} {case.direction}"
                     progress.update(task, description=label)
@@ -134,7 +151,7 @@ def run_all(args: argparse.Namespace, console: Console) -> Run:
     try:
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task("copy and matrix product", total=total)
-            for dtype in args.dtypes:
+            for dtype in args.dtypes + [torch.bfloat16] * args.sample:
                 run["ceilings"][_name(dtype)] = ceilings(args.device, dtype)
             for case in _cases(args, progress, task):
                 others = rivals.variants(case, here)

@@ -17,10 +17,12 @@ __device__ __forceinline__ float exp(float x) {
     const float t = x * kLog2e, lost = fmaf(x, kLog2e, -t) + x * kLog2eRest, e = exp2_approx(t);
     return fmaf(e * kLn2, lost, e);
 }
+__device__ __forceinline__ float exp2(float x) { return exp2_approx(x); }
 __device__ __forceinline__ float reciprocal(float x) { return __fdividef(1.0f, x); }
 __device__ __forceinline__ float magnitude(float x) { return fabsf(x); }
 __device__ __forceinline__ float at_most(float x, float limit) { return fminf(x, limit); }
 __device__ __forceinline__ float positive_part(float x) { return x < 0.0f ? 0.0f : x; }
+__device__ __forceinline__ float if_negative(float x, float a, float b) { return x < 0.0f ? a : b; }
 
 }  // namespace
 }  // namespace vlmkernels

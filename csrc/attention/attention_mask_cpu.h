@@ -2,6 +2,8 @@
 // for keys that a row does not see. Scores are [keys, lanes], a lane for each row.
 #pragma once
 
+#include <type_traits>
+
 #include "attention/attention_cpu.h"
 
 namespace vlmkernels {
@@ -127,21 +129,55 @@ class Mask {
             const T* bias = static_cast<const T*>(problem_->p.bias.data) + first;
             for (int64_t lane = 0; lane < lanes; lane += kWidth)
                 for (int64_t key = 0; key < existing; key += kWidth) {
+                    if constexpr (std::is_same_v<T, BFloat16>)
+                        if (lane + kWidth <= rows_ && key + 2 * kWidth <= existing) {
+                            add_pairs(scores + key * lanes + lane, lanes, scale, bias + key, lane);
+                            key += kWidth;
+                            continue;
+                        }
                     Vec m[kWidth];
-                    for (int i = 0; i < kWidth; ++i) {
-                        m[i] = Vec{};
-                        if (lane + i >= rows_) continue;
-                        const T* at = bias + bias_[lane + i] + key;
-                        __builtin_prefetch(at + keys);  // of the next block
-                        m[i] = load_first(at, existing - key);
-                    }
+                    load_bias(m, bias + key, lane, existing - key, keys);
                     transpose(m);
+#pragma GCC unroll 16
                     for (int i = 0; i < kWidth; ++i) {
                         float* at = scores + (key + i) * lanes + lane;
                         store(at, load(at) * scale + m[i]);
                     }
                 }
         });
+    }
+
+    // The same for bfloat16, 2 kWidth keys at once: they are turned as pairs.
+    VLMKERNELS_INLINE void add_pairs(float* scores, int64_t lanes, float scale,
+                                     const BFloat16* bias, int64_t lane) const {
+        Vec m[kWidth];
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i)
+            m[i] = load(reinterpret_cast<const float*>(bias + bias_[lane + i]));
+        transpose(m);
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i, scores += 2 * lanes) {
+            const Bits pairs = (Bits)m[i];
+            store(scores, load(scores) * scale + (Vec)(pairs << 16));
+            store(scores + lanes, load(scores + lanes) * scale + (Vec)(pairs & 0xffff0000u));
+        }
+    }
+
+    // m[i, key]: bias of row lane + i; zero where there is no such row or key.
+    template <class T>
+    VLMKERNELS_INLINE void load_bias(Vec (&m)[kWidth], const T* bias, int64_t lane,
+                                     int64_t existing, int64_t ahead) const {
+        const bool whole = lane + kWidth <= rows_ && existing >= kWidth;
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i) {
+            if (whole) {
+                const T* at = bias + bias_[lane + i];
+                __builtin_prefetch(at + ahead);  // of the next block
+                m[i] = load(at);
+            } else {
+                m[i] = lane + i < rows_ ? load_first(bias + bias_[lane + i], existing) : Vec{};
+            }
+        }
     }
 
     template <int kCols, bool kIds>

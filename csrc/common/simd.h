@@ -75,10 +75,19 @@ VLMKERNELS_INLINE Vec load(const Half* p) {
 }
 
 VLMKERNELS_INLINE void store(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
+// The upper half of each lane is x as a bfloat16, rounded to nearest even; NaN stays NaN.
+VLMKERNELS_INLINE Bits rounded_bits(Vec x) {
+    const Bits bits = (Bits)x, up = ((bits >> 16) & 1) + 0x7fff;
+#if defined(__AVX512F__)
+    const __mmask16 ordered = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_ORD_Q);
+    const __m512i nan = _mm512_set1_epi32(0x7fc00000);
+    return (Bits)_mm512_mask_add_epi32(nan, ordered, (__m512i)bits, (__m512i)up);
+#else
+    return x == x ? bits + up : Bits{} + 0x7fc00000;
+#endif
+}
 VLMKERNELS_INLINE void store(BFloat16* p, Vec x) {
-    Bits bits = (Bits)x;
-    Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    HalfBits y = narrow(x == x ? rounded : Bits{} + 0x7fc0);
+    HalfBits y = narrow(rounded_bits(x) >> 16);
     std::memcpy(p, &y, sizeof y);
 }
 VLMKERNELS_INLINE void store(Half* p, Vec x) {
@@ -125,6 +134,17 @@ VLMKERNELS_INLINE Vec max(Vec a, Vec b) {
 #endif
 }
 
+VLMKERNELS_INLINE Vec min(Vec a, Vec b) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+    return a < b ? a : b;
+#endif
+}
+// Of NaN: at_least keeps it, at_most gives the limit.
+VLMKERNELS_INLINE Vec at_least(Vec x, float limit) { return max(splat(limit), x); }
+VLMKERNELS_INLINE Vec at_most(Vec x, float limit) { return min(x, splat(limit)); }
+
 VLMKERNELS_INLINE float sum(Vec x) {
     float total = 0;
     for (int i = 0; i < kWidth; ++i) total += x[i];
@@ -145,37 +165,42 @@ VLMKERNELS_INLINE Vec reciprocal(Vec x) {
 #endif
 }
 
-// e^x for x <= 88, about 1 ulp; exactly 0 from x = -87.7 down to -inf; NaN stays NaN.
-VLMKERNELS_INLINE Vec exp(Vec x) {
-    // max(a, b) is b when a comparison with NaN fails, so NaN must be the second.
-    x = max(splat(-88.f), x);
-    const Vec magic = splat(12582912.f + 127.f);  // 1.5 * 2^23: adding it rounds to an integer
-    const Vec shifted = x * 1.44269504f + magic;
-    const Vec n = shifted - magic;
-    const Vec f = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts
+constexpr float kLog2e = 1.44269504f;
+constexpr float kRounder = 12582912.f + 127.f;  // 1.5 * 2^23: adding it rounds to an integer
+
+// y 2^n for shifted = n + kRounder, whose low bits are the exponent.
+VLMKERNELS_INLINE Vec times_power(Vec y, Vec shifted) { return y * (Vec)((Bits)shifted << 23); }
+
+// e^x for x <= 88, about 1 ulp; exactly 0 from x = -87.7 down to -inf; NaN stays NaN. V: Vec, or
+// Vecs (vecs.h).
+template <class V>
+VLMKERNELS_INLINE V exp(V x) {
+    x = at_least(x, -88.f);
+    const V shifted = x * kLog2e + kRounder;
+    const V n = shifted - kRounder;
+    const V f = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts
     // Minimax polynomial of e^f - 1 - f for |f| <= ln 2 / 2, relative error 3e-9.
-    Vec y = f * 1.38143204e-3f + 8.36885109e-3f;
+    V y = f * 1.38143204e-3f + 8.36885109e-3f;
     y = y * f + 4.16684011e-2f;
     y = y * f + 1.66665195e-1f;
     y = y * f + 4.99999934e-1f;
     y = y * f + 1.f;
     y = y * f + 1.f;
-    return y * (Vec)((Bits)shifted << 23);  // the low bits of `shifted` are the exponent of 2^n
+    return times_power(y, shifted);
 }
 
-constexpr float kLog2e = 1.44269504f;
-
 // 2^x for x < 128, relative error 1e-7; exactly 0 from x = -126.5 down to -inf; NaN stays NaN.
-VLMKERNELS_INLINE Vec exp2(Vec x) {
-    x = max(splat(-127.f), x);
-    const Vec shifted = x + (12582912.f + 127.f);  // as in exp
-    const Vec f = x - (shifted - (12582912.f + 127.f));
-    Vec y = f * 1.32647242e-3f + 9.67151324e-3f;
+template <class V>
+VLMKERNELS_INLINE V exp2(V x) {
+    x = at_least(x, -127.f);
+    const V shifted = x + kRounder;
+    const V f = x - (shifted - kRounder);
+    V y = f * 1.32647242e-3f + 9.67151324e-3f;
     y = y * f + 5.55073376e-2f;
     y = y * f + 2.40222421e-1f;
     y = y * f + 6.93146978e-1f;
     y = y * f + 1.f;
-    return y * (Vec)((Bits)shifted << 23);
+    return times_power(y, shifted);
 }
 
 template <int half, int... i>

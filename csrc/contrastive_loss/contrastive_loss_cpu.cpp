@@ -13,7 +13,6 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kMaxSpread = 80;  // exp() of a larger distance may be 0
 
-VLMKERNELS_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 VLMKERNELS_INLINE Vec abs(Vec x) { return (Vec)((Bits)x & 0x7fffffff); }
 VLMKERNELS_INLINE float max_of(Vec x) {
     float y = x[0];
@@ -38,6 +37,7 @@ VLMKERNELS_INLINE Vec log1p_unit(Vec e) {
 // n products from column on, as logits; lanes from n on hold `fill`.
 template <class T>
 VLMKERNELS_INLINE Vec logits(const T* x, int64_t n, float scale, float bias, float fill) {
+    if (n >= kWidth) return load(x) * scale + bias;
     return lanes_below(n) ? load_first(x, n) * scale + bias : splat(fill);
 }
 
@@ -154,11 +154,11 @@ float siglip_row(const ContrastiveProducts& p, int64_t row) {
     for (int64_t first = 0; first < p.num_texts; first += kStrip) {
         const int64_t end = first + kStrip < p.num_texts ? first + kStrip : p.num_texts;
         Vec loss{};
-        for (int64_t j = first; j < end; j += kWidth) {
-            const Vec logit = logits(x + j, end - j, scale, bias, -kInfinity);
+        for_each_vector(first, end, [&](int64_t j, int count) VLMKERNELS_INLINED {
+            const Vec logit = logits(x + j, count, scale, bias, -kInfinity);
             const Vec s = lane_is(positive < end ? positive - j : -1) ? -logit : logit;
             loss += max(Vec{}, s) + log1p_unit(exp(-abs(s)));  // softplus; a NaN stays
-        }
+        });
         total += double(sum(loss));
     }
     return float(total);
@@ -179,8 +179,7 @@ void gradient_row(const ContrastiveGradientRowsParams& p, int64_t row) {
     for (int64_t first = 0; first < n; first += kStrip) {
         const int64_t end = first + kStrip < n ? first + kStrip : n;
         Vec strip_by_product{}, strip{};
-        for (int64_t j = first; j < end; j += kWidth) {
-            const int64_t left = end - j;
+        for_each_vector(first, end, [&](int64_t j, int left) VLMKERNELS_INLINED {
             const Vec product = load_first(x + j, left), s = product * scale + bias;
             Vec ds;
             if constexpr (kSigmoid) {
@@ -194,11 +193,11 @@ void gradient_row(const ContrastiveGradientRowsParams& p, int64_t row) {
                      exp(s - load_first(text, left) - load_first(text + n, left)) * p.text_weight;
                 ds -= lane_is(positive - j) ? splat(share) : Vec{};
             }
-            ds = lanes_below(left) ? ds : Vec{};
+            if (left < kWidth) ds = lanes_below(left) ? ds : Vec{};
             strip_by_product += ds * product;
             strip += ds;
             store_first(to + j, ds * factor, left);
-        }
+        });
         by_product += double(sum(strip_by_product));
         total += double(sum(strip));
     }

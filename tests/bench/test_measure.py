@@ -187,3 +187,29 @@ def test_cuda_timing_flushes_and_queues(monkeypatch: pytest.MonkeyPatch) -> None
     one = ["flush", "event", "call", "event"]
     assert log[-10:] == ["wait", "spin", *one, *one, "wait"][-10:]
     assert log.count("call") == 1 + (1 + 1) + 2 * (1 + 2)
+
+
+def test_float32_decides_where_both_are_rounded() -> None:
+    """Eager code that is off by 20 % makes no better variant wrong and no worse one right."""
+    x = torch.linspace(1, 2, 64).to(torch.bfloat16)
+
+    def eager(x: torch.Tensor) -> torch.Tensor:
+        return x * 1.2 if x.dtype == torch.bfloat16 else x
+
+    variants: dict[str, Callable[[], Any]] = {
+        "vlmkernels": x.clone,
+        "eager": lambda: eager(x),
+        "worse": lambda: x * 1.5,
+    }
+    text = {"op": "op", "shape": "s 1", "dtype": "bfloat16", "direction": "fwd"}
+    given = Case(**text, bytes=1, flops=0, variants=variants, inputs={"x": x}, eager=eager)
+    row = measure(given, CEILING, rounds=1)
+    assert "failed" not in row and row["error"] > 0.1
+    assert row["rivals"]["worse"]["failed"].startswith("wrong")
+    indices = {"vlmkernels": lambda: torch.tensor([1, 2]), "eager": lambda: torch.tensor([1, 3])}
+
+    def exact(x: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([1, 2])
+
+    given = Case(**text, bytes=1, flops=0, variants=indices, inputs={"x": x}, eager=exact)
+    assert "failed" not in measure(given, CEILING, rounds=1)

@@ -150,7 +150,7 @@ def test_rivals_join_cases_of_their_function_in_both_directions() -> None:
     assert set(found) == {"fake"} and calls == []  # nothing runs before it is asked to
     assert torch.equal(found["fake"](), torch.full((3,), 2.0)) and calls == [False]
     backward = rivals.variants(fake_case("bwd", inputs, None), fakes)["fake"]
-    dy = torch.randn(3, generator=torch.Generator().manual_seed(0))
+    dy = torch.randn(3, generator=torch.Generator().manual_seed(0)).bfloat16().float()
     assert torch.equal(backward()[0], 2 * dy) and torch.equal(backward()[0], 2 * dy)
     assert calls == [False, True]
 

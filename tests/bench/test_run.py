@@ -35,7 +35,9 @@ def stopped_cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    monkeypatch.setattr(run, "_modules", lambda names: [SimpleNamespace(cases=small_cases)])
+    monkeypatch.setattr(
+        run, "_modules", lambda names: [SimpleNamespace(__name__="", cases=small_cases)]
+    )
     monkeypatch.setattr(run, "ceilings", lambda *_: {"copy_gbps": 10.0, "gemm_tflops": 0.1})
     return monkeypatch
 
@@ -80,10 +82,23 @@ def test_options_choose_cases(
     assert [(row["shape"], row["direction"]) for row in rows] == expected
 
 
+def test_a_shape_of_each_op_in_bfloat16(quick: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = SimpleNamespace(__name__="bench.ops.norm", cases=small_cases)
+    quick.setattr(run, "_modules", lambda names: [module])
+    bench("--json", str(tmp_path / "run.json"))
+    rows = record.load(tmp_path / "run.json")["rows"]
+    assert [r["shape"] for r in rows if r["dtype"] == "bfloat16"] == ["vit_b_16_224 64"] * 2
+    bench("--json", str(tmp_path / "run.json"), "--dtype", "float32")
+    rows = record.load(tmp_path / "run.json")["rows"]
+    assert {row["dtype"] for row in rows} == {"float32"}
+
+
 def test_ctrl_c_keeps_what_was_measured(
     quick: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    quick.setattr(run, "_modules", lambda names: [SimpleNamespace(cases=stopped_cases)])
+    quick.setattr(
+        run, "_modules", lambda names: [SimpleNamespace(__name__="", cases=stopped_cases)]
+    )
     bench("--json", str(tmp_path / "run.json"))
     saved = record.load(tmp_path / "run.json")
     assert len(saved["rows"]) == 1 and not saved["complete"]
@@ -98,7 +113,7 @@ def test_a_failed_row_is_exit_code_1(
         variants: dict[str, Any] = {"vlmkernels": lambda: -x, "eager": x.clone}
         yield Case("op", "s 64", "float32", "fwd", bytes=512, flops=0, variants=variants)
 
-    quick.setattr(run, "_modules", lambda names: [SimpleNamespace(cases=wrong_cases)])
+    quick.setattr(run, "_modules", lambda names: [SimpleNamespace(__name__="", cases=wrong_cases)])
     with pytest.raises(SystemExit) as stop:
         bench()
     assert stop.value.code == 1

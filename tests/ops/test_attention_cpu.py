@@ -162,3 +162,18 @@ def test_neighbours_are_not_touched() -> None:
         want = results([q, k, v], {"cu_seqlens_q": cu_seqlens}, torch.float32)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("float32_bias", [False, True])
+def test_bias_of_many_keys(dtype: torch.dtype, float32_bias: bool) -> None:
+    """Whole blocks of bias, in bfloat16 two vectors of keys at a time, and what is left of them."""
+    torch.manual_seed(0)
+    q = torch.randn(1, 37, 2, 64).to(dtype)
+    k, v = (torch.randn(1, 151, 2, 64).to(dtype) for _ in range(2))
+    bias = torch.randn(1, 2, 37, 151).to(torch.float32 if float32_bias else dtype)
+    got = ops.attention(q, k, v, bias=bias)
+    with reference_ops():
+        same = ops.attention(q, k, v, bias=bias)
+        exact = ops.attention(*(x.double() for x in (q, k, v)), bias=bias.double())
+    assert_as_accurate("out", got, same, exact)

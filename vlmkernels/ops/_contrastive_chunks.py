@@ -39,18 +39,18 @@ def _chunks(image: Tensor, text: Tensor, products: Tensor | None) -> Iterator[tu
     used again."""
     image, text = _operand(image), _operand(text)
     if products is None:
-        buffer = image.new_empty((_chunk_rows(image, text), len(text)))
+        buffer = image.new_empty((chunk_rows(image, text), len(text)))
     for rows in _row_chunks(image, text):
         out = buffer[: rows.stop - rows.start] if products is None else products[rows]
         yield rows, torch.mm(image[rows], text.t(), out=out)
 
 
-def _chunk_rows(image: Tensor, text: Tensor) -> int:
+def chunk_rows(image: Tensor, text: Tensor) -> int:
     return min(len(image), max(CHUNK_ROWS, CHUNK_PRODUCTS // max(1, len(text))))
 
 
 def _row_chunks(image: Tensor, text: Tensor) -> Iterator[slice]:
-    count = _chunk_rows(image, text)
+    count = chunk_rows(image, text)
     for first in range(0, len(image), max(1, count)):
         yield slice(first, min(first + count, len(image)))
 
@@ -123,7 +123,7 @@ def gradient_chunks(
     chunks = _chunks(image, text, None)
     if products is not None:
         chunks = ((rows, products[rows]) for rows in _row_chunks(image, text))
-        buffer = products.new_empty((_chunk_rows(image, text), len(text)))
+        buffer = products.new_empty((chunk_rows(image, text), len(text)))
     for rows, part in chunks:
         lse = None if image_lse is None else image_lse[:, rows].contiguous()
         sums = totals.new_empty((2, len(part)))

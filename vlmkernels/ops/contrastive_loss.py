@@ -10,6 +10,7 @@ from torch.nn.functional import logsigmoid
 from vlmkernels import _core
 from vlmkernels.ops import _library
 from vlmkernels.ops._contrastive_chunks import (
+    chunk_rows,
     clip_chunks,
     gradient_chunks,
     products_for,
@@ -259,11 +260,12 @@ def gradients(
 
     Returns:
         factor * scale * ds text, factor * scale * ds^T image (empty where not wanted; fp32, or fp64
-        for fp64 features), and [sum of ds * image · text, sum of ds].
+        for fp64 features; with products in the features' dtype, unless it is a sum of several
+        products), and [sum of ds * image · text, sum of ds].
     """
     image, text = image.contiguous(), text.contiguous()
     args = (image, text, scale, bias, image_lse, text_lse, factor, positives, weights)
-    dimage, dtext, totals = gradients_fake(*args, image_grad, text_grad)
+    dimage, dtext, totals = gradients_fake(*args, image_grad, text_grad, products)
     out = (dimage if image_grad else None, dtext if text_grad else None)
     sums = panel = None
     if _has_cuda_kernel(image, text):
@@ -271,7 +273,7 @@ def gradients(
         panel = image.new_empty((rows, -(-len(text) // 8) * 8))
         sums = scale.new_zeros((2, _core.C.contrastive_num_sums(rows, len(text))))
     lse = (image_lse, text_lse)
-    if _core.C.contrastive_backward(
+    if products is None and _core.C.contrastive_backward(
         image, text, scale, bias, positives, *lse, *weights, factor, *out, sums, panel
     ):
         assert sums is not None
@@ -284,8 +286,11 @@ def gradients_fake(
     image: Tensor, text: Tensor, scale: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     image_grad, text_grad = [x for x in rest if isinstance(x, bool)][-2:]
-    dimage = scale.new_empty(image.shape if image_grad else 0)
-    dtext = scale.new_empty(text.shape if text_grad else 0)
+    # With kept products no sum of products is rounded on the way to the features' dtype.
+    kept = isinstance(rest[-1], Tensor)
+    once = kept and len(image) <= chunk_rows(image, text)
+    dimage = (image if kept else scale).new_empty(image.shape if image_grad else 0)
+    dtext = (text if once else scale).new_empty(text.shape if text_grad else 0)
     return dimage, dtext, scale.new_empty(2)
 
 
