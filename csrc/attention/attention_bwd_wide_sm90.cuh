@@ -15,7 +15,7 @@ template <class Element, int kTileDim>
 struct AttentionBwdWideTile90
     : AttentionBwdTile90<Element, kTileDim, BwdSide::kKeys, MaskedScores> {
     using Base = AttentionBwdTile90<Element, kTileDim, BwdSide::kKeys, MaskedScores>;
-    static_assert(Base::kConsumers == 1);  // pair of warpgroups
+    static_assert(Base::kConsumers == 1 && !Base::kOverlap);
     static constexpr int kConsumerThreads = 256, kThreads = kConsumerThreads + 128;
     static constexpr int kWeightStages = 1, kWeightBytes = Base::kRows * Base::kBlock * 4;
     static constexpr int kWeightStart = (Base::kSharedBytes + 15) / 16 * 16;
