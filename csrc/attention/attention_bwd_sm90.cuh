@@ -298,7 +298,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 }
 
 template <class Tile>
-Error launch_bwd_sm90(const AttentionBackwardParams& p, int num_sms, Stream stream) {
+Error launch_bwd_sm90(
+    const AttentionBackwardParams& p, int num_sms, Stream stream,
+    decltype(&attention_bwd_sm90_kernel<Tile>) kernel = attention_bwd_sm90_kernel<Tile>) {
     AttentionBwdMaps maps;
     CUtensorMap *q = &maps.x0, *dout = &maps.x1, *k = &maps.y0, *v = &maps.y1;
     if (Tile::kKeys) std::swap(q, k), std::swap(dout, v);
@@ -312,8 +314,7 @@ Error launch_bwd_sm90(const AttentionBackwardParams& p, int num_sms, Stream stre
     if (!error) error = keys_map<K>(v, p.v, p);
     if (error) return error;
     const int ctas = std::min(BwdSchedule<Tile>::num_tiles(p), num_sms);
-    return launch(attention_bwd_sm90_kernel<Tile>, ctas, Tile::kThreads, Tile::kSharedBytes, stream,
-                  maps, p);
+    return launch(kernel, ctas, Tile::kThreads, Tile::kSharedBytes, stream, maps, p);
 }
 
 template <class Element, int kTileDim, class Scores>

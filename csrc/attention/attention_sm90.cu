@@ -48,9 +48,7 @@ bool takes_sm90(const AttentionParams& p) {
 }
 
 bool takes_sm90(const AttentionBackwardParams& p) {
-    const int tile_dim = p.plain() ? hopper_tile_dim<kHopperTileDims>(p.head_dim)
-                                   : hopper_tile_dim<kHopperMaskedBwdTileDims>(p.head_dim);
-    return tile_dim && fits_sm90(p) &&
+    return hopper_tile_dim<kHopperWideBwdTileDims>(p.head_dim) && fits_sm90(p) &&
            has_tensor_map(p.dout, p.num_tokens_q, p.num_heads, p.cu_seqlens_q ? 1 : p.batch);
 }
 
@@ -91,6 +89,10 @@ Error launch_attention_sm90(const AttentionParams& p, Stream stream) {
 }
 
 Error launch_attention_backward_sm90(const AttentionBackwardParams& p, Stream stream) {
+    if (p.head_dim > 128)
+        return dispatch<kHopperWideBwdTileDims>(p, [&]<class Element, int kTileDim>() {
+            return attention_bwd_wide_sm90<Element, kTileDim>(p, stream);
+        });
     if (p.plain())
         return dispatch<kHopperTileDims>(p, [&]<class Element, int kTileDim>() {
             return attention_bwd_sm90<Element, kTileDim, PlainScores>(p, stream);

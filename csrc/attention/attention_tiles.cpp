@@ -27,7 +27,7 @@ static py::list attention_tiles() {
         const bool keys = t.side == BwdSide::kKeys;
         rows.append(py::dict("columns"_a = t.tile_dim, "kernel"_a = keys ? "dk, dv" : "dq",
                              "mask"_a = t.masked ? "masked" : "full, causal",
-                             "warpgroups"_a = t.consumers,
+                             "warpgroups"_a = t.consumers * (keys && t.tile_dim > 128 ? 2 : 1),
                              "queries"_a = keys ? t.rows : 64 * t.consumers,
                              "keys"_a = keys ? 64 * t.consumers : t.rows, "stages"_a = t.stages));
     }

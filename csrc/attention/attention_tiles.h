@@ -8,6 +8,7 @@ namespace vlmkernels {
 inline constexpr int kHopperTileDims[] = {64, 80, 96, 112, 128};
 inline constexpr int kHopperMaskedTileDims[] = {64, 80, 96, 128, 192, 256};
 inline constexpr int kHopperMaskedBwdTileDims[] = {64, 80, 96, 128};
+inline constexpr int kHopperWideBwdTileDims[] = {192, 256};  // whatever the mask is
 
 // What decides between the tiles of a head_dim. kShort: no sequence has more than 64 queries;
 // kMasked: whatever the mask is, float32 results, several heads in a tile.
@@ -46,7 +47,7 @@ struct AttentionBwdChoice {
     int tile_dim;
     BwdSide side;
     bool masked;    // for all masks and float32 results, or full and causal only
-    int consumers;  // warpgroups, 64 resident rows each
+    int consumers;  // warpgroups, 64 resident rows each; beyond 128 columns two share 64 keys
     int rows;       // of a streamed block
     int stages;     // streamed blocks in flight
     bool overlap;   // of a warpgroup's own products with its elementwise work
@@ -62,6 +63,8 @@ inline constexpr AttentionBwdChoice kAttentionBwdTable[] = {
     {80, BwdSide::kQueries, true, 2, 64, 4, true},   {80, BwdSide::kKeys, true, 2, 64, 4, true},
     {96, BwdSide::kQueries, true, 2, 64, 4, true},   {96, BwdSide::kKeys, true, 2, 48, 4, true},
     {128, BwdSide::kQueries, true, 2, 64, 4, true},  {128, BwdSide::kKeys, true, 2, 48, 3, false},
+    {192, BwdSide::kQueries, true, 2, 80, 2, false}, {192, BwdSide::kKeys, true, 1, 80, 2, false},
+    {256, BwdSide::kQueries, true, 2, 48, 2, false}, {256, BwdSide::kKeys, true, 1, 48, 3, false},
 };
 
 constexpr AttentionBwdChoice bwd_choice(int tile_dim, BwdSide side, bool masked) {

@@ -54,6 +54,14 @@ __device__ inline void store_shared(uint32_t shared, const uint32_t (&r)[4]) {
                  : "memory");
 }
 
+__device__ inline void store_shared(uint32_t shared, float4 x) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(shared), "f"(x.x), "f"(x.y),
+                 "f"(x.z), "f"(x.w)
+                 : "memory");
+}
+__device__ inline void store_shared(uint32_t shared, float x) {
+    asm volatile("st.shared.f32 [%0], %1;\n" ::"r"(shared), "f"(x) : "memory");
+}
 __device__ inline void store_shared(uint32_t shared, int x) {
     asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(shared), "r"(x) : "memory");
 }

@@ -10,16 +10,22 @@ from tests.conftest import Backend, need_emulated_core
 from tests.ops.attention_cases import (
     Masks,
     Problem,
+    check,
+    check_dense,
     check_masked,
     cu_seqlens,
+    eager_packed,
     problem,
     run_emulated,
 )
 from tests.ops.test_attention_masks import vlm_masks, with_bias
+from tests.ops.test_attention_packed import packed
 from vlmkernels import ops
 
 # Every tile, half of them with empty columns; and a group of GQA.
 HEAD_DIMS = [(64, 3), (72, 1), (80, 2), (88, 1), (104, 2), (128, 3)]
+# Beyond 128 two warpgroups share 64 keys, whatever the mask is.
+WIDE = [(136, 2), (192, 1), (200, 1), (256, 2)]
 
 
 def dense(backend: Backend, lengths: tuple[int, int], group: int, head_dim: int) -> Problem:
@@ -30,7 +36,7 @@ def dense(backend: Backend, lengths: tuple[int, int], group: int, head_dim: int)
     )
 
 
-@pytest.mark.parametrize(("head_dim", "group"), HEAD_DIMS)
+@pytest.mark.parametrize(("head_dim", "group"), HEAD_DIMS + WIDE)
 def test_tiles(hopper: Backend, head_dim: int, group: int) -> None:
     """Several resident tiles, several blocks: some hidden, some whole, the last ragged."""
     p = dense(hopper, (280, 330), group, head_dim)
@@ -38,6 +44,19 @@ def test_tiles(hopper: Backend, head_dim: int, group: int) -> None:
     masks = replace(masks, segment_ids=first_row(masks.segment_ids))
     check_masked(p, replace(masks, image_ids=first_row(masks.image_ids)), "ids")
     check_masked(p, Masks((100, 20)), "window")
+
+
+@pytest.mark.parametrize(("head_dim", "group"), WIDE)
+def test_wide_heads(hopper: Backend, head_dim: int, group: int) -> None:
+    """Full and causal, softcap and bias: the same kernels; dense, and packed with an empty one."""
+    dtype, lengths = hopper.dtypes[group % 2], [70, 0, 133]
+    check_dense(hopper, (2, 70, 150, 2 * group, 2, head_dim), group == 2, dtype)
+    cu = cu_seqlens(lengths, hopper.device)
+    p = problem((203, group, head_dim), (203, 1, head_dim), dtype, hopper)
+    check(p, packed(cu, causal=True), lambda *x: eager_packed(*x, lengths, lengths, True))
+    p = with_bias(dense(hopper, (150, 90), group, head_dim), 1, group)
+    check_masked(p, Masks((100, 40), softcap=3.0))
+    check_masked(p, Masks(), "bias")
 
 
 def first_row(ids: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -66,7 +85,7 @@ def test_blind_rows(hopper: Backend) -> None:
     check_masked(p, Masks(segment_ids=ids))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 136, 256])
 def test_neighbours_do_not_leak(hopper: Backend, head_dim: int) -> None:
     """A packed sequence full of NaN leaves the bits of those beside it alone, under a window."""
     p = problem((253, 2, head_dim), (253, 1, head_dim), torch.bfloat16, hopper)
@@ -106,8 +125,11 @@ for options in (
     grads = torch.autograd.grad((out, lse), leaves, (torch.ones_like(out), torch.ones_like(lse)))
     for x in grads:
         total.update(x.detach().float().numpy().tobytes())
-q, k = (torch.randn(333, h, 128).half() for h in (2, 1))
-for options in ({"causal": True}, {"key_spans": spans}):
+for head_dim, options in (
+    *((128, {"causal": True}), (128, {"key_spans": spans}), (136, {"key_spans": spans})),
+    *((256, {}), (256, {"causal": True}), (256, {"window_size": (90, 5)})),
+):
+    q, k = (torch.randn(333, h, head_dim).half() for h in (2, 1))
     out, lse = ops.attention_partial(q, k, k, cu_seqlens_q=cu, **options)
     for x in ops.attention_partial_backward(q, q, k, k, lse, lse, cu_seqlens_q=cu, **options):
         total.update(x.numpy().tobytes())
@@ -125,5 +147,6 @@ def test_any_order_of_warps() -> None:
     assert len({r.stdout for r in runs}) == 1
     kernels = run_emulated(PROGRAM, PTXEMU_STATS="1").stderr
     assert "attention_bwd_sm90_kernel" in kernels and "MaskedScores" in kernels
+    assert "attention_bwd_wide_sm90_kernel" in kernels
     assert "attention_dq_kernel" not in kernels and "attention_dkdv_kernel" not in kernels
     assert "attention_dbias_kernel" in kernels
