@@ -38,6 +38,7 @@ struct AttentionBwdTile90 {
     using StreamBarriers = PipelineBarriers<kStages>;
     static constexpr int kSharedBytes =
         kBarrierStart + ResidentBarriers::kBytes + StreamBarriers::kBytes;
+    static_assert(kBlock % 16 == 0);  // k of the products that follow
     static_assert(X::kBytes % X::kAlignment == 0 && Y::kBytes % Y::kAlignment == 0);
     static_assert(kSharedBytes <= 227 * 1024);
 };

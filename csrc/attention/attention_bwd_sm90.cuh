@@ -124,10 +124,10 @@ struct BwdConsumer {
         fence_proxy_async();
         named_barrier_sync(kAllConsumers, Tile::kConsumerThreads);
     }
-    __device__ void release_block() {
+    __device__ void release_block() {  // wgmma_wait() before it made the warp converge
         if (lane == 0) shared.y_barriers().release({sums_stage(), 0});
     }
-    // The warp converges before lane 0 gives away what all lanes have read.
+    // Here the warp has yet to converge before lane 0 gives away what all lanes have read.
     __device__ void release_end() {  // the stage that holds no block
         __syncwarp();
         if (lane == 0) shared.y_barriers().release(y_at);

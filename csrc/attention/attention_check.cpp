@@ -1,5 +1,6 @@
 #include "attention/attention_check.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -225,8 +226,9 @@ AttentionParams check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, 
         p.cu_seqlens_q = cu_q.ptr<int32_t>();
         p.cu_seqlens_k = cu_k.ptr<int32_t>();
         p.batch = as_int(cu_q, cu_q.numel() - 1);
-        p.seqlen_q = int(options.max_seqlen_q);
-        p.seqlen_k = int(options.max_seqlen_k);
+        // No sequence is longer than all tokens: a careless bound costs nothing.
+        p.seqlen_q = int(std::min(options.max_seqlen_q, p.num_tokens_q));
+        p.seqlen_k = int(std::min(options.max_seqlen_k, p.num_tokens_k));
     }
     set_scores(p, q.op, options);
     p.bias = check_bias(masks.bias, q, p);

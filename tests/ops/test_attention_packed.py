@@ -84,7 +84,11 @@ def test_max_seqlen(backend: Backend) -> None:
     x = torch.randn(30, 2, 32, device=backend.device).half()
     cu = cu_seqlens([3, 27], backend.device)
     expected = ops.attention(x, x, x, cu_seqlens_q=cu)
-    for options in ({"max_seqlen_q": 27}, {"max_seqlen_q": 300, "max_seqlen_k": 28}):
+    for options in (
+        {"max_seqlen_q": 27},
+        {"max_seqlen_q": 300, "max_seqlen_k": 28},
+        {"max_seqlen_q": 2**31 - 1},
+    ):
         assert torch.equal(ops.attention(x, x, x, cu_seqlens_q=cu, **options), expected)
 
 
