@@ -20,12 +20,13 @@ struct AttentionBwdTile90 {
     static constexpr bool kKeys = side == BwdSide::kKeys, kOverlap = kChoice.overlap;
     static constexpr int kHeadDim = kTileDim, kConsumers = kChoice.consumers;
     static constexpr int kRows = 64 * kConsumers, kBlock = kChoice.rows, kStages = kChoice.stages;
+    static constexpr int kHeld = kChoice.held;
+    static constexpr bool kAllHeld = kHeld == 2 * kTileDim / 16;
     static constexpr int kConsumerThreads = 128 * kConsumers;
     static constexpr int kThreads = kConsumerThreads + 128;
     // The producer of MaskedScores looks at ids.
-    static constexpr int kProducerRegisters = (kMasked ? 64 : 32) + (kConsumers == 3 ? 0 : 8);
-    static constexpr int kConsumerRegisters =
-        kConsumers == 3 ? (kMasked ? 144 : 160) : (kMasked ? 216 : 232);
+    static constexpr int kProducerRegisters = kMasked ? 72 : 40;
+    static constexpr int kConsumerRegisters = kMasked ? 216 : 232;
     using X = SharedTile<64, kHeadDim>;  // two for each consumer, side by side
     using Y = SharedTile<kBlock, kHeadDim>;
     static constexpr int kStatsBytes = kKeys ? kBlock * int(sizeof(float2)) : 0;

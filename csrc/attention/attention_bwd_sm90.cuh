@@ -29,9 +29,10 @@ struct BwdConsumer {
     using Scores = float[Tile::kBlock / 8][4];
     using Fragments = uint32_t[Tile::kBlock / 16][4];
     using Sums = float[Tile::kHeadDim / 8][4];
-    static constexpr int kAllConsumers = 1;
+    static constexpr int kAllConsumers = 1, kSteps = Tile::kHeadDim / 16;
     const BwdShared<Tile> shared;
     const int index, lane;
+    uint32_t held[Tile::kHeld > 0 ? Tile::kHeld : 1][4];  // of the first steps of k
     typename Tile::ResidentBarriers::State x_at;
     typename Tile::StreamBarriers::State y_at;
 
@@ -57,6 +58,14 @@ struct BwdConsumer {
                 stats[half] = row_stats(p)[work.sequence.lse_index(p, row, work.head)];
         }
     }
+    // What of the resident rows stays in registers: wgmma reads shared memory for y alone then.
+    __device__ void hold_rows() {
+        const int row = threadIdx.x % 128 / 32 * 16 + lane % 16;
+#pragma unroll
+        for (int i = 0; i < Tile::kHeld; ++i)
+            ldmatrix(held[i], shared.x(index, i / kSteps) +
+                                  Tile::X::offset(row, i % kSteps * 2 + lane / 16));
+    }
     // s and dp of the block to come; asynchronous.
     __device__ void multiply_rows(Scores& s, Scores& dp) const {
         wgmma_fence();
@@ -65,9 +74,13 @@ struct BwdConsumer {
             const uint64_t x = Tile::X::k_major(shared.x(index, which));
             const uint64_t y = Tile::Y::k_major(shared.y(y_at.stage, which));
 #pragma unroll
-            for (int i = 0; i < Tile::kHeadDim / 16; ++i)
-                wgmma<Element, Major::kK, Major::kK>(which ? dp : s, x + Tile::X::k_step(i),
-                                                     y + Tile::Y::k_step(i), i > 0);
+            for (int i = 0; i < kSteps; ++i)
+                if (which * kSteps + i < Tile::kHeld)
+                    wgmma<Element, Major::kK, Major::kK>(which ? dp : s, held[which * kSteps + i],
+                                                         y + Tile::Y::k_step(i), i > 0);
+                else
+                    wgmma<Element, Major::kK, Major::kK>(which ? dp : s, x + Tile::X::k_step(i),
+                                                         y + Tile::Y::k_step(i), i > 0);
         }
         wgmma_commit();
     }
@@ -232,8 +245,10 @@ __device__ void sum_bwd(BwdConsumer<Tile>& consumer, const AttentionBackwardPara
         }
     };
     consumer.shared.x_barriers().wait_full(consumer.x_at);
+    consumer.hold_rows();
+    if (Tile::kAllHeld) consumer.release_rows();
     for_blocks(consumer, work, step);
-    consumer.release_rows();
+    if (!Tile::kAllHeld) consumer.release_rows();
     if (Tile::kOverlap && (!Tile::kMasked || pending)) {
         consumer.add_products(ds_sum, p_sum, ds, probs);
         wgmma_wait<0>();

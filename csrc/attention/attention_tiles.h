@@ -51,20 +51,32 @@ struct AttentionBwdChoice {
     int rows;       // of a streamed block
     int stages;     // streamed blocks in flight
     bool overlap;   // of a warpgroup's own products with its elementwise work
+    int held;       // k-steps of the resident rows in registers, of 2 tile_dim / 16
 };
 
 inline constexpr AttentionBwdChoice kAttentionBwdTable[] = {
-    {64, BwdSide::kQueries, false, 3, 64, 4, true},  {64, BwdSide::kKeys, false, 2, 64, 4, true},
-    {80, BwdSide::kQueries, false, 3, 64, 4, true},  {80, BwdSide::kKeys, false, 2, 64, 4, true},
-    {96, BwdSide::kQueries, false, 2, 96, 3, true},  {96, BwdSide::kKeys, false, 2, 64, 4, true},
-    {112, BwdSide::kQueries, false, 2, 96, 3, true}, {112, BwdSide::kKeys, false, 2, 48, 4, true},
-    {128, BwdSide::kQueries, false, 2, 96, 3, true}, {128, BwdSide::kKeys, false, 2, 48, 4, true},
-    {64, BwdSide::kQueries, true, 2, 96, 4, true},   {64, BwdSide::kKeys, true, 2, 64, 4, true},
-    {80, BwdSide::kQueries, true, 2, 64, 4, true},   {80, BwdSide::kKeys, true, 2, 64, 4, true},
-    {96, BwdSide::kQueries, true, 2, 64, 4, true},   {96, BwdSide::kKeys, true, 2, 48, 4, true},
-    {128, BwdSide::kQueries, true, 2, 64, 4, true},  {128, BwdSide::kKeys, true, 2, 48, 3, false},
-    {192, BwdSide::kQueries, true, 2, 80, 2, false}, {192, BwdSide::kKeys, true, 1, 80, 2, false},
-    {256, BwdSide::kQueries, true, 2, 48, 2, false}, {256, BwdSide::kKeys, true, 1, 48, 3, false},
+    {64, BwdSide::kQueries, false, 2, 96, 4, true, 8},
+    {64, BwdSide::kKeys, false, 2, 64, 4, true, 8},
+    {80, BwdSide::kQueries, false, 2, 64, 4, true, 10},
+    {80, BwdSide::kKeys, false, 2, 48, 4, true, 10},
+    {96, BwdSide::kQueries, false, 2, 64, 4, true, 12},
+    {96, BwdSide::kKeys, false, 2, 48, 4, true, 9},
+    {112, BwdSide::kQueries, false, 2, 64, 4, true, 14},
+    {112, BwdSide::kKeys, false, 2, 48, 4, true, 5},
+    {128, BwdSide::kQueries, false, 2, 64, 4, true, 14},
+    {128, BwdSide::kKeys, false, 2, 48, 4, true, 1},
+    {64, BwdSide::kQueries, true, 2, 96, 4, true, 0},
+    {64, BwdSide::kKeys, true, 2, 48, 5, true, 8},
+    {80, BwdSide::kQueries, true, 2, 64, 4, true, 10},
+    {80, BwdSide::kKeys, true, 2, 64, 4, true, 0},
+    {96, BwdSide::kQueries, true, 2, 64, 4, true, 12},
+    {96, BwdSide::kKeys, true, 2, 48, 4, true, 3},
+    {128, BwdSide::kQueries, true, 2, 64, 4, true, 8},
+    {128, BwdSide::kKeys, true, 2, 48, 3, false, 0},
+    {192, BwdSide::kQueries, true, 2, 80, 2, false, 0},
+    {192, BwdSide::kKeys, true, 1, 80, 2, false, 0},
+    {256, BwdSide::kQueries, true, 2, 48, 2, false, 0},
+    {256, BwdSide::kKeys, true, 1, 48, 3, false, 0},
 };
 
 constexpr AttentionBwdChoice bwd_choice(int tile_dim, BwdSide side, bool masked) {
