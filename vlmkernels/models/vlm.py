@@ -38,7 +38,7 @@ class Embedded:
     text_positions: Tensor | None = None  # (batch, seqlen) running indices of packed documents
 
 
-class VLM(Generates[DecodeState], PretrainedGenerator):
+class VLM(PretrainedGenerator, Generates[DecodeState]):
     """A vision tower and a decoder. A model says where they are and how inputs become `Embedded`.
 
     All rows of a batch go through the decoder as one run of tokens: padding never reaches a kernel.
