@@ -33,8 +33,6 @@ class ChatProcessor:
             ValueError: what is not of this form, by its place.
         """
         expect_messages(messages)
-        if not messages:
-            raise ValueError("messages: expected at least one, got none")
         images = pictures_of(messages, "image")
         if videos := pictures_of(messages, "video"):
             options["videos"] = videos
@@ -50,6 +48,8 @@ def expect_messages(messages: Any) -> None:
     video or a text: a template passes over what it does not know."""
     if not isinstance(messages, (list, tuple)):
         raise ValueError(f"messages: expected a list, got {messages!r:.80}")
+    if not messages:
+        raise ValueError("messages: expected at least one, got none")
     for i, message in enumerate(messages):
         name = f"messages[{i}]"
         expect(name, message, OBJECT)

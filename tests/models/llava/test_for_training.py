@@ -76,6 +76,18 @@ def test_a_batch_with_pictures_trains(side: str, vicuna: LlavaProcessor, model: 
     assert float(model(**batch).loss.detach()) > 0
 
 
+def test_what_is_no_conversation_is_named(vicuna: LlavaProcessor) -> None:
+    for conversations, message in (
+        ([[]], "messages: expected at least one, got none"),
+        ([conversation(TURNS, "gone.jpg")], "image gone.jpg: expected an image file, found none"),
+        ([[{"from": "human", "value": "hi"}]], r"messages\[0\]\['role'\]: expected a string"),
+        (conversation(TURNS), "messages: expected a list, got {'role': 'user'"),
+        ([], "text: expected at least one, got none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            vicuna.for_training(conversations)
+
+
 def test_a_template_that_rewrites_turns_is_refused(checkpoint_dir: Path) -> None:
     processor = load_processor(checkpoint_dir)
     processor.tokenizer.chat_template = "{{ messages | length }}{{ messages[-1]['role'] }}"
