@@ -245,7 +245,7 @@ def test_wrong_arguments_are_named(model: T5) -> None:
         ({"input_ids": IDS}, "decoder_input_ids: expected them or labels, got neither"),
         ({"input_ids": IDS, "decoder_input_ids": start}, "decoder_input_ids: expected 3 rows"),
         ({"input_ids": IDS + 96, "labels": LABELS}, r"^input_ids: expected in \[0, 96\)"),
-        ({"input_ids": IDS, "labels": LABELS + 96}, r"^decoder_input_ids: expected in \[0, 96\)"),
+        ({"input_ids": IDS, "labels": LABELS + 96}, r"^labels: expected -100 or in \[0, 96\)"),
         ({"input_ids": IDS, "attention_mask": MASK[:, 1:]}, "attention_mask: expected shape"),
         (
             {"input_ids": IDS, "attention_mask": hole},

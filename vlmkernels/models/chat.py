@@ -33,11 +33,8 @@ class ChatProcessor:
             ValueError: what is not of this form, by its place.
         """
         expect_messages(messages)
-        if not messages:
-            raise ValueError("messages: expected at least one, got none")
-        parts = [p for m in messages if not isinstance(m["content"], str) for p in m["content"]]
-        images = [p["image"] for p in parts if "image" in p]
-        if videos := [p["video"] for p in parts if "video" in p]:
+        images = pictures_of(messages, "image")
+        if videos := pictures_of(messages, "video"):
             options["videos"] = videos
         prepare: Any = self
         arguments: dict[str, Tensor] = prepare(
@@ -51,6 +48,8 @@ def expect_messages(messages: Any) -> None:
     video or a text: a template passes over what it does not know."""
     if not isinstance(messages, (list, tuple)):
         raise ValueError(f"messages: expected a list, got {messages!r:.80}")
+    if not messages:
+        raise ValueError("messages: expected at least one, got none")
     for i, message in enumerate(messages):
         name = f"messages[{i}]"
         expect(name, message, OBJECT)
@@ -64,6 +63,12 @@ def expect_messages(messages: Any) -> None:
             if not isinstance(part, dict) or not part.keys() & {"image", "video", "text"}:
                 known = "an image, a video or a text"
                 raise ValueError(f"{name}['content'][{j}]: expected {known}, got {part!r:.80}")
+
+
+def pictures_of(messages: Sequence[Json], kind: str) -> list[Any]:
+    """What the parts of messages hold under "image" or "video", in order."""
+    parts = (p for m in messages if not isinstance(m["content"], str) for p in m["content"])
+    return [part[kind] for part in parts if kind in part]
 
 
 def read_processor(path: Path) -> tuple[Json, Json]:
@@ -110,13 +115,7 @@ class Chat:
 
     def last_image(self) -> Any:
         """The picture that was shown last; None without one."""
-        parts = (
-            p for m in self.messages if not isinstance(m["content"], str) for p in m["content"]
-        )
-        image = None
-        for part in parts:
-            image = part.get("image", image)
-        return image
+        return (pictures_of(self.messages, "image") or [None])[-1]
 
 
 def as_texts(text: str | Sequence[str]) -> list[str]:

@@ -214,7 +214,9 @@ def next_token_loss(
     Targets of -100 do not count. The mean is over those that do (0 when there are none), or over
     `num_items_in_batch`, so that gradient accumulation can weigh every token alike.
     """
-    total = nn.functional.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
+    total = nn.functional.cross_entropy(
+        logits.float(), targets.long(), ignore_index=-100, reduction="sum"
+    )
     if num_items_in_batch is None:
         return total / (targets != -100).sum().clamp(min=1)
     return total / torch.as_tensor(num_items_in_batch, device=total.device)

@@ -34,6 +34,8 @@ class Packing:
 
 def expect_grid(name: str, tensor: Tensor | None, x: Tensor) -> None:
     """ValueError unless `tensor`, if there is one, has the (batch, seqlen) of x."""
+    if tensor is not None and not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
     if tensor is not None and tensor.shape != x.shape[:2]:
         raise ValueError(f"{name}: expected shape {tuple(x.shape[:2])}, got {tuple(tensor.shape)}")
 

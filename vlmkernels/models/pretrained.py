@@ -26,6 +26,14 @@ def read_generation_config(path: Path) -> Json:
     return read_json(file) if file.is_file() else {}
 
 
+# What is done anyhow, under the names that transformers' Trainer has for it.
+CHECKPOINTING: Mapping[str, tuple[Any, ...]] = {
+    "gradient_checkpointing_kwargs": (None, {}, {"use_reentrant": False}),
+    "every_n_layers": (1,),
+    "offload": (False,),
+}
+
+
 class Pretrained(nn.Module):
     """A model with a `config`, whose own parameter names are the published ones."""
 
@@ -94,8 +102,14 @@ class Pretrained(nn.Module):
         """JSON files written beside config.json into `path`, which may hold older ones."""
         return {}
 
-    def gradient_checkpointing_enable(self, enable: bool = True) -> None:
-        """Keep only each layer's inputs for the backward pass and compute the rest again there."""
+    def gradient_checkpointing_enable(self, enable: bool = True, **options: Any) -> None:
+        """Keep only each layer's inputs for the backward pass and compute the rest again there.
+
+        options: those that transformers' Trainer passes; ValueError for what they cannot change.
+        """
+        for name, value in options.items():
+            if value not in CHECKPOINTING.get(name, ()):
+                raise ValueError(f"{name}: expected none, layers are always recomputed whole")
         module: Any
         for module in self.modules():
             if hasattr(module, "gradient_checkpointing"):
@@ -114,6 +128,8 @@ class Pretrained(nn.Module):
 class PretrainedGenerator(Pretrained):
     """A model whose directory says how to generate as well."""
 
+    # transformers' Trainer then weighs accumulated batches by their labels: num_items_in_batch.
+    accepts_loss_kwargs: ClassVar[bool] = True
     generation_config: Json
 
     @classmethod

@@ -16,12 +16,13 @@ from vlmkernels.models.cache import KVCache
 from vlmkernels.models.checkpoint import Json
 from vlmkernels.models.decoder import PackedDecoder, next_token_loss
 from vlmkernels.models.generation import DecodeState, Generates
+from vlmkernels.models.output import Output
 from vlmkernels.models.packing import Packing, expect_grid, expect_no_empty_row, make_packing
 from vlmkernels.models.pretrained import PretrainedGenerator
 
 
 @dataclass
-class VLMOutput:
+class VLMOutput(Output):
     """logits (batch, seqlen, vocab_size), zeros on padding; loss () when labels were given."""
 
     logits: Tensor
@@ -38,7 +39,7 @@ class Embedded:
     text_positions: Tensor | None = None  # (batch, seqlen) running indices of packed documents
 
 
-class VLM(Generates[DecodeState], PretrainedGenerator):
+class VLM(PretrainedGenerator, Generates[DecodeState]):
     """A vision tower and a decoder. A model says where they are and how inputs become `Embedded`.
 
     All rows of a batch go through the decoder as one run of tokens: padding never reaches a kernel.
@@ -81,7 +82,7 @@ class VLM(Generates[DecodeState], PretrainedGenerator):
             raise ValueError("logits_to_keep: expected 0 with labels, the loss needs all logits")
         prompt = self.embed(inputs)
         batch, seqlen, _ = prompt.x.shape
-        expect_grid("labels", labels, prompt.x)
+        expect_labels(labels, prompt.x, len(self.head_weight))
         packing = make_packing(
             batch, seqlen, prompt.x.device, prompt.attention_mask, prompt.text_positions
         )
@@ -200,6 +201,20 @@ def expect_id_grid(ids: Tensor, name: str) -> None:
         raise TypeError(f"{name}: expected int32 or int64, got {ids.dtype}")
     if ids.ndim != 2 or ids.numel() == 0:
         raise ValueError(f"{name}: expected shape (batch, seqlen), got {tuple(ids.shape)}")
+
+
+def expect_labels(labels: Tensor | None, x: Tensor, vocab_size: int) -> None:
+    """Token ids or -100, (batch, seqlen) as x, or None; else ValueError or TypeError."""
+    if labels is None:
+        return
+    expect_id_grid(labels, "labels")
+    expect_grid("labels", labels, x)
+    if looks_at(labels) and len(counted := labels[labels != -100]):
+        low, high = int(counted.min()), int(counted.max())
+        if not 0 <= low <= high < vocab_size:
+            raise ValueError(
+                f"labels: expected -100 or in [0, {vocab_size}), got {low if low < 0 else high}"
+            )
 
 
 def looks_at(x: Tensor) -> bool:

@@ -180,9 +180,11 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
 
 
 def rows(x: Tensor) -> Tensor:
-    """x, or a copy where no one stride leads from row to row."""
-    if x.is_contiguous() or x.stride(-1) != 1:
+    """x, or a copy where a row is no run of elements or no one stride leads from row to row."""
+    if x.is_contiguous():
         return x
+    if x.stride(-1) != 1:
+        return x.contiguous()
     try:
         x.view(-1, x.shape[-1])
     except RuntimeError:

@@ -51,8 +51,8 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
 
     Args:
         gate: (..., mlp_dim), floating point; or, without `up`, (..., 2 * mlp_dim): the result of
-            one fused projection, gate first. mlp_dim contiguous; rows that do not lie at one
-            stride are copied first, halves of a fused projection are not.
+            one fused projection, gate first. Where mlp_dim is not contiguous or rows do not lie at
+            one stride they are copied first; halves of a fused projection are not.
         up: (..., mlp_dim), of gate's shape and dtype.
 
     Returns:
@@ -60,7 +60,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         Only gate and up are kept for the gradient, which for a fused projection is written as one.
 
     Raises:
-        ValueError: wrong shapes or strides. TypeError: wrong dtypes or devices.
+        ValueError: wrong shapes. TypeError: wrong dtypes or devices.
 
     Shazeer, arXiv 2002.05202. Between the projections of transformers' Qwen2MLP and LlamaMLP.
     """

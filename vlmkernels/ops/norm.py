@@ -16,8 +16,8 @@ def rms_norm(
     """y = h / sqrt(mean(h^2) + eps) * weight, with h = x or, given a residual, h = x + residual.
 
     Args:
-        x: (..., hidden_dim), floating point, hidden_dim contiguous; rows that do not lie at one
-            stride (as of a transposed batch) are copied first.
+        x: (..., hidden_dim), floating point; where hidden_dim is not contiguous (as behind a
+            convolution) or rows do not lie at one stride, it is copied first.
         weight: (hidden_dim,), of x's dtype or float32.
         residual: as x, of its shape and dtype; its gradient is that of x.
 
@@ -27,7 +27,7 @@ def rms_norm(
         rounds before it multiplies by the weight, and returns fp32 for an fp32 weight).
 
     Raises:
-        ValueError: wrong shapes or strides. TypeError: wrong dtypes or devices.
+        ValueError: wrong shapes. TypeError: wrong dtypes or devices.
 
     Zhang and Sennrich, arXiv 1910.07467. Drop-in for transformers' Qwen2RMSNorm.
     """

@@ -101,6 +101,30 @@ MODEL_INPUTS: list[tuple[str, Callable[[Inputs], Inputs], type[Exception], str]]
         "labels: expected shape",
     ),
     (
+        "float labels",
+        lambda x: x | {"labels": x["input_ids"].float()},
+        TypeError,
+        "labels: expected int32 or int64, got torch.float32",
+    ),
+    (
+        "large label",
+        lambda x: x | {"labels": x["input_ids"] + 320},
+        ValueError,
+        r"labels: expected -100 or in \[0, 320\), got",
+    ),
+    (
+        "another mark than -100",
+        lambda x: x | {"labels": torch.full_like(x["input_ids"], -1)},
+        ValueError,
+        "labels: expected -100 or in .*, got -1",
+    ),
+    (
+        "a list as mask",
+        lambda x: x | {"attention_mask": x["attention_mask"].tolist()},
+        TypeError,
+        "attention_mask: expected a torch.Tensor, got list",
+    ),
+    (
         "labels of a part",
         lambda x: x | {"labels": x["input_ids"], "logits_to_keep": 1},
         ValueError,

@@ -270,3 +270,26 @@ def test_saved_processor_is_the_same_and_transformers_reads_it(
     image = cases.picture(301, 499)
     hf = transformers.Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
     assert_same_pixels(again, hf, [image], [Image.fromarray(image)])
+
+
+def test_labels_stand_on_answers_alone(processor: Qwen2VLProcessor) -> None:
+    answers = ["café 数字", "two\n\nlines "]
+    image, frames = cases.picture(56, 84), [cases.picture(28, 28, seed=i) for i in range(2)]
+    asked = [{"type": "image", "image": image}, {"type": "text", "text": "assistant\n"}]
+    conversations = [
+        [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": answers[0]},
+            {"role": "user", "content": [{"type": "video", "video": frames}]},
+            {"role": "assistant", "content": [{"type": "text", "text": answers[1]}]},
+        ],
+        [{"role": "user", "content": "only a question"}],
+    ]
+    batch = processor.for_training(conversations, padding_side="right")
+    counted = batch["labels"] != -100
+    assert torch.equal(batch["labels"][counted], batch["input_ids"][counted])
+    text = processor.tokenizer.decode(
+        batch["labels"][0][counted[0]].tolist(), skip_special_tokens=False
+    )
+    assert text == "".join(f"{answer}<|im_end|>" for answer in answers)
+    assert not counted[1].any() and (batch["mm_token_type_ids"] != 0).sum() > 2

@@ -199,7 +199,7 @@ def test_a_model_without_chat_gets_the_text_alone(chat_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([], "expected the user's turn at the end"),
+        ([], "messages: expected at least one, got none"),
         ([user("a"), assistant("b")], "expected the user's turn at the end"),
         ([assistant("b"), user("a")], "by turns, got 'assistant' at 0"),
         ([user("a"), user("b")], "by turns, got 'user' at 1"),

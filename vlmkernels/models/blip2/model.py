@@ -169,7 +169,7 @@ class Blip2OPT(VLM, Generative):
         return super().before_answer(inputs, batch)
 
 
-class Blip2T5(Generates[T5State], Generative):
+class Blip2T5(Generative, Generates[T5State]):
     """BLIP-2 on FlanT5: its encoder reads image and prompt, its decoder answers."""
 
     inputs_class = Blip2Inputs

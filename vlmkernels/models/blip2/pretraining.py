@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vlmkernels.models.checkpoint import read_tensors
 from vlmkernels.models.layers import activation
+from vlmkernels.models.output import Output
 from vlmkernels.nn import LayerNorm
 
 from .config import PRETRAINING, Blip2Config, Blip2QFormerConfig
@@ -27,7 +28,7 @@ TEMPERATURE = 0.07  # where it starts
 
 
 @dataclass
-class PretrainingOutput:
+class PretrainingOutput(Output):
     """loss = loss_itc + loss_itm + loss_itg, each a mean."""
 
     loss: Tensor

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmkernels.models.encoder import TowerConfig
+from vlmkernels.models.output import Output
 from vlmkernels.models.pretrained import Pretrained
 from vlmkernels.models.vlm import expect_ids
 from vlmkernels.nn import ClipLoss
@@ -20,7 +21,7 @@ from .towers import ClipText, ClipVision
 
 
 @dataclass
-class ClipOutput:
+class ClipOutput(Output):
     """Embeddings of unit length (num, projection_dim), and scale * cosine of every pair."""
 
     logits_per_image: Tensor  # (num_images, num_texts)

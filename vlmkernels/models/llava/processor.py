@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from vlmkernels.models.chat import ChatProcessor, as_texts, grow, read_processor
+from vlmkernels.models.chat import as_texts, grow, read_processor
 from vlmkernels.models.checkpoint import CONFIG, Json, read_json, write_json
 from vlmkernels.models.pixels import ImageSettings, as_list
+from vlmkernels.models.supervised import TemplateProcessor
 from vlmkernels.models.tokenizer import Tokenizer
 
 from .config import LlavaConfig
@@ -46,12 +47,14 @@ class LlavaImageSettings(ImageSettings):
     processor_type = "LlavaImageProcessor"
 
 
-class LlavaProcessor(ChatProcessor):
+class LlavaProcessor(TemplateProcessor):
     """Turns text with <image> and the images for it into tensors.
 
     patch_size, select: as of the vision tower; they say how many tokens an image has. Without a
     chat template in the checkpoint, conversations are those of VICUNA_V1.
     """
+
+    adds_special_tokens = True
 
     def __init__(
         self,
@@ -67,6 +70,10 @@ class LlavaProcessor(ChatProcessor):
         self.image = image or LlavaImageSettings()
         self.patch_size, self.select, self.image_token = patch_size, select, image_token
         self.image_token_id = tokenizer.token_to_id(image_token)
+
+    @property
+    def feature_ids(self) -> tuple[int, ...]:
+        return (self.image_token_id,)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> LlavaProcessor:
@@ -135,5 +142,7 @@ class LlavaProcessor(ChatProcessor):
             count = (height // self.patch_size) * (width // self.patch_size)
             count += self.select == "full"
         texts = grow(texts, {self.image_token: [count] * len(image_list)})
-        rows = [self.tokenizer.encode(t, add_special_tokens=True) for t in texts]
+        rows = [
+            self.tokenizer.encode(t, add_special_tokens=self.adds_special_tokens) for t in texts
+        ]
         return self.tokenizer.pad(rows, padding_side) | out

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from vlmkernels.models.chat import ChatProcessor, as_texts, grow
+from vlmkernels.models.chat import as_texts, grow
 from vlmkernels.models.checkpoint import Json, read_json, write_json
 from vlmkernels.models.fields import (
     INDEX,
@@ -31,6 +31,7 @@ from vlmkernels.models.fields import (
 )
 from vlmkernels.models.images import Pixels, load_rgb
 from vlmkernels.models.pixels import RESAMPLE, PixelTable, as_list, resize
+from vlmkernels.models.supervised import TemplateProcessor
 from vlmkernels.models.tokenizer import Tokenizer
 
 from .video import as_videos, choose_frames, frames_of
@@ -137,11 +138,12 @@ class PixelSettings(PixelTable):
         return rows.reshape(math.prod(grid), -1), grid
 
 
-class Qwen2VLProcessor(ChatProcessor):
+class Qwen2VLProcessor(TemplateProcessor):
     """Turns text with <|image_pad|> and <|video_pad|> and the pictures for them into tensors."""
 
     processor_class: ClassVar[str] = "Qwen2VLProcessor"
     gives_seconds: ClassVar[bool] = False
+    adds_special_tokens = False
 
     def __init__(
         self,
@@ -154,6 +156,10 @@ class Qwen2VLProcessor(ChatProcessor):
         self.video = video or video_settings(self.image)
         self.image_token_id = tokenizer.token_to_id(IMAGE_TOKEN)
         self.video_token_id = tokenizer.token_to_id(VIDEO_TOKEN)
+
+    @property
+    def feature_ids(self) -> tuple[int, ...]:
+        return (self.image_token_id, self.video_token_id)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Self:

@@ -20,7 +20,7 @@ from vlmkernels.models.cache import KVCache, LayerCache
 from vlmkernels.models.decoder import next_token_loss
 from vlmkernels.models.layers import add_norm, run_layer
 from vlmkernels.models.packing import Packing, expect_grid, expect_no_empty_row, make_packing
-from vlmkernels.models.vlm import VLMOutput, expect_id_grid, expect_ids
+from vlmkernels.models.vlm import VLMOutput, expect_ids, expect_labels
 from vlmkernels.nn import RMSNorm
 from vlmkernels.ops import attention, attention_decode
 
@@ -327,7 +327,7 @@ class T5Language(nn.Module):
             num_items_in_batch: divides the summed loss instead of the number of labels.
         """
         if labels is not None:
-            expect_id_grid(labels, "labels")
+            expect_labels(labels, labels, self.config.vocab_size)
         if decoder_input_ids is None:
             if labels is None:
                 raise ValueError("decoder_input_ids: expected them or labels, got neither")

@@ -28,7 +28,7 @@ class T5Inputs:
     inputs_embeds: Tensor | None = None
 
 
-class T5(Generates[T5State], PretrainedGenerator):
+class T5(PretrainedGenerator, Generates[T5State]):
     """T5 with the published parameter names and transformers' keywords."""
 
     config_class = T5Config

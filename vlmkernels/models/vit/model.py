@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vlmkernels.models.output import Output
 from vlmkernels.models.pretrained import Pretrained
 
 from .config import ViTConfig
@@ -16,7 +17,7 @@ from .weights import own_name, published_name
 
 
 @dataclass
-class ViTOutput:
+class ViTOutput(Output):
     """What a ViT makes of images."""
 
     logits: Tensor | None  # (num_images, num_labels); None without a head

@@ -1,0 +1,65 @@
+"""`attn_implementation="vlmkernels"` of transformers' models, on `ops.attention`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmkernels.compat.flash_attn import scaled_dot_product_attention
+
+NAME = "vlmkernels"
+
+
+def register() -> None:
+    """From now on `model.set_attn_implementation("vlmkernels")` and `from_pretrained(path,
+    attn_implementation="vlmkernels")` know the name. Weights and their names stay as they are.
+
+    Masks are those of "sdpa": none for a causal or a whole row without padding, else a bool tensor,
+    so that padding, sliding windows, packed rows and static caches mean what they mean there.
+
+    Raises:
+        ImportError: there is no transformers.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """out = softmax(scaling query key^T + mask) value, as transformers calls it; no weights.
+
+    Args:
+        query: (batch, num_heads, seqlen_q, head_dim); key, value: (batch, num_heads_k, seqlen_k,
+            head_dim), num_heads_k a divisor of num_heads.
+        attention_mask: as of `scaled_dot_product_attention`; None: causal as `is_causal` or else
+            the module says, one query alone sees every key.
+
+    Returns:
+        (batch, seqlen_q, num_heads, head_dim), and None.
+
+    Raises:
+        ValueError: dropout, softcap, position_bias, s_aux (sinks) or a paged cache is asked for.
+    """
+    for name in ("softcap", "position_bias", "s_aux", "cache"):
+        if options.get(name) is not None:
+            raise ValueError(f"{NAME}: {name} is not supported; use another attn_implementation")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    out = scaled_dot_product_attention(
+        *(query, key, value, attention_mask, dropout),
+        is_causal=bool(causal and attention_mask is None and query.shape[2] > 1),
+        scale=scaling,
+        enable_gqa=True,
+    )
+    return out.transpose(1, 2).contiguous(), None
