@@ -350,7 +350,8 @@ _gradients_op = _library.define(
     reference=gradients,
 )
 _clip_op = _library.define(
-    "clip_loss(Tensor image, Tensor text, Tensor logit_scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    "clip_loss(Tensor image_features, Tensor text_features, Tensor logit_scale)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     kernel=_clip_kernel,
     inference=_clip_inference,
     fake=_clip_fake,
@@ -359,8 +360,8 @@ _clip_op = _library.define(
     backward=_clip_backward,
 )
 _siglip_op = _library.define(
-    "siglip_loss(Tensor image, Tensor text, Tensor logit_scale, Tensor? logit_bias)"
-    " -> (Tensor, Tensor)",
+    "siglip_loss(Tensor image_features, Tensor text_features, Tensor logit_scale, "
+    "Tensor? logit_bias) -> (Tensor, Tensor)",
     kernel=_siglip_kernel,
     inference=_siglip_inference,
     fake=_siglip_fake,

@@ -58,11 +58,13 @@ def qk_norm_rope(
     head_dim = _rotation.head_dim(q)
     rotary_dim = head_dim if rotary_dim is None else rotary_dim
     layout, parts = "sections", [rotary_dim // 2]
+    if position_ids is None:  # to the op this is angles given by tables
+        raise TypeError("qk_norm_rope: position_ids must be a torch.Tensor, got None")
     if sections is None and interleaved:
         raise ValueError("qk_norm_rope: interleaved needs sections, got None")
     if sections is not None:
         layout, parts = "interleaved" if interleaved else "sections", list(sections)
-        _rotation.check_sections("qk_norm_rope", parts)
+        _rotation.check_sections(parts)
     angles = (position_ids, theta, rotary_dim, parts, layout)
     return _qk_norm_rope(q, k, q_weight, k_weight, eps, *angles)  # type: ignore[no-any-return]
 
