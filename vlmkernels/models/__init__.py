@@ -96,6 +96,6 @@ def _entry(path: str | Path) -> Entry:
     if clip.open_clip.is_directory(path):
         return MODELS["clip"]
     model_type = read_json(Path(path) / CONFIG).get("model_type")
-    if model_type not in MODELS:
+    if not isinstance(model_type, str) or model_type not in MODELS:
         raise ValueError(f"{path}: expected model_type in {sorted(MODELS)}, got {model_type!r}")
     return MODELS[model_type]
