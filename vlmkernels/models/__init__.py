@@ -11,6 +11,8 @@ import torch
 from vlmkernels.models import blip2, clip, llava, qwen2_5_vl, qwen2_vl, qwen_vl, vit
 from vlmkernels.models.checkpoint import CONFIG, read_json
 
+__all__ = ["MODELS", "Entry", "load", "load_processor"]
+
 
 @dataclass(frozen=True)
 class Entry:

@@ -81,7 +81,13 @@ def qk_norm_rope_from_tables(
     rotary_dim: int | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """`qk_norm_rope` with the cos and sin of the angles given, as in `rope_from_tables`."""
+    """`qk_norm_rope` with the cos and sin of the angles given.
+
+    Args:
+        cos, sin, rotary_dim: as in `rope_from_tables`; cos and sin get no gradient.
+        q, k, q_weight, k_weight, eps: as in `qk_norm_rope`, which also says what is returned and
+            raised.
+    """
     rotary_dim = _rotation.head_dim(q) if rotary_dim is None else rotary_dim
     return _from_tables(q, k, q_weight, k_weight, eps, cos, sin, rotary_dim)  # type: ignore[no-any-return]
 
