@@ -1,5 +1,6 @@
 """norm: RMSNorm and LayerNorm over the last dimension, with an optional fused residual add."""
 
+import functools
 from typing import Any
 
 import torch
@@ -102,14 +103,14 @@ def reference_backward(
     return dx.to(h.dtype), dweight, dbias
 
 
-def _kernel_inference(
+def _run(
+    stats: Tensor | None,
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     eps: float,
     centered: bool,
-    stats: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     x, residual = _library.rows(x), None if residual is None else _library.rows(residual)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -120,7 +121,7 @@ def _kernel_inference(
 
 
 def _kernel(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    y, h, stats = _kernel_inference(x, *args, stats=_empty_stats(x, args[-1]))
+    y, h, stats = _run(_empty_stats(x, args[-1]), x, *args)
     return y, x.new_empty(0) if h is None else h, stats
 
 
@@ -214,7 +215,7 @@ _norm = _library.define(
     "norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool centered)"
     " -> (Tensor y, Tensor h, Tensor stats)",
     kernel=_kernel,
-    inference=_kernel_inference,
+    inference=functools.partial(_run, None),
     fake=_fake,
     reference=reference,
     setup_context=_setup_context,
