@@ -120,3 +120,7 @@ def test_refuses() -> None:
             ours(x, x, x, **options)
     with pytest.raises(ValueError, match="2 queries and 6 keys"):
         ours(x[:, :2], x, x, is_causal=True)
+    with pytest.raises(
+        TypeError, match=r"MultiheadAttention: key must be a torch\.Tensor, got list"
+    ):
+        ours(x, [1.0], x)

@@ -296,6 +296,15 @@ def test_unsupported_arguments() -> None:
         nn.VectorQuantize(8, 4, learnable_codebook=True, ema_update=True)
 
 
+def test_no_tensor_at_all() -> None:
+    residual = nn.ResidualVQ(dim=8, num_quantizers=2, codebook_size=4)
+    for module in (nn.VectorQuantize(8, 4), nn.VectorQuantizer(4, 8), residual):
+        with pytest.raises(
+            TypeError, match=rf"^{type(module).__name__}: . must be a torch\.Tensor"
+        ):
+            module(None)
+
+
 def test_bad_tokens() -> None:
     vq, x = nn.VectorQuantize(8, 4), torch.randn(2, 3, 8)
     images = nn.VectorQuantize(8, 4, accept_image_fmap=True)

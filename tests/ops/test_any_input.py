@@ -6,9 +6,11 @@ reads out of bounds is a RuntimeError.)
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -144,6 +146,42 @@ def test_meta_tensors(case: str) -> None:
         mixed = [x.to("meta") if i == place else x for i, x in enumerate(arguments)]
         with pytest.raises((TypeError, ValueError, RuntimeError, NotImplementedError)):
             function(*mixed)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_error_names_function_and_argument(case: str) -> None:
+    """Those that the caller wrote, whichever op computes it and whoever finds the error."""
+    function, arguments = valid_arguments(torch.float32, "cpu")[case]
+    names = inspect.signature(function).parameters
+    for place, (name, x) in enumerate(zip(names, arguments, strict=False)):
+        for wrong in (np.ones(3), "text", object(), x.to(torch.complex64), x.to_sparse()):
+            changed = [*arguments[:place], wrong, *arguments[place + 1 :]]
+            with pytest.raises((TypeError, ValueError), match=rf"^{case.split()[0]}: .*\b{name}\b"):
+                function(*changed)
+
+
+@pytest.mark.parametrize(
+    ("case", "option", "wrong"),
+    [
+        ("attention", "causal", torch.ones(2)),
+        ("attention", "softmax_scale", "text"),
+        ("attention", "window_size", 3),
+        ("attention", "window_size", ("a", "b")),
+        ("attention_decode", "softcap", None),
+        ("layer_norm", "eps", "text"),
+        ("patch_embed_pixels", "merge_size", [2]),
+        ("qk_norm_rope", "theta", torch.ones(2)),
+        ("rope", "rotary_dim", [8]),
+        ("rope", "theta", -1.0),
+        ("vision_rope", "theta", float("nan")),
+        ("vq_lookup", "metric", 3),
+    ],
+)
+def test_an_error_names_the_option(case: str, option: str, wrong: object) -> None:
+    arguments = valid_arguments(torch.float32, "cpu")[case][1]
+    options = {"mean": [0.5], "std": [0.5]} if case == "patch_embed_pixels" else {}
+    with pytest.raises((TypeError, ValueError), match=f"^{case}: .*{option}"):
+        getattr(ops, case)(*arguments, **{**options, option: wrong})
 
 
 @pytest.mark.parametrize("wrong", [None, 3, "text", [1.0, 2.0]], ids=repr)

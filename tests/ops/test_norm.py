@@ -258,6 +258,16 @@ def test_constructor_of_layer_norm() -> None:
     assert nn.LayerNorm(8, 1e-5, True, True, "cpu", torch.float16).weight.dtype == torch.float16
 
 
+def test_bad_width_of_a_module() -> None:
+    assert nn.RMSNorm((8,)).weight.shape == nn.LayerNorm([8]).weight.shape == (8,)
+    for width in (0, -1):
+        with pytest.raises(ValueError, match=f"RMSNorm: dim must be positive, got {width}"):
+            nn.RMSNorm(width)
+    for width in ("8", None, 8.0, (2, 4), True):
+        with pytest.raises(TypeError, match="LayerNorm: normalized_shape must be an int"):
+            nn.LayerNorm(width)
+
+
 def test_bad_backward(backend: Backend) -> None:
     """Stats of other rows would be read out of bounds."""
     x, weight = torch.randn(4, 16, device=backend.device), torch.ones(16, device=backend.device)

@@ -19,6 +19,7 @@ from vlmkernels.ops.contrastive_loss import (
     _scalar,
     gradients,
     gradients_fake,
+    input_gradients,
     losses,
     mean_loss,
     merge,
@@ -215,20 +216,15 @@ def _clip_backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | N
     if dloss is None:
         return (None,) * 6
     image, text, scale, *lse = ctx.saved_tensors
-    need_image, need_text, need_scale = ctx.needs_input_grad[:3]
+    needs = ctx.needs_input_grad[:3]
     factor = _mean_op(dloss, ctx.group) / (2 * len(image))
     own = not ctx.gather_with_grad and not ctx.local_loss  # by this process's features alone
     part = factor / _ring(ctx.group).size if own else factor
     detached = not ctx.gather_with_grad and ctx.local_loss
-    dimage, dtext, totals = _gradients_op(
-        image, text, scale, None, *lse, part, ctx.group, detached, need_image, need_text
-    )
-    return (
-        dimage.to(image.dtype) if need_image else None,
-        dtext.to(text.dtype) if need_text else None,
-        _mean_op(totals[0] * factor, ctx.group) if need_scale else None,
-        *(None, None, None),
-    )
+    grads = _gradients_op(image, text, scale, None, *lse, part, ctx.group, detached, *needs[:2])
+    *features, dscale = input_gradients(grads, image, text, factor, needs)
+    dscale = None if dscale is None else _mean_op(dscale, ctx.group)
+    return *features, dscale, None, None, None
 
 
 def _siglip_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -238,18 +234,12 @@ def _siglip_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 
 def _siglip_backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
     image, text, scale, bias = ctx.saved_tensors
-    need_image, need_text, need_scale, need_bias = ctx.needs_input_grad[:4]
+    needs = ctx.needs_input_grad[:4]
     factor = dloss / len(image)
-    dimage, dtext, totals = _gradients_op(
-        *(image, text, scale, bias, None, None, factor, ctx.group, False), need_image, need_text
+    grads = _gradients_op(
+        *(image, text, scale, bias, None, None, factor, ctx.group, False), *needs[:2]
     )
-    return (
-        dimage.to(image.dtype) if need_image else None,
-        dtext.to(text.dtype) if need_text else None,
-        totals[0] * factor if need_scale else None,
-        totals[1] * factor if need_bias else None,
-        None,
-    )
+    return *input_gradients(grads, image, text, factor, needs), None
 
 
 _mean_op = _library.define(

@@ -11,6 +11,8 @@ import torch
 from vlmkernels.models import blip2, clip, llava, qwen2_5_vl, qwen2_vl, qwen_vl, vit
 from vlmkernels.models.checkpoint import CONFIG, read_json
 
+__all__ = ["MODELS", "Entry", "load", "load_processor"]
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -96,6 +98,6 @@ def _entry(path: str | Path) -> Entry:
     if clip.open_clip.is_directory(path):
         return MODELS["clip"]
     model_type = read_json(Path(path) / CONFIG).get("model_type")
-    if model_type not in MODELS:
+    if not isinstance(model_type, str) or model_type not in MODELS:
         raise ValueError(f"{path}: expected model_type in {sorted(MODELS)}, got {model_type!r}")
     return MODELS[model_type]

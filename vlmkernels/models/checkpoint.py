@@ -180,11 +180,12 @@ def load_weights(
 
     Raises:
         ValueError: a missing, truncated or foreign file; names that are missing or unexpected,
-            shapes and dtypes that do not fit, all listed; a `dtype` that is none of DTYPES. The
-            model is untouched then.
+            shapes and dtypes that do not fit, all listed; a `dtype` that is none of DTYPES, a
+            `device` that is none. The model is untouched then.
     """
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype: expected one of {[*DTYPES.values()]}, got {dtype}")
+    device = _device(device)
     stored = read_headers(Path(path), rename, weights)
     aliases = {a: source for a, source in (tied or {}).items() if a in stored}
     for alias, source in aliases.items():
@@ -200,8 +201,19 @@ def load_weights(
                 tensor = stored[name].read(shard)
                 to = dtype if tensor.is_floating_point() and dtype else tensor.dtype
                 # A copy: the file behind the tensor may go away while the model lives.
-                copy = torch.empty(tensor.shape, dtype=to, device=device or "cpu").copy_(tensor)
+                copy = torch.empty(tensor.shape, dtype=to, device=device).copy_(tensor)
                 _assign(model, name, copy)
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    """A device that can hold weights, before they are read."""
+    try:
+        found = torch.device("cpu" if device is None else device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"device: expected one that is there, got {device!r} ({why})") from error
+    return found
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import mse_loss, normalize
 
+from vlmkernels.nn._arguments import expect_tensors
 from vlmkernels.nn._vq_codebook import Codebook
 
 # Arguments of vector-quantize-pytorch 1.32 that are only admitted at their defaults.
@@ -171,6 +172,7 @@ class VectorQuantize(torch.nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x: see channel_last. mask (batch, n), or lens (batch,): tokens that count; elsewhere
         the result is 0 (or x) and the index -1. indices (batch, n), and (..., heads) of several."""
+        expect_tensors(self, x=x)
         tokens = self._tokens_last(x)
         mask = self._mask(tokens, mask, lens)
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
@@ -324,6 +326,7 @@ class ResidualVQ(torch.nn.Module):
         )
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        expect_tensors(self, x=x)
         residual = self.project_in(x)
         quantized = torch.zeros_like(residual)
         indices, losses = [], []

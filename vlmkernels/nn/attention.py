@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vlmkernels import ops
+from vlmkernels.nn._arguments import expect_tensors
 
 
 def _attention(*args: Any, **options: Any) -> Tensor:
@@ -88,6 +89,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         Raises:
             ValueError: a combination that is not supported; the message says what to use.
         """
+        expect_tensors(self, query=query, key=key, value=value)
         self._check(query, key, key_padding_mask, need_weights, attn_mask, is_causal)
         if query.dim() == 2:
             mask = None if key_padding_mask is None else key_padding_mask[None]

@@ -1,11 +1,29 @@
 """RMSNorm and LayerNorm with an optional fused residual add."""
 
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmkernels import ops
+
+
+def _ones(
+    module: torch.nn.Module,
+    name: str,
+    dim: int,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """(dim,); drop-ins are also handed a shape of one dimension."""
+    width = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+    where = f"{type(module).__name__}: {name}"
+    if not isinstance(width, Integral) or isinstance(width, bool):
+        raise TypeError(f"{where} must be an int (one dimension is normalised), got {dim!r}")
+    if width < 1:
+        raise ValueError(f"{where} must be positive, got {dim!r}")
+    return torch.ones(width, device=device, dtype=dtype)
 
 
 class RMSNorm(torch.nn.Module):
@@ -26,7 +44,7 @@ class RMSNorm(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.dim, self.eps = dim, eps
-        self.weight = torch.nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
+        self.weight = torch.nn.Parameter(_ones(self, "dim", dim, device, dtype))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         return ops.rms_norm(x, self.weight, eps=self.eps, residual=residual)
@@ -53,7 +71,7 @@ class LayerNorm(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.dim, self.eps, self.elementwise_affine = normalized_shape, eps, elementwise_affine
-        ones = torch.ones(normalized_shape, device=device, dtype=dtype)
+        ones = _ones(self, "normalized_shape", normalized_shape, device, dtype)
         self.weight: Tensor
         if elementwise_affine:
             self.weight = torch.nn.Parameter(ones)

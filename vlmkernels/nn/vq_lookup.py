@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels import ops
+from vlmkernels.nn._arguments import expect_tensors
 
 Info = tuple[None, None, Tensor]
 
@@ -62,6 +63,7 @@ class VectorQuantizer(torch.nn.Module):
         wrong = {k: v for k, v in options.items() if v not in _GUMBEL.get(k, ())}
         if wrong:
             raise ValueError(f"VectorQuantizer: options of a Gumbel quantiser, got {wrong}")
+        expect_tensors(self, z=z)
         if z.ndim != 4 or z.shape[1] != self.e_dim:
             raise ValueError(
                 f"VectorQuantizer: z must have shape (batch, {self.e_dim}, height, width), got "

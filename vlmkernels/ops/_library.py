@@ -7,9 +7,20 @@ tensors outside of any of these goes straight to the kernel, which saves several
 import contextlib
 import functools
 import inspect
+import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar, get_type_hints
+from typing import (
+    Any,
+    ParamSpec,
+    SupportsFloat,
+    SupportsIndex,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import torch
 from torch import Tensor
@@ -59,7 +70,8 @@ def define(
     library.impl(name, kernel, "CPU")
     library.impl(name, kernel, "CUDA")
     qualified = f"vlmkernels::{name}"
-    torch.library.register_fake(qualified, _all_or_none_meta(name, fake), lib=library)
+    overload = getattr(torch.ops.vlmkernels, name).default
+    torch.library.register_fake(qualified, _all_or_none_meta(overload, fake), lib=library)
     function = None
     if backward is not None:
         assert setup_context is not None
@@ -67,7 +79,6 @@ def define(
             qualified, backward, setup_context=setup_context, lib=library
         )
         function = _autograd_function(name, eager or kernel, setup_context, backward)
-    overload = getattr(torch.ops.vlmkernels, name).default
     direct = inference or eager or kernel
     # Behind the last tensor there is nothing to look at, and looking is what a call costs.
     is_tensor = ["Tensor" in str(argument.type) for argument in overload._schema.arguments]
@@ -88,15 +99,20 @@ def define(
     return call
 
 
-def _all_or_none_meta(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+def _all_or_none_meta(
+    overload: torch._ops.OpOverload, fake: Callable[..., Any]
+) -> Callable[..., Any]:
     """fake, for meta tensors: beside a real first tensor one would leave the outputs unwritten."""
+    op, names = overload._opname, [argument.name for argument in overload._schema.arguments]
 
     def checked(*args: Any) -> Any:
-        tensors = [x for x in args if isinstance(x, Tensor)]
-        if any(x.is_meta for x in tensors) and not tensors[0].is_meta:
-            raise TypeError(
-                f"{name}: tensors must be on one device, got {tensors[0].device} and meta"
-            )
+        tensors = [(name, x) for name, x in zip(names, args, strict=False) if isinstance(x, Tensor)]
+        first, device = tensors[0][0], tensors[0][1].device
+        if device.type != "meta":
+            for name, x in tensors:
+                if x.is_meta:
+                    where = f"on the device of {first} ({device})"
+                    raise TypeError(f"{op}: {name} must be {where}, got meta")
         return fake(*args)
 
     return checked
@@ -129,17 +145,22 @@ R = TypeVar("R")
 
 
 def public(function: Callable[P, R]) -> Callable[P, R]:
-    """For a public function: what is no tensor, or has no dimension, is named as such.
+    """For a public function: an error names it, not the op it shares, and the argument to blame.
 
-    The core checks all else; but a function that allocates its output first looks at shapes.
+    The core checks what it takes; what fails before is looked for in the type hints. Only a call
+    that failed pays for any of this.
     """
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
-        except (AttributeError, IndexError):
-            _blame_argument(function, args, kwargs)
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            op, colon, text = str(error).partition(": ")
+            if isinstance(error, (TypeError, ValueError)) and colon and op.isidentifier():
+                error.args = (f"{function.__name__}: {text}",)
+            else:
+                _blame_argument(function, args, kwargs)
             raise
 
     return checked
@@ -149,16 +170,40 @@ def _blame_argument(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     hints = get_type_hints(function)
-    for name, value in inspect.signature(function).bind(*args, **kwargs).arguments.items():
-        optional = hints.get(name) == Tensor | None
-        if hints.get(name) is not Tensor and not (optional and value is not None):
-            continue
+    try:
+        arguments = inspect.signature(function).bind(*args, **kwargs).arguments
+    except TypeError:  # too many or too few: the error says so
+        return
+    for name, value in arguments.items():
         where = f"{function.__name__}: {name}"
+        if not _fits(value, hints[name]):
+            kind, got = f"of type {inspect.formatannotation(hints[name])}", f"{value!r:.80}"
+            if hints[name] is Tensor:
+                kind, got = "a torch.Tensor", type(value).__name__
+            raise TypeError(f"{where} must be {kind}, got {got}") from None
         if not isinstance(value, Tensor):
-            kind = type(value).__name__
-            raise TypeError(f"{where} must be a torch.Tensor, got {kind}") from None
-        if value.ndim == 0:
+            continue
+        if value.layout != torch.strided:
+            raise TypeError(f"{where} must be a strided tensor, got {value.layout}") from None
+        if hints[name] is Tensor and value.ndim == 0:
             raise ValueError(f"{where} must have at least one dimension, got ()") from None
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of the type that a public function asks for."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind in (types.UnionType, Union):
+        return any(_fits(value, each) for each in inner)
+    if kind is tuple:
+        is_pair = isinstance(value, (tuple, list)) and len(value) == len(inner)
+        return is_pair and all(map(_fits, value, inner))
+    if kind is Sequence:
+        is_sequence = isinstance(value, Sequence) and not isinstance(value, str)
+        return is_sequence and all(_fits(each, inner[0]) for each in value)
+    if hint in (int, float):  # numpy's numbers as well
+        number = SupportsIndex if hint is int else SupportsFloat
+        return isinstance(value, number) and not isinstance(value, Tensor)
+    return isinstance(value, hint)
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:

@@ -10,17 +10,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 def head_dim(q: Tensor) -> int:
-    if not isinstance(q, Tensor):
-        raise TypeError(f"rope: q must be a torch.Tensor, got {type(q).__name__}")
     if q.ndim < 3:
         shape = "(num_tokens, num_heads, head_dim) or (batch, seqlen, num_heads, head_dim)"
         raise ValueError(f"rope: q must have shape {shape}, got {tuple(q.shape)}")
     return q.shape[-1]
 
 
-def check_sections(op: str, sections: list[int]) -> None:
+def check_sections(sections: list[int]) -> None:
     if list(map(type, sections)) != [int, int, int]:
-        raise ValueError(f"{op}: sections must be three ints (t, h, w), got {sections}")
+        raise ValueError(f"rope: sections must be three ints (t, h, w), got {sections}")
 
 
 @functools.lru_cache(maxsize=64)

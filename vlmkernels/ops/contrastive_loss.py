@@ -1,6 +1,7 @@
 """contrastive_loss: the losses of CLIP and SigLIP without the batch x batch matrix of logits."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -294,6 +295,23 @@ def gradients_fake(
     return dimage, dtext, scale.new_empty(2)
 
 
+def input_gradients(
+    grads: tuple[Tensor, Tensor, Tensor],
+    image: Tensor,
+    text: Tensor,
+    factor: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """What the gradients op gives, for the inputs image, text, scale (and bias) that need it."""
+    dimage, dtext, totals = grads
+    need_image, need_text, *need_scalars = needs
+    return (
+        dimage.to(image.dtype) if need_image else None,
+        dtext.to(text.dtype) if need_text else None,
+        *(totals[i] * factor if need else None for i, need in enumerate(need_scalars)),
+    )
+
+
 def _clip_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
@@ -304,17 +322,12 @@ def _clip_backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | N
     if dloss is None:
         return None, None, None
     image, text, scale, image_lse, text_lse, products = ctx.saved_tensors
-    need_image, need_text, need_scale = ctx.needs_input_grad
     factor = dloss / (2 * len(image)) if len(image) else dloss
-    dimage, dtext, totals = _gradients_op(
+    grads = _gradients_op(
         *(image, text, scale, None, image_lse, text_lse, factor, True, [1.0, 1.0]),
-        *(need_image, need_text, products if products.ndim == 2 else None),
+        *(*ctx.needs_input_grad[:2], products if products.ndim == 2 else None),
     )
-    return (
-        dimage.to(image.dtype) if need_image else None,
-        dtext.to(text.dtype) if need_text else None,
-        totals[0] * factor if need_scale else None,
-    )
+    return input_gradients(grads, image, text, factor, ctx.needs_input_grad)
 
 
 def _siglip_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -327,18 +340,12 @@ def _siglip_backward(ctx: Any, dloss: Tensor | None, _: None) -> tuple[Tensor | 
     if dloss is None:
         return None, None, None, None
     image, text, scale, bias, products = ctx.saved_tensors
-    need_image, need_text, need_scale, need_bias = ctx.needs_input_grad
     factor = dloss / len(image) if len(image) else dloss
-    dimage, dtext, totals = _gradients_op(
+    grads = _gradients_op(
         *(image, text, scale, bias, None, None, factor, True, [1.0, 1.0]),
-        *(need_image, need_text, products if products.ndim == 2 else None),
+        *(*ctx.needs_input_grad[:2], products if products.ndim == 2 else None),
     )
-    return (
-        dimage.to(image.dtype) if need_image else None,
-        dtext.to(text.dtype) if need_text else None,
-        totals[0] * factor if need_scale else None,
-        totals[1] * factor if need_bias else None,
-    )
+    return input_gradients(grads, image, text, factor, ctx.needs_input_grad)
 
 
 _gradients_op = _library.define(
@@ -350,7 +357,8 @@ _gradients_op = _library.define(
     reference=gradients,
 )
 _clip_op = _library.define(
-    "clip_loss(Tensor image, Tensor text, Tensor logit_scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    "clip_loss(Tensor image_features, Tensor text_features, Tensor logit_scale)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     kernel=_clip_kernel,
     inference=_clip_inference,
     fake=_clip_fake,
@@ -359,8 +367,8 @@ _clip_op = _library.define(
     backward=_clip_backward,
 )
 _siglip_op = _library.define(
-    "siglip_loss(Tensor image, Tensor text, Tensor logit_scale, Tensor? logit_bias)"
-    " -> (Tensor, Tensor)",
+    "siglip_loss(Tensor image_features, Tensor text_features, Tensor logit_scale, "
+    "Tensor? logit_bias) -> (Tensor, Tensor)",
     kernel=_siglip_kernel,
     inference=_siglip_inference,
     fake=_siglip_fake,

@@ -1,5 +1,6 @@
 """norm: RMSNorm and LayerNorm over the last dimension, with an optional fused residual add."""
 
+import functools
 from typing import Any
 
 import torch
@@ -102,23 +103,8 @@ def reference_backward(
     return dx.to(h.dtype), dweight, dbias
 
 
-def _kernel(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    centered: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    x, residual = _library.rows(x), None if residual is None else _library.rows(residual)
-    y, h, stats = _fake(x, residual, weight, bias, eps, centered)
-    h_out = None if residual is None else h
-    if not _core.C.norm(x, residual, weight, bias, y, h_out, stats, eps, centered):
-        return reference(x, residual, weight, bias, eps, centered)
-    return y, h, stats
-
-
-def _kernel_inference(
+def _run(
+    stats: Tensor | None,
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor,
@@ -129,9 +115,19 @@ def _kernel_inference(
     x, residual = _library.rows(x), None if residual is None else _library.rows(residual)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     h = None if residual is None else torch.empty_like(y)
-    if not _core.C.norm(x, residual, weight, bias, y, h, None, eps, centered):
+    if not _core.C.norm(x, residual, weight, bias, y, h, stats, eps, centered):
         return reference(x, residual, weight, bias, eps, centered)
-    return y, h, None
+    return y, h, stats
+
+
+def _kernel(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    y, h, stats = _run(_empty_stats(x, args[-1]), x, *args)
+    return y, x.new_empty(0) if h is None else h, stats
+
+
+def _empty_stats(x: Tensor, centered: bool) -> Tensor:
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty((2 if centered else 1, *x.shape[:-1]), dtype=compute)
 
 
 def _kernel_backward(
@@ -166,8 +162,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     h = x.new_empty(0) if residual is None else torch.empty_like(y)
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return y, h, x.new_empty((2 if centered else 1, *x.shape[:-1]), dtype=compute)
+    return y, h, _empty_stats(x, centered)
 
 
 def _fake_backward(
@@ -220,7 +215,7 @@ _norm = _library.define(
     "norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool centered)"
     " -> (Tensor y, Tensor h, Tensor stats)",
     kernel=_kernel,
-    inference=_kernel_inference,
+    inference=functools.partial(_run, None),
     fake=_fake,
     reference=reference,
     setup_context=_setup_context,

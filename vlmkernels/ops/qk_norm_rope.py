@@ -58,11 +58,13 @@ def qk_norm_rope(
     head_dim = _rotation.head_dim(q)
     rotary_dim = head_dim if rotary_dim is None else rotary_dim
     layout, parts = "sections", [rotary_dim // 2]
+    if position_ids is None:  # to the op this is angles given by tables
+        raise TypeError("qk_norm_rope: position_ids must be a torch.Tensor, got None")
     if sections is None and interleaved:
         raise ValueError("qk_norm_rope: interleaved needs sections, got None")
     if sections is not None:
         layout, parts = "interleaved" if interleaved else "sections", list(sections)
-        _rotation.check_sections("qk_norm_rope", parts)
+        _rotation.check_sections(parts)
     angles = (position_ids, theta, rotary_dim, parts, layout)
     return _qk_norm_rope(q, k, q_weight, k_weight, eps, *angles)  # type: ignore[no-any-return]
 
@@ -79,7 +81,13 @@ def qk_norm_rope_from_tables(
     rotary_dim: int | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """`qk_norm_rope` with the cos and sin of the angles given, as in `rope_from_tables`."""
+    """`qk_norm_rope` with the cos and sin of the angles given.
+
+    Args:
+        cos, sin, rotary_dim: as in `rope_from_tables`; cos and sin get no gradient.
+        q, k, q_weight, k_weight, eps: as in `qk_norm_rope`, which also says what is returned and
+            raised.
+    """
     rotary_dim = _rotation.head_dim(q) if rotary_dim is None else rotary_dim
     return _from_tables(q, k, q_weight, k_weight, eps, cos, sin, rotary_dim)  # type: ignore[no-any-return]
 

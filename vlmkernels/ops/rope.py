@@ -79,7 +79,7 @@ def mrope(
     head_dim = _rotation.head_dim(q)
     rotary_dim = head_dim if rotary_dim is None else rotary_dim
     layout, sections = "interleaved" if interleaved else "sections", list(sections)
-    _rotation.check_sections("mrope", sections)
+    _rotation.check_sections(sections)
     return _rotate(q, k, position_ids, theta, rotary_dim, sections, layout, inplace)
 
 
@@ -148,8 +148,6 @@ def vision_rope_qkv(
         q, k, v: (..., num_heads, head_dim). v is a view of qkv (a copy under torch.compile), q and
         k are new contiguous tensors or, inplace, views of qkv as well.
     """
-    if not isinstance(qkv, Tensor):
-        raise TypeError(f"rope_qkv: qkv must be a torch.Tensor, got {type(qkv).__name__}")
     head_dim = qkv.shape[-1]
     options = (theta, head_dim, [head_dim // 4, head_dim // 4], "axial")
     if not inplace:

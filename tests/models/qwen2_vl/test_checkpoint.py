@@ -116,6 +116,20 @@ def test_dtype_is_the_files_unless_asked(broken: Path) -> None:
             load(broken, dtype=dtype)
 
 
+@pytest.mark.parametrize("device", ["nope", "cuda:99", 2.5])
+def test_device_must_be_there(broken: Path, device: object) -> None:
+    with pytest.raises(ValueError, match=rf"device: expected one that is there, got {device!r}"):
+        load(broken, device=device)
+
+
+@pytest.mark.parametrize("model_type", ["gpt", None, ["qwen2_vl"]])
+def test_model_type_must_be_known(broken: Path, model_type: object) -> None:
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+    with pytest.raises(ValueError, match=r"expected model_type in \[.*'qwen2_vl'.*\], got"):
+        load(broken)
+
+
 def test_weights_arrive_one_by_one(checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     still_meta: list[int] = []
     assign = checkpoint._assign
