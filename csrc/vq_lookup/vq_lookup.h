@@ -8,6 +8,7 @@
 //   vq_lookup.cuh      the kernel of sm_80
 //   launch.cuh, instances/*.cu  launchers, one element type each
 //   vq_lookup_cpu.cpp  the same method in fp32, on the CPU
+//   vq_lookup_backward_cpu.cpp  the gradients, on the CPU
 //   vq_lookup.cpp      argument checks and binding
 //
 // Why the result is exact. Nearest by Euclidean distance is largest score s = z.e - |e|^2 / 2, for
@@ -31,6 +32,8 @@ inline constexpr float kVqLargest = 0x1p50f;
 // The cosine similarity with a vector shorter than this is 0.
 inline constexpr double kVqShortest = 0x1p-50;
 
+inline constexpr int kVqMostDim = 1024;
+
 struct VqLookupParams {
     const void* z;         // [num_tokens, dim]
     const void* codebook;  // [num_codes, dim]
@@ -52,5 +55,26 @@ Error launch_vq_lookup(const VqLookupParams& p, Stream stream);
 
 template <class Isa>
 void vq_lookup_cpu(const VqLookupParams& p);
+
+// Any of the gradients may be null: it is not given, or not wanted.
+struct VqBackwardParams {
+    const void* z;      // [num_tokens, dim]
+    const void* codes;  // [num_tokens, dim]: the code of each token
+    // order[starts[c]], ..., order[starts[c + 1] - 1]: the tokens of code c.
+    const int64_t *starts, *order;
+    const void *to_z, *to_code;       // [num_tokens, dim]: added to the gradient of either
+    const float* ddistance;           // [num_tokens]
+    const float* dcodebook_distance;  // [num_tokens]
+    void* dz;                         // [num_tokens, dim]
+    void* dcodebook;                  // [num_codes, dim]
+    int64_t num_tokens;
+    int num_codes;
+    int dim;
+    bool cosine;
+    DType dtype;  // of all but the distances
+};
+
+template <class Isa>
+void vq_lookup_backward_cpu(const VqBackwardParams& p);
 
 }  // namespace vlmkernels

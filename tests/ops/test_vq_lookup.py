@@ -9,7 +9,13 @@ from torch import Tensor
 from tests.conftest import Backend, need_emulated_core
 from tests.ops.vq_cases import CODEBOOKS, assert_exact, distances, scales, spread, taming
 from vlmkernels import ops
-from vlmkernels.ops.vq_lookup import LARGEST, nearest, reference
+from vlmkernels.ops.vq_lookup import (
+    LARGEST,
+    _backward_kernel,
+    nearest,
+    reference,
+    reference_backward,
+)
 from vlmkernels.testing import assert_as_accurate, emulate
 
 METRICS = ("euclidean", "cosine")
@@ -156,6 +162,26 @@ def test_gradient_goes_where_it_should(backend: Backend) -> None:
     found = ops.vq_lookup(z, codebook)
     assert not found.indices.requires_grad
     assert torch.equal(torch.autograd.grad(found.quantized, z, ones * 3)[0], ones * 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("metric", METRICS)
+def test_backward_kernel(metric: str, dtype: torch.dtype) -> None:
+    """More codes than a thread takes at once, some without tokens, one without direction."""
+    z, codebook = (t.to(dtype) for t in (torch.randn(300, 37), torch.randn(90, 37)))
+    z[5] = codebook[7] = 0
+    indices = torch.randint(45, (300,)) * 2 % 90
+    indices[:9] = 7
+    rows = (z, codebook[indices], indices)
+    grads = (torch.randn(300, 37).to(dtype), None, torch.randn(300), torch.randn(300))
+    arguments = (90, metric, True, True)
+    got, again = (_backward_kernel(*rows, *grads, *arguments) for _ in range(2))
+    wide = [t if t is None or t.dtype == torch.int64 else t.double() for t in (*rows, *grads)]
+    for x, y, same in zip(got, reference_backward(*wide, *arguments), again, strict=True):
+        torch.testing.assert_close(x, y.to(dtype))
+        assert torch.equal(x, same)
+    with pytest.raises(ValueError, match="indices"):
+        _backward_kernel(*rows, *grads, 44, metric, True, True)
 
 
 def test_compile(backend: Backend) -> None:

@@ -151,19 +151,63 @@ def _backward(
     _: Any,
 ) -> tuple[Tensor | None, ...]:
     z, codes, indices = ctx.saved_tensors
-    to_z = dquantized if ctx.straight_through else None
+    need_dz, need_dcodebook = ctx.needs_input_grad[:2]
     to_code = None if ctx.straight_through else dquantized
-    dz = dcodebook = None
-    if ctx.needs_input_grad[0]:
-        dz = _total(_to_z(z, codes, ddistance, ctx.metric), to_z)
-        dz = None if dz is None else dz.to(z.dtype)
-    if ctx.needs_input_grad[1]:
-        rows = _total(_to_z(codes, z, dcodebook_distance, ctx.metric), to_code)
-        if rows is not None:
-            dcodebook = _rounded_sum_by_code(
-                rows.to(_sum_dtype(z)), indices, ctx.num_codes, z.dtype
-            )
-    return dz, dcodebook, None, None
+    dz = dquantized if need_dz and ctx.straight_through else None
+    need_dz = need_dz and ddistance is not None
+    need_dcodebook = need_dcodebook and not (dcodebook_distance is None and to_code is None)
+    if not (need_dz or need_dcodebook):
+        return dz, None, None, None
+    grads = (dz, to_code, ddistance, dcodebook_distance)
+    # On a GPU PyTorch's operations, which torch.compile fuses with those around.
+    backward = reference_backward if z.is_cuda else _backward_op
+    gradients = backward(
+        z, codes, indices, *grads, ctx.num_codes, ctx.metric, need_dz, need_dcodebook
+    )
+    return gradients[0] if need_dz else dz, gradients[1] if need_dcodebook else None, None, None
+
+
+def reference_backward(
+    z: Tensor,
+    codes: Tensor,
+    indices: Tensor,
+    to_z: Tensor | None,
+    to_code: Tensor | None,
+    ddistance: Tensor | None,
+    dcodebook_distance: Tensor | None,
+    num_codes: int,
+    metric: str,
+    need_dz: bool,
+    need_dcodebook: bool,
+) -> tuple[Tensor, Tensor]:
+    dz, dcodebook = z.new_empty(0), z.new_empty(0)
+    if need_dz:
+        total = _total(_to_z(z, codes, ddistance, metric), to_z)
+        assert total is not None
+        dz = total.to(z.dtype)
+    if need_dcodebook:
+        rows = _total(_to_z(codes, z, dcodebook_distance, metric), to_code)
+        assert rows is not None
+        dcodebook = _rounded_sum_by_code(rows.to(_sum_dtype(z)), indices, num_codes, z.dtype)
+    return dz, dcodebook
+
+
+def _backward_kernel(
+    z: Tensor, codes: Tensor, indices: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor]:
+    *grads, num_codes, metric, need_dz, need_dcodebook = arguments
+    z, grads = z.contiguous(), [None if x is None else x.contiguous() for x in grads]
+    dz, dcodebook = _backward_fake(z, codes, indices, *arguments)
+    outputs = dz if need_dz else None, dcodebook if need_dcodebook else None
+    if _core.C.vq_lookup_backward(z, codes, indices, *grads, num_codes, metric, *outputs):
+        return dz, dcodebook
+    return reference_backward(z, codes, indices, *arguments)
+
+
+def _backward_fake(z: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    num_codes, _, need_dz, need_dcodebook = arguments[-4:]
+    dcodebook = z.new_empty((num_codes, z.shape[1]) if need_dcodebook else 0)
+    return z.new_empty(z.shape if need_dz else 0), dcodebook
 
 
 def sum_by_code(rows: Tensor, indices: Tensor, num_codes: int) -> Tensor:
@@ -211,6 +255,14 @@ def _to_z(z: Tensor, codes: Tensor, ddistance: Tensor | None, metric: str) -> Te
     return torch.where(length < SHORTEST, 0, gradient) * scale
 
 
+_backward_op = _library.define(
+    "vq_lookup_backward(Tensor z, Tensor codes, Tensor indices, Tensor? to_z, Tensor? to_code, "
+    "Tensor? ddistance, Tensor? dcodebook_distance, SymInt num_codes, str metric, bool need_dz, "
+    "bool need_dcodebook) -> (Tensor, Tensor)",
+    kernel=_backward_kernel,
+    fake=_backward_fake,
+    reference=reference_backward,
+)
 _op = _library.define(
     "vq_lookup(Tensor z, Tensor codebook, str metric, bool straight_through)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
