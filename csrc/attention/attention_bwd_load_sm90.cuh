@@ -27,6 +27,7 @@ struct AttentionBwdTile90 {
     // The producer of MaskedScores looks at ids.
     static constexpr int kProducerRegisters = kMasked ? 72 : 40;
     static constexpr int kConsumerRegisters = kMasked ? 216 : 232;
+    static_assert(registers_fit(kThreads, kProducerRegisters, kConsumerRegisters));
     using X = SharedTile<64, kHeadDim>;  // two for each consumer, side by side
     using Y = SharedTile<kBlock, kHeadDim>;
     static constexpr int kStatsBytes = kKeys ? kBlock * int(sizeof(float2)) : 0;

@@ -147,6 +147,7 @@ struct BwdConsumer {
         y_at.advance();
     }
     __device__ void release_rows() {
+        if constexpr (Tile::kHeld > 0) fence_proxy_async();  // lanes read what TMA writes next
         __syncwarp();
         if (lane == 0) shared.x_barriers().release(x_at);
         x_at.advance();

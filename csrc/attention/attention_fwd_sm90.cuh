@@ -35,8 +35,10 @@ struct AttentionFwdTile90 {
     static constexpr int kProducerThreads = kConsumers == 1 ? 32 : 128;
     static constexpr int kConsumerThreads = 128 * kConsumers;
     static constexpr int kThreads = kConsumerThreads + kProducerThreads;
-    static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : kMasked ? 64 : 24;
+    static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : kMasked ? 56 : 24;
     static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : kMasked ? 224 : 240;
+    static_assert(kConsumers == 1 ||
+                  registers_fit(kThreads, kProducerRegisters, kConsumerRegisters));
     using Q = SharedTile<64, kHeadDim>;  // of one consumer
     using K = SharedTile<kBlockN, kHeadDim>;
     static constexpr int kKeyStart = kQueryStages * kConsumers * Q::kBytes;

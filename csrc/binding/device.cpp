@@ -25,16 +25,18 @@ static bool has_kernels(int device) {
         cudaSetDevice(device);
         const Error error = probe_kernels();
         cudaSetDevice(previous);
-        const bool no_code =
-            error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction;
+        const bool no_code = error == cudaErrorNoKernelImageForDevice ||
+                             error == cudaErrorInvalidDeviceFunction ||
+                             error == cudaErrorInsufficientDriver;
         if (error != cudaSuccess && !no_code)  // of the moment: not to be remembered
             throw std::runtime_error(std::string("vlmkernels: ") +
                                      cudaGetErrorString(static_cast<cudaError_t>(error)));
         known[device] = no_code ? -1 : 1;
-        if (no_code && PyErr_WarnEx(PyExc_RuntimeWarning,
-                                    "vlmkernels: this build has no CUDA code for this GPU; its ops "
-                                    "run as plain PyTorch (see `vlmkernels info`)",
-                                    1))
+        if (no_code &&
+            PyErr_WarnEx(PyExc_RuntimeWarning,
+                         "vlmkernels: this build has no CUDA code for this GPU, or wants a "
+                         "newer driver; its ops run as plain PyTorch (see `vlmkernels info`)",
+                         1))
             throw py::error_already_set();
     }
     return known[device] > 0;

@@ -67,6 +67,8 @@ struct HopperGemmTile {
     // setmaxnreg, from 168 each; one consumer has enough without.
     static constexpr int kProducerRegisters = producer == Producer::kTma ? 40 : 56;
     static constexpr int kConsumerRegisters = producer == Producer::kTma ? 232 : 224;
+    static_assert(consumers == 1 ||
+                  registers_fit(kThreads, kProducerRegisters, kConsumerRegisters));
     // Producer::kThreads: stages whose cp.async are still under way; consumers keep one until they
     // have the next. 0 where load() only stores.
     static constexpr int kLag = stages - 2;

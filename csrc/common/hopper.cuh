@@ -210,6 +210,13 @@ template <int kRegisters>
 __device__ inline void increase_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
 }
+// Whether setmaxnreg can give a producer warpgroup and the consumers after it as many registers a
+// thread: they share what the CTA was launched with, 65536 over its threads in steps of 8; a warp
+// that asks for more waits for ever.
+constexpr bool registers_fit(int threads, int producer, int consumer) {
+    const int warpgroups = threads / 128;
+    return producer + (warpgroups - 1) * consumer <= warpgroups * (65536 / threads / 8 * 8);
+}
 template <int kRegisters>
 __device__ inline void decrease_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));

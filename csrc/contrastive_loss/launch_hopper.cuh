@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "common/launch.cuh"
+#include "common/persistent.cuh"
 #include "contrastive_loss/contrastive_hopper.cuh"
 #include "contrastive_loss/contrastive_loss.h"
 
@@ -15,12 +16,7 @@ inline bool takes_hopper(const ContrastivePairs& p) {
     return has_hopper() && p.dim % 8 == 0 && address % 16 == 0;
 }
 
-inline int num_sms() {
-    int device = 0, count = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    return std::min(count, kMaxSms);
-}
+inline int num_ctas() { return std::min(num_sms(), kMaxSms); }
 
 // Maps of operand tiles: of rows of images, and of all texts.
 template <class SharedTile>
@@ -37,7 +33,7 @@ template <class Tile, class... Args>
 Error launch_persistent(void (*kernel)(Args...), int64_t m, int64_t n, Stream stream,
                         const std::type_identity_t<Args>&... args) {
     const int64_t tiles = ((m + Tile::kM - 1) / Tile::kM) * ((n + Tile::kN - 1) / Tile::kN);
-    return launch(kernel, std::min<int64_t>(tiles, num_sms()), Tile::kThreads, Tile::kSharedBytes,
+    return launch(kernel, std::min<int64_t>(tiles, num_ctas()), Tile::kThreads, Tile::kSharedBytes,
                   stream, args...);
 }
 
@@ -90,7 +86,7 @@ Error product_hopper(const ContrastiveBackwardParams& p, int first, const Matrix
                      const MatrixView<float>& out, Stream stream) {
     auto work = [&](int64_t n) {
         const int64_t tiles = ((out.num_rows + 127) / 128) * ((out.num_columns + n - 1) / n);
-        return (tiles + num_sms() - 1) / num_sms() * n;
+        return (tiles + num_ctas() - 1) / num_ctas() * n;
     };
     if (work(256) <= work(192) && work(256) <= work(128))
         return product_hopper<T, 256, kByText>(p, first, ds, out, stream);

@@ -28,7 +28,9 @@ Error launch_resident(const PatchEmbedParams& p, Stream stream) {
 
 template <class T>
 Error launch_hopper(const PatchEmbedParams& p, Stream stream) {
-    if (p.hidden_dim % 8) return cudaErrorNotSupported;  // y is stored in 8 bytes
+    // y is stored in 8 bytes, pos_embed read in 4.
+    if (p.hidden_dim % 8 || reinterpret_cast<uintptr_t>(p.pos_embed) % 4)
+        return cudaErrorNotSupported;
     const bool large = p.patches.num_patches * p.hidden_dim >= 100 * 128 * 256;
     if (p.patches.dtype == DType::kUInt8)
         return large ? launch_resident<T, 256, 4>(p, stream)

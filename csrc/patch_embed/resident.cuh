@@ -220,8 +220,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) patch_embed_resident_kernel
                     threadIdx.x - 128, [](int) {}, [](int) {});
             });
         __syncthreads();
+        constexpr int kProducerRegisters = 120, kConsumerRegisters = 192;
+        static_assert(registers_fit(Tile::kThreads, kProducerRegisters, kConsumerRegisters));
         if (warpgroup == 0) {
-            decrease_registers<128>();
+            decrease_registers<kProducerRegisters>();
             if (thread >= 0)
                 with_reader(x, [&]<class Reader>() {
                     gather_panels<Tile, Reader>(shared + Tile::kPanelStart, patches, items, x,
@@ -230,7 +232,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) patch_embed_resident_kernel
             else if (threadIdx.x == 0)
                 load_resident<Tile>(shared, weights, items, &weight, num_steps);
         } else {
-            increase_registers<192>();
+            increase_registers<kConsumerRegisters>();
             multiply_resident<Tile>(shared, weights, patches, items, num_steps, epilogue);
         }
     }

@@ -21,6 +21,7 @@ struct VqHopperBlock {
     // setmaxnreg, from 168 each (two groups) or 96 (four); one has enough without.
     static constexpr int kProducerRegisters = kGroups == 4 ? 24 : 40;
     static constexpr int kConsumerRegisters = kGroups == 4 ? 112 : 232;
+    static_assert(kGroups == 1 || registers_fit(kThreads, kProducerRegisters, kConsumerRegisters));
     using Candidates = VqCandidates<kM, 12>;
     using Tokens = SharedTile<kTokens, kChunk>;
     using Codes = SharedTile<kTileCodes, kChunk>;
