@@ -41,6 +41,12 @@ else()
   set(ENV{LIBRARY_PATH} "${pip_cuda}/lib:$ENV{LIBRARY_PATH}")
   set(nvcc_source "PyPI")
 endif()
+foreach(arch ${VLMKERNELS_CUDA_ARCHS})  # `native` on an H100 is 90, and 90 has no wgmma
+  if(arch MATCHES "^90(-.*)?$|native|all")
+    message(FATAL_ERROR "vlmkernels: VLMKERNELS_CUDA_ARCHS: expected architectures like 80;90a, got ${arch}: "
+      "the kernels for Hopper need 90a")
+  endif()
+endforeach()
 set(CMAKE_CUDA_ARCHITECTURES "${VLMKERNELS_CUDA_ARCHS}")  # before enable_language; embeds code and PTX
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 enable_language(CUDA)

@@ -52,7 +52,7 @@ def ring(
         return ops.attention(q, k, v, causal=True, cu_seqlens_q=cu_seqlens, max_seqlen_q=length)
 
     def together(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        return _OnRanks.apply(q, k, v, ranks, plans)  # type: ignore[no-untyped-call]
+        return _OnRanks.apply(q, k, v, ranks, plans, s.head_dim**-0.5)  # type: ignore[no-untyped-call]
 
     kind = f"documents of {length}" if packed else "one document"
     for direction, bind in (("fwd", forward), ("bwd", gradient)):
@@ -77,28 +77,30 @@ class _OnRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        *whole, ctx.ranks, ctx.plans = args
-        record = any(ctx.needs_input_grad)
+        *whole, ctx.ranks, ctx.plans, ctx.scale = args
 
-        def work(transport: Any) -> tuple[list[Tensor], Tensor]:
+        def work(transport: Any) -> tuple[Tensor, ...]:
             plan = ctx.plans[transport.rank]
-            q, k, v = (plan.shard(x.detach(), 0).requires_grad_(record) for x in whole)
-            with torch.set_grad_enabled(record):
-                out = ring_attention(q, k, v, plan)
-            assert isinstance(out, Tensor)
-            return [q, k, v], out
+            q, k, v = (plan.shard(x.detach(), 0) for x in whole)
+            with torch.no_grad():
+                out, lse = ring_attention(q, k, v, plan, softmax_scale=ctx.scale, return_lse=True)
+            return q, k, v, out, lse
 
         ctx.parts = ctx.ranks.run(work)
-        joined: Tensor = ctx.plans[0].layout.put([out.detach() for _, out in ctx.parts], 0)
+        joined: Tensor = ctx.plans[0].layout.put([part[3] for part in ctx.parts], 0)
         return joined
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        # The op itself: autograd has one thread for a GPU, and that thread waits here.
         def work(transport: Any) -> Any:
-            inputs, out = ctx.parts[transport.rank]
-            dout = ctx.plans[transport.rank].shard(grads[0], 0)
-            return torch.autograd.grad(out, inputs, dout, retain_graph=True)
+            plan = ctx.plans[transport.rank]
+            dout = plan.shard(grads[0], 0)
+            with torch.no_grad():
+                return torch.ops.vlmkernels.ring_attention_backward(
+                    dout, None, *ctx.parts[transport.rank], plan.handle, ctx.scale
+                )
 
         found = ctx.ranks.run(work)
         whole = (ctx.plans[0].layout.put(parts, 0) for parts in zip(*found, strict=True))
-        return *whole, None, None
+        return *whole, None, None, None
