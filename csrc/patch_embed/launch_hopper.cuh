@@ -31,9 +31,9 @@ Error launch_hopper(const PatchEmbedParams& p, Stream stream) {
     // y is stored in 8 bytes, pos_embed read in 4.
     if (p.hidden_dim % 8 || reinterpret_cast<uintptr_t>(p.pos_embed) % 4)
         return cudaErrorNotSupported;
-    const bool large = p.patches.num_patches * p.hidden_dim >= 100 * 128 * 256;
     // 256 columns spill two words with the registers that setmaxnreg has to give.
     if (p.patches.dtype == DType::kUInt8) return launch_resident<T, 128, 8>(p, stream);
+    const bool large = p.patches.num_patches * p.hidden_dim >= 100 * 128 * 256;
     auto run = [&]<class Tile>() -> Error {
         CUtensorMap weight;
         if (operand_map<typename Tile::B>(&weight, p.weight, p.dtype, p.hidden_dim,
