@@ -19,11 +19,13 @@ Error launch_resident(const PatchEmbedParams& p, Stream stream) {
                                       p.weight_stride))
         return cudaErrorNotSupported;
     const PixelView<const uint8_t, T> x(static_cast<const uint8_t*>(p.x), s);
-    const int64_t items = num_tiles<Tile>(s.num_patches, p.hidden_dim);
-    const int64_t each = (items + num_sms() - 1) / num_sms();
-    return launch(patch_embed_resident_kernel<Tile>, (items + each - 1) / each, Tile::kThreads,
-                  Tile::kSharedBytes, stream, x, weight, make_epilogue<T>(p), int(each),
-                  s.patch_dim <= Tile::kPanels * 32 ? int(num_tiles<Tile>(1, p.hidden_dim)) : 1);
+    const int64_t count = num_tiles<Tile>(s.num_patches, p.hidden_dim);
+    const int64_t each = (count + num_sms() - 1) / num_sms();
+    const int tiles_n = int(num_tiles<Tile>(1, p.hidden_dim));
+    const bool resident = s.patch_dim <= Tile::kPanels * 32;
+    const ResidentItems items{int(count), tiles_n, int(each), resident ? tiles_n : 1};
+    return launch(patch_embed_resident_kernel<Tile>, (count + each - 1) / each, Tile::kThreads,
+                  Tile::kSharedBytes, stream, x, weight, make_epilogue<T>(p), items);
 }
 
 template <class T>
@@ -31,9 +33,10 @@ Error launch_hopper(const PatchEmbedParams& p, Stream stream) {
     // y is stored in 8 bytes, pos_embed read in 4.
     if (p.hidden_dim % 8 || reinterpret_cast<uintptr_t>(p.pos_embed) % 4)
         return cudaErrorNotSupported;
-    // 256 columns spill two words with the registers that setmaxnreg has to give.
-    if (p.patches.dtype == DType::kUInt8) return launch_resident<T, 128, 8>(p, stream);
     const bool large = p.patches.num_patches * p.hidden_dim >= 100 * 128 * 256;
+    if (p.patches.dtype == DType::kUInt8)
+        return large ? launch_resident<T, 256, 4>(p, stream)
+                     : launch_resident<T, 128, 8>(p, stream);
     auto run = [&]<class Tile>() -> Error {
         CUtensorMap weight;
         if (operand_map<typename Tile::B>(&weight, p.weight, p.dtype, p.hidden_dim,

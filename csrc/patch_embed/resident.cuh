@@ -31,16 +31,22 @@ struct ResidentTile {
 
 // The items (weight tile fastest) of this CTA: `each`, next to each other.
 struct ResidentItems {
-    int tiles_n, uses, begin, end;  // uses: items that patches are read for, tiles_n or 1
+    int count, tiles_n, each;
+    int uses;  // items that patches are read for: tiles_n or 1
 
-    __device__ ResidentItems(int tiles_m, int tiles_n, int each, int uses)
-        : tiles_n(tiles_n), uses(uses) {
-        begin = min(int(blockIdx.x) * each, tiles_m * tiles_n);
-        end = min(begin + each, tiles_m * tiles_n);
-    }
+    // Counted again where they are asked for: multiplying has no register to keep them in.
+    __device__ int begin() const { return min(cta() * each, count); }
+    __device__ int end() const { return min(cta() * each + each, count); }
     // Item i is the first, the last of this CTA for its patches.
-    __device__ bool first(int i) const { return i == begin || i % uses == 0; }
-    __device__ bool last(int i) const { return i == end - 1 || i % uses == uses - 1; }
+    __device__ bool first(int i) const { return i == begin() || i % uses == 0; }
+    __device__ bool last(int i) const { return i == end() - 1 || i % uses == uses - 1; }
+
+  private:
+    __device__ static int cta() {
+        int x;
+        asm volatile("mov.u32 %0, %%ctaid.x;\n" : "=r"(x));
+        return x;
+    }
 };
 
 // 16 columns of a patch in the order of wgmma's fragments: lane % 4 has word lane % 4.
@@ -97,9 +103,9 @@ __device__ void gather_panels(uint32_t panels, PipelineBarriers<Tile::kPanels> b
         for (; num_done < before + whole; ++num_done, done.advance())
             mbarrier_arrive(barriers.full(done));
     };
-    for (int item = items.begin; item < items.end; ++item) {
+    for (int item = items.begin(); item < items.end(); ++item) {
         if (!items.first(item)) continue;
-        if (item == items.begin && num_panels <= Tile::kPanels) {
+        if (item == items.begin() && num_panels <= Tile::kPanels) {
             wait(num_panels - 1);
             announce(num_panels);
         } else {
@@ -130,7 +136,7 @@ __device__ void multiply_resident(uint32_t shared, PipelineBarriers<Tile::kStage
     };
     PipelineState<Tile::kPanels> start;  // of the item's patches
     bool first = true;
-    for (int item = items.begin; item < items.end; ++item) {
+    for (int item = items.begin(); item < items.end(); ++item) {
         typename Tile::Accumulators c;
         const bool last = items.last(item);
         auto panel = start;
@@ -181,7 +187,7 @@ __device__ void load_resident(uint32_t stages, PipelineBarriers<Tile::kStages> b
                               const ResidentItems& items, const CUtensorMap* weight,
                               int num_steps) {
     PipelineState<Tile::kStages> at;
-    for (int item = items.begin; item < items.end; ++item)
+    for (int item = items.begin(); item < items.end(); ++item)
         for (int step = 0; step < num_steps; ++step, at.advance()) {
             barriers.wait_empty(at);
             barriers.expect(at, Tile::B::kBytes);
@@ -195,8 +201,8 @@ template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1) patch_embed_resident_kernel(
     const __grid_constant__ PixelView<const uint8_t, typename Tile::T> x,
     const __grid_constant__ CUtensorMap weight,
-    const __grid_constant__ PatchEmbedEpilogue<typename Tile::T> epilogue, int items_each,
-    int uses) {
+    const __grid_constant__ PatchEmbedEpilogue<typename Tile::T> epilogue,
+    const __grid_constant__ ResidentItems items) {
     if constexpr (kHopperCode) {
         extern __shared__ __align__(1024) unsigned char stages[];
         const uint32_t shared = shared_address(stages);
@@ -209,14 +215,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) patch_embed_resident_kernel
             fence_mbarrier_init();
         }
         const int num_steps = (x.num_columns + Tile::kK - 1) / Tile::kK;
-        const ResidentItems items((x.num_rows + Tile::kM - 1) / Tile::kM,
-                                  (epilogue.y.num_columns + Tile::kN - 1) / Tile::kN, items_each,
-                                  uses);
         const int warpgroup = warp_uniform(threadIdx.x / 128), thread = threadIdx.x - 32;
-        if (warpgroup > 0 && num_steps <= Tile::kPanels && items.begin < items.end)
+        if (warpgroup > 0 && num_steps <= Tile::kPanels && items.begin() < items.end())
             with_reader(x, [&]<class Reader>() {
                 gather_tile<Tile, Reader, 256>(
-                    shared + Tile::kPanelStart, 0, items.begin / items.tiles_n * Tile::kM, x,
+                    shared + Tile::kPanelStart, 0, items.begin() / items.tiles_n * Tile::kM, x,
                     threadIdx.x - 128, [](int) {}, [](int) {});
             });
         __syncthreads();
