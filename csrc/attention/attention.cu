@@ -60,6 +60,7 @@ Error launch_attention_backward(const AttentionBackwardParams& p, Stream stream)
     if (!error) error = attention_id_ranges(p, stream);
     if (!error) error = launch_backward_of_qkv(p, stream);
     if (error || !p.dbias.data) return error;
+    if (takes_sm90(p)) return launch_attention_dbias_sm90(p, stream);
     return dispatch<kMaskedTileDims>(p, [&]<class Element, int kTileDim>() {
         return attention_dbias<Element, kTileDim>(p, stream);
     });

@@ -124,6 +124,7 @@ bool takes_sm90(const AttentionParams& p);
 bool takes_sm90(const AttentionBackwardParams& p);
 Error launch_attention_sm90(const AttentionParams& p, Stream stream);
 Error launch_attention_backward_sm90(const AttentionBackwardParams& p, Stream stream);
+Error launch_attention_dbias_sm90(const AttentionBackwardParams& p, Stream stream);
 Error launch_attention_backward(const AttentionBackwardParams& p, Stream stream);
 Error launch_attention_decode(const AttentionDecodeParams& p, Stream stream);
 // How many parts of the keys launch_attention_decode wants on the current device: a function of

@@ -33,11 +33,8 @@ Error attention_bwd(const AttentionBackwardParams& p, Stream stream) {
 template <class Element, int kHeadDim>
 Error attention_dbias(const AttentionBackwardParams& p, Stream stream) {
     using Tile = AttentionDbiasTile<Element, kHeadDim>;
-    auto blocks = [](int64_t n, int block) { return (n + block - 1) / block; };
-    const int64_t tiles =
-        blocks(p.dbias.seqlen_q, Tile::kBlockM) * blocks(p.dbias.seqlen_k, Tile::kBlockN);
-    return launch(attention_dbias_kernel<Tile>, tiles * p.dbias.num_heads * p.dbias.batch,
-                  Tile::kThreads, Tile::kSharedBytes, stream, p);
+    return launch(attention_dbias_kernel<Tile>, DbiasWork<Tile>::num_tiles(p), Tile::kThreads,
+                  Tile::kSharedBytes, stream, p);
 }
 
 }  // namespace vlmkernels

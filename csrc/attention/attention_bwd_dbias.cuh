@@ -31,14 +31,21 @@ struct DbiasWork {
     int row0, key0, head, batch;
     Span heads, batches;
 
-    __device__ explicit DbiasWork(const AttentionBackwardParams& p) {
-        const int cols = (p.dbias.seqlen_k + Tile::kBlockN - 1) / Tile::kBlockN;
-        const int rows = (p.dbias.seqlen_q + Tile::kBlockM - 1) / Tile::kBlockM;
-        const BlockOfHead work(rows * cols, p.dbias.num_heads);
-        row0 = work.block / cols * Tile::kBlockM, key0 = work.block % cols * Tile::kBlockN;
+    __device__ DbiasWork(const AttentionBackwardParams& p, int index) {
+        const BlockOfHead work(index, rows(p) * cols(p), p.dbias.num_heads);
+        row0 = work.block / cols(p) * Tile::kBlockM, key0 = work.block % cols(p) * Tile::kBlockN;
         head = work.head, batch = work.batch;
         heads = p.dbias.num_heads == 1 ? Span{0, p.num_heads} : Span{head, head + 1};
         batches = p.dbias.batch == 1 ? Span{0, p.batch} : Span{batch, batch + 1};
+    }
+    static constexpr int rows(const AttentionBackwardParams& p) {
+        return (p.dbias.seqlen_q + Tile::kBlockM - 1) / Tile::kBlockM;
+    }
+    static constexpr int cols(const AttentionBackwardParams& p) {
+        return (p.dbias.seqlen_k + Tile::kBlockN - 1) / Tile::kBlockN;
+    }
+    static constexpr int64_t num_tiles(const AttentionBackwardParams& p) {
+        return int64_t(rows(p)) * cols(p) * p.dbias.num_heads * p.dbias.batch;
     }
 };
 
@@ -71,9 +78,9 @@ __device__ void add_ds(float (&sum)[1][kN][4], const AttentionBackwardParams& p,
     }
 }
 
-template <class Tile, class T>
-__device__ void store_dbias(float (&sum)[1][Tile::kBlockN / 8][4], const BiasView& view,
-                            const DbiasWork<Tile>& work) {
+template <class T, class Tile>
+__device__ void store_dbias_as(float (&sum)[1][Tile::kBlockN / 8][4], const BiasView& view,
+                               const DbiasWork<Tile>& work) {
     T* out =
         static_cast<T*>(view.data) + work.batch * view.batch_stride + work.head * view.head_stride;
     for_scores(sum, work.row0 + threadIdx.x / 32 * 16, work.key0, threadIdx.x % 32,
@@ -84,13 +91,22 @@ __device__ void store_dbias(float (&sum)[1][Tile::kBlockN / 8][4], const BiasVie
 }
 
 template <class Tile>
+__device__ void store_dbias(float (&sum)[1][Tile::kBlockN / 8][4], const BiasView& view,
+                            const DbiasWork<Tile>& work) {
+    if (view.dtype == DType::kFloat32)
+        store_dbias_as<float>(sum, view, work);
+    else
+        store_dbias_as<typename Tile::Element>(sum, view, work);
+}
+
+template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 2)
     attention_dbias_kernel(const AttentionBackwardParams p) {
     using Element = typename Tile::Element;
     constexpr int kBlockM = Tile::kBlockM, kBlockN = Tile::kBlockN, kHeadDim = Tile::kHeadDim;
     constexpr int kThreads = Tile::kThreads;
     extern __shared__ __align__(128) unsigned char shared[];
-    const DbiasWork<Tile> work(p);
+    const DbiasWork<Tile> work(p, blockIdx.x);
     const int row0 = work.row0, key0 = work.key0, thread = threadIdx.x;
     const uint32_t q_tile = shared_address(shared), k_tile = q_tile + 2 * Tile::kQueryBytes;
     float sum[1][kBlockN / 8][4] = {};
@@ -123,10 +139,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
             add_ds<Tile>(sum, p, sequence, head, row0, key0, cover.whole, q_tile);
         }
     }
-    if (p.dbias.dtype == DType::kFloat32)
-        store_dbias<Tile, float>(sum, p.dbias, work);
-    else
-        store_dbias<Tile, Element>(sum, p.dbias, work);
+    store_dbias(sum, p.dbias, work);
 }
 
 }  // namespace vlmkernels

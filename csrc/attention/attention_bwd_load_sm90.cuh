@@ -167,17 +167,23 @@ __device__ void produce_bwd(const AttentionBackwardParams& p, const BwdLoads<Til
     }
 }
 
-// One warp: the stats of a block of queries; zeros beyond the last.
+// One warp: copies the row_stats at stats, of kRows queries, of which num_rows exist; zeros beyond.
+template <int kRows>
+__device__ void load_row_stats(uint32_t shared, const float2* stats, int num_rows) {
+    for (int row = threadIdx.x % 32; row < kRows; row += 32) {
+        const bool valid = row < num_rows;
+        cp_async_8(shared + row * sizeof(float2), valid ? stats + row : stats, valid);
+    }
+}
+
+// One warp: the stats of a block of queries.
 template <class Tile>
 __device__ void load_block_stats(const AttentionBackwardParams& p, const BwdShared<Tile>& shared,
                                  const BwdWork<Tile>& work, int head, int y0,
                                  const typename Tile::StreamBarriers::State& at) {
-    const float2* stats = row_stats(p) + work.sequence.lse_index(p, y0, head);
-    for (int row = threadIdx.x % 32; row < Tile::kBlock; row += 32) {
-        const bool valid = row < work.num_rows(y0);
-        cp_async_8(shared.stats(at.stage) + row * sizeof(float2), valid ? stats + row : stats,
-                   valid);
-    }
+    load_row_stats<Tile::kBlock>(shared.stats(at.stage),
+                                 row_stats(p) + work.sequence.lse_index(p, y0, head),
+                                 work.num_rows(y0));
     mbarrier_arrive_cp_async(shared.y_barriers().full(at));
 }
 

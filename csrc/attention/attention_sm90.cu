@@ -102,4 +102,10 @@ Error launch_attention_backward_sm90(const AttentionBackwardParams& p, Stream st
     });
 }
 
+Error launch_attention_dbias_sm90(const AttentionBackwardParams& p, Stream stream) {
+    return dispatch<kHopperDbiasTileDims>(p, [&]<class Element, int kTileDim>() {
+        return attention_dbias_sm90<Element, kTileDim>(p, stream);
+    });
+}
+
 }  // namespace vlmkernels

@@ -31,6 +31,10 @@ static py::list attention_tiles() {
                              "queries"_a = keys ? t.rows : 64 * t.consumers,
                              "keys"_a = keys ? 64 * t.consumers : t.rows, "stages"_a = t.stages));
     }
+    for (const AttentionDbiasChoice& t : kAttentionDbiasTable)
+        rows.append(py::dict("columns"_a = t.tile_dim, "kernel"_a = "dbias", "mask"_a = "masked",
+                             "warpgroups"_a = t.consumers, "queries"_a = 64 * t.consumers,
+                             "keys"_a = t.keys, "stages"_a = t.stages));
     return rows;
 }
 

@@ -8,6 +8,7 @@ namespace vlmkernels {
 inline constexpr int kHopperTileDims[] = {64, 80, 96, 112, 128};
 inline constexpr int kHopperMaskedTileDims[] = {64, 80, 96, 128, 192, 256};
 inline constexpr int kHopperMaskedBwdTileDims[] = {64, 80, 96, 128};
+inline constexpr int kHopperDbiasTileDims[] = {64, 96, 128, 256};
 inline constexpr int kHopperWideBwdTileDims[] = {192, 256};  // whatever the mask is
 
 // What decides between the tiles of a head_dim. kShort: no sequence has more than 64 queries;
@@ -79,10 +80,31 @@ inline constexpr AttentionBwdChoice kAttentionBwdTable[] = {
     {256, BwdSide::kKeys, true, 1, 48, 3, false, 0},
 };
 
+// dbias has a kernel of its own, whatever the mask is.
+struct AttentionDbiasChoice {
+    int tile_dim;
+    int consumers;  // warpgroups of 64 queries each
+    int keys;       // of a tile of dbias
+    int stages;     // items in flight: q and k of a head, or dout and v
+};
+
+inline constexpr AttentionDbiasChoice kAttentionDbiasTable[] = {
+    {64, 2, 96, 6},
+    {96, 2, 96, 4},
+    {128, 2, 96, 3},
+    {256, 2, 48, 2},
+};
+
 constexpr AttentionBwdChoice bwd_choice(int tile_dim, BwdSide side, bool masked) {
     for (const AttentionBwdChoice& choice : kAttentionBwdTable)
         if (choice.tile_dim == tile_dim && choice.side == side && choice.masked == masked)
             return choice;
+    return {};
+}
+
+constexpr AttentionDbiasChoice dbias_choice(int tile_dim) {
+    for (const AttentionDbiasChoice& choice : kAttentionDbiasTable)
+        if (choice.tile_dim == tile_dim) return choice;
     return {};
 }
 

@@ -22,6 +22,8 @@ template <class Element, int kTileDim>  // for kHopperMaskedTileDims; of heads h
 Error attention_fwd_masked_sm90(const AttentionParams& p, int heads, Stream stream);
 template <class Element, int kTileDim, class Scores>  // masked: for kHopperMaskedBwdTileDims
 Error attention_bwd_sm90(const AttentionBackwardParams& p, Stream stream);
+template <class Element, int kTileDim>  // for kHopperDbiasTileDims
+Error attention_dbias_sm90(const AttentionBackwardParams& p, Stream stream);
 template <class Element, int kTileDim>  // for kHopperWideBwdTileDims
 Error attention_bwd_wide_sm90(const AttentionBackwardParams& p, Stream stream);
 template <class Element, int kTileDim>  // for kAttentionTileDims

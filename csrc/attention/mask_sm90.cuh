@@ -92,22 +92,27 @@ __device__ void add_bias(float (&scores)[kN][4], const BiasView& view, const Seq
     }
 }
 
-// head: of each row; Element: of q. on_cap(n, e, slope) for every score, slope d cap(s) / d s,
-// where there is a softcap.
+// Softcap of q k^T. on_cap(n, e, slope) for every score, slope d cap(s) / d s.
+template <int kN, class OnCap>
+__device__ void cap_scores(float (&scores)[kN][4], const AttentionParams& p, OnCap&& on_cap) {
+    const float scale = p.softmax_scale / p.softcap * (2 * kLog2e);
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {  // tanh(x) = 1 - 2 / (1 + exp(2 x))
+            const float ratio = 1 - __fdividef(2, 1 + exp2_approx(scores[n][e] * scale));
+            scores[n][e] = p.softcap * ratio;
+            on_cap(n, e, 1 - ratio * ratio);
+        }
+}
+
+// head: of each row; Element: of q. on_cap: of cap_scores, where there is a softcap.
 template <class Element, bool kTransposed, int kN, class OnCap>
 __device__ void shape_scores(float (&scores)[kN][4], const AttentionParams& p, const Sequence& s,
                              const int (&head)[2], const int (&row)[2], int col0, OnCap&& on_cap) {
     if (!shapes_scores(p)) return;
     if (p.softcap > 0) {
-        const float scale = p.softmax_scale / p.softcap * (2 * kLog2e);
-#pragma unroll
-        for (int n = 0; n < kN; ++n)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {  // tanh(x) = 1 - 2 / (1 + exp(2 x))
-                const float ratio = 1 - __fdividef(2, 1 + exp2_approx(scores[n][e] * scale));
-                scores[n][e] = p.softcap * ratio;
-                on_cap(n, e, 1 - ratio * ratio);
-            }
+        cap_scores(scores, p, on_cap);
     } else {
 #pragma unroll
         for (int n = 0; n < kN; ++n)

@@ -13,8 +13,9 @@ namespace vlmkernels {
 struct BlockOfHead {
     int block, head, batch;
 
-    __device__ BlockOfHead(int num_blocks, int num_heads) {
-        const int index = blockIdx.x;
+    __device__ BlockOfHead(int num_blocks, int num_heads)
+        : BlockOfHead(blockIdx.x, num_blocks, num_heads) {}
+    __device__ BlockOfHead(int index, int num_blocks, int num_heads) {
         block = index % num_blocks;
         head = index / num_blocks % num_heads;
         batch = index / num_blocks / num_heads;

@@ -70,6 +70,14 @@ __device__ inline int load_shared_int(uint32_t shared) {
     asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(x) : "r"(shared) : "memory");
     return x;
 }
+__device__ inline float2 load_shared_float2(uint32_t shared) {
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n"
+                 : "=f"(x.x), "=f"(x.y)
+                 : "r"(shared)
+                 : "memory");
+    return x;
+}
 __device__ inline float4 load_shared_float4(uint32_t shared) {
     float4 x;
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n"

@@ -1,0 +1,7 @@
+#include "attention/attention_bwd_dbias_sm90.cuh"
+
+namespace vlmkernels {
+
+template Error attention_dbias_sm90<__nv_bfloat16, 64>(const AttentionBackwardParams&, Stream);
+
+}  // namespace vlmkernels
