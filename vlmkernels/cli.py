@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlmkernels.recipes.digits.cli import demo, train_app
+from vlmkernels.recipes.cli import train_app
+from vlmkernels.recipes.digits.cli import demo
 
 if TYPE_CHECKING:
     import torch

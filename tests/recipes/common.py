@@ -1,0 +1,65 @@
+"""A handful of pictures with captions and conversations, and stages that run on them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from vlmkernels.recipes import llava, ranks
+from vlmkernels.recipes.stages import StageRun
+
+CAPTIONS = ("a cat", "a dog", "the cat and a dog", "two images")
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 230), "grey": (128,) * 3}
+
+
+def write_data(folder: Path, captions: tuple[str, ...], text_only: int = 0) -> tuple[Path, Path]:
+    """-> the JSON file, the folder of images: one picture a caption, then turns without any."""
+    images = folder / "images"
+    images.mkdir(parents=True)
+    records: list[dict[str, Any]] = []
+    for i, (caption, colour) in enumerate(zip(captions, COLOURS.values(), strict=False)):
+        Image.new("RGB", (40 + 4 * i, 36), colour).save(images / f"{i}.png")
+        records.append(
+            {
+                "id": str(i),
+                "image": f"{i}.png",
+                "conversations": [
+                    {"from": "human", "value": "What is in the picture?\n<image>"},
+                    {"from": "gpt", "value": caption},
+                ],
+            }
+        )
+    for _ in range(text_only):
+        turns = [{"from": "human", "value": "a dog?"}, {"from": "gpt", "value": "the cat."}]
+        records.append({"conversations": turns})
+    (folder / "data.json").write_text(json.dumps(records))
+    return folder / "data.json", images
+
+
+TINY = {"steps": 4, "batch": 4, "micro_batch": 1, "bf16": False, "lr": 3e-3}
+
+
+def start(place: Path, stage: str, out: Path, resume: bool = False, **changes: object) -> StageRun:
+    """On model/, captions/ or chats/ of `place`."""
+    config = out.with_name(f"{out.name}.{ranks.rank()}.toml")
+    fields = (TINY | changes).items()
+    config.parent.mkdir(exist_ok=True)
+    config.write_text("\n".join(f"{name} = {json.dumps(value)}" for name, value in fields))
+    data = place / {"1": "captions", "2": "chats"}[stage]
+    files = (place / "model", data / "data.json", data / "images", out)
+    return StageRun.start(llava.STAGES[stage], *files, config=config, resume=resume)
+
+
+def advance(run: StageRun, steps: int) -> list[dict[str, float]]:
+    metrics = [run.trainer.advance() for _ in range(steps)]
+    for line in metrics:
+        del line["seconds"]
+    return metrics
+
+
+def weights(run: StageRun) -> dict[str, torch.Tensor]:
+    return {name: weight.clone() for name, weight in run.trainer.model.state_dict().items()}

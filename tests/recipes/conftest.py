@@ -1,0 +1,29 @@
+"""Fixtures of the recipes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.models.llava.conftest import write
+
+from .common import CAPTIONS, write_data
+
+
+@pytest.fixture(scope="package")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/, captions/, chats/"""
+    folder = tmp_path_factory.mktemp("stages")
+    write(folder / "model")
+    write_data(folder / "captions", CAPTIONS)
+    write_data(folder / "chats", CAPTIONS[:3], text_only=3)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,54 @@
+"""Two processes over Gloo, sharded by FSDP2, against one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from vlmkernels.recipes import ranks
+
+from .common import advance, start
+
+pytestmark = pytest.mark.xdist_group("gloo")
+
+
+def on_two_ranks(rank: int, place: Path, out: Path) -> None:
+    """A run left alone, and one that was killed and resumed."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{out}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    whole = start(place, "2", out / "whole")
+    metrics = advance(whole, 4)
+    killed = start(place, "2", out / "killed")
+    advance(killed, 2)
+    killed.trainer.save()
+    advance(killed, 1)  # lost
+    resumed = start(place, "2", out / "killed", resume=True)
+    assert advance(resumed, 2) == metrics[2:]
+    expected = ranks.gathered(whole.trainer.model, torch.float32)
+    found = ranks.gathered(resumed.trainer.model, torch.float32)
+    assert len(found) == (0 if rank else len(dict(whole.trainer.model.named_parameters())))
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+    whole.finish()
+    if rank == 0:
+        (out / "metrics.json").write_text(json.dumps(metrics))
+    ranks.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_ranks_are_one(place: Path, tmp_path: Path) -> None:
+    """Each step has rows with and without pictures: ranks whose rows have none keep step."""
+    mp.spawn(on_two_ranks, (place, tmp_path), nprocs=2)
+    alone = start(place, "2", tmp_path / "alone")
+    expected = advance(alone, 4)
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    # What two ranks saved goes on on one.
+    resumed = start(place, "2", tmp_path / "killed", resume=True)
+    for ours, theirs in zip(advance(resumed, 2), expected[2:], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    resumed.finish(), alone.finish()

@@ -1,0 +1,58 @@
+"""`vlmkernels train`; heavy imports inside: --help is quick."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .digits.cli import train_digits
+from .progress import fit
+
+# Each is a module here with STAGES.
+RECIPES = {"llava": "Train LLaVA-1.5: stage 1 the projector, stage 2 also the language model."}
+
+train_app = typer.Typer(help="Train a model.", no_args_is_help=True)
+train_app.command("digits")(train_digits)
+
+
+def train_stage(
+    context: typer.Context,
+    stage: Annotated[str, typer.Option(help="Which one; docs/training.md tells what they do.")],
+    model: Annotated[Path, typer.Option(help="Checkpoint directory to start from.")],
+    data: Annotated[Path, typer.Option(help="Conversations in LLaVA's JSON.")],
+    images: Annotated[Path, typer.Option(help="Folder of the images named there.")],
+    out: Annotated[Path, typer.Option(help="Folder of the checkpoint that is made.")],
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with other settings than the published.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on where a killed run saved last.")] = False,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between saves.")] = 500,
+    report_every: Annotated[int, typer.Option(min=1, help="Steps between lines shown.")] = 10,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 4,
+) -> None:
+    from rich.console import Console
+
+    from . import ranks
+    from .stages import StageRun
+
+    stages = import_module(f"{__package__}.{str(context.info_name).replace('-', '_')}").STAGES
+    if stage not in stages:
+        raise ValueError(f"stage: expected one of {[*stages]}, got {stage!r}")
+    with ranks.joined():
+        console = Console(quiet=ranks.rank() > 0)
+        run = StageRun.start(
+            *(stages[stage], model, data, images, out),
+            config=config, workers=workers, resume=resume,
+        )  # fmt: skip
+        moved = sum(p.numel() for p in run.trainer.trained.values())
+        console.print(f"{stages[stage].does}: {moved:,} weights, {run.trainer.settings}")
+        fit(run.trainer, console, save_every=save_every, report_every=report_every)
+        run.finish()
+        console.print(f"wrote {out}", markup=False)
+
+
+for _name, _help in RECIPES.items():
+    train_app.command(_name, help=_help)(train_stage)

@@ -1,0 +1,144 @@
+"""A stage of a published recipe: what moves, with which settings, on what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+
+from vlmkernels.models import load_processor
+from vlmkernels.models.chat import pictures_of
+from vlmkernels.models.checkpoint import Json
+from vlmkernels.models.supervised import TemplateProcessor
+
+from . import ranks
+from .data import Batches, read_conversations
+from .settings import Settings, read_settings
+from .trainer import Batch, NextToken, Objective, Trainer
+
+Conversation = Sequence[Json]
+
+
+@dataclass(frozen=True)
+class StageSettings(Settings):
+    """With what is said about rows."""
+
+    max_length: int = 2048  # tokens of a row; words beyond are cut off, pictures never
+
+
+class Collate(Protocol):
+    def __call__(
+        self, processor: Any, conversations: Sequence[Conversation], settings: StageSettings
+    ) -> Batch:
+        """Model arguments with labels."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """trained: how the names of its parameters begin. published: fields of StageSettings."""
+
+    does: str
+    processor: type[Any]
+    trained: tuple[str, ...]
+    published: Mapping[str, Any]
+    collate: Collate
+    objective: Objective = field(default_factory=NextToken)
+    chat_template: str | None = None  # None: the checkpoint's
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """A stage on a checkpoint and a data file; `finish` writes what it made."""
+
+    trainer: Trainer
+    processor: Any
+
+    @classmethod
+    def start(
+        cls,
+        stage: Stage,
+        model: Path,
+        data: Path,
+        images: Path,
+        out: Path,
+        *,
+        config: Path | None = None,
+        workers: int = 0,
+        resume: bool = False,
+    ) -> StageRun:
+        """ValueError, before weights are read, for what does not fit together."""
+        processor = load_processor(model)
+        if not isinstance(processor, stage.processor):
+            wanted, got = stage.processor.__name__, type(processor).__name__
+            raise ValueError(f"model: expected a checkpoint with a {wanted}, got {got}")
+        if stage.chat_template is not None:
+            processor.tokenizer.chat_template = stage.chat_template
+        examples = read_conversations(data, images)
+        settings = read_settings(StageSettings, stage.published, config, len(examples))
+        collate = partial(stage.collate, processor, settings=settings)
+        trainer = Trainer(
+            lambda: ranks.load_on_first(model),
+            settings,
+            out,
+            Batches(examples, collate, settings, workers),
+            trained=stage.trained,
+            objective=stage.objective,
+            device=ranks.device(),
+            resume=resume,
+        )
+        return cls(trainer, processor)
+
+    def finish(self) -> None:
+        """Makes the folder a checkpoint."""
+        if ranks.rank() == 0:
+            self.processor.save_pretrained(self.trainer.out)
+        self.trainer.export()
+
+
+def conversation_batch(
+    processor: TemplateProcessor,
+    conversations: Sequence[Conversation],
+    settings: StageSettings,
+    **options: Any,
+) -> Batch:
+    """Labels on the answers. Without any picture a row with a blank one and no label is added, so
+    that every rank runs the same layers."""
+    rows = list(conversations)
+    if not any(pictures_of(row, kind) for row in rows for kind in ("image", "video")):
+        blank = {"type": "image", "image": Image.new("RGB", (28, 28))}
+        rows.append([{"role": "user", "content": [blank]}])
+    batch = processor.for_training(rows, padding_side="right", **options)
+    return cut(batch, settings.max_length, processor.feature_ids)
+
+
+def cut(batch: Batch, max_length: int, feature_ids: Sequence[int]) -> Batch:
+    """Right-padded rows of at most so many tokens; ValueError if that would cut a picture."""
+    beyond = batch["input_ids"][:, max_length:]
+    if torch.isin(beyond, torch.tensor(feature_ids)).any():
+        length = batch["input_ids"].shape[1]
+        raise ValueError(
+            f"max_length: expected enough for the pictures of a row, got {max_length} "
+            f"for a row of {length}"
+        )
+    rows = ("input_ids", "attention_mask", "labels")
+    return {name: x[:, :max_length] if name in rows else x for name, x in batch.items()}
+
+
+def answer_of(messages: Conversation) -> str:
+    """The first thing said by the assistant: a caption."""
+    return next(
+        "".join(part["text"] for part in m["content"]) for m in messages if m["role"] == "assistant"
+    )
+
+
+def only_picture(messages: Conversation) -> Any:
+    """The picture of an example that must have one."""
+    pictures = pictures_of(messages, "image")
+    if len(pictures) != 1:
+        raise ValueError(f"data: expected one image for each caption, got {len(pictures)}")
+    return pictures[0]
