@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from vlmkernels.recipes import llava, ranks
+from vlmkernels.recipes import ranks
 from vlmkernels.recipes.stages import StageRun
 
+OF_CAPTIONS = ("llava 1",)
 CAPTIONS = ("a cat", "a dog", "the cat and a dog", "two images")
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 230), "grey": (128,) * 3}
 
@@ -43,15 +45,17 @@ def write_data(folder: Path, captions: tuple[str, ...], text_only: int = 0) -> t
 TINY = {"steps": 4, "batch": 4, "micro_batch": 1, "bf16": False, "lr": 3e-3}
 
 
-def start(place: Path, stage: str, out: Path, resume: bool = False, **changes: object) -> StageRun:
-    """On model/, captions/ or chats/ of `place`."""
+def start(place: Path, which: str, out: Path, resume: bool = False, **changes: object) -> StageRun:
+    """Of a recipe the stage, "llava 1", with the model and the data for it in `place`."""
+    recipe, stage = which.split()
+    stages = import_module(f"vlmkernels.recipes.{recipe}").STAGES
     config = out.with_name(f"{out.name}.{ranks.rank()}.toml")
     fields = (TINY | changes).items()
     config.parent.mkdir(exist_ok=True)
     config.write_text("\n".join(f"{name} = {json.dumps(value)}" for name, value in fields))
-    data = place / {"1": "captions", "2": "chats"}[stage]
-    files = (place / "model", data / "data.json", data / "images", out)
-    return StageRun.start(llava.STAGES[stage], *files, config=config, resume=resume)
+    data = place / ("captions" if which in OF_CAPTIONS else "chats")
+    files = (place / recipe, data / "data.json", data / "images", out)
+    return StageRun.start(stages[stage], *files, config=config, resume=resume)
 
 
 def advance(run: StageRun, steps: int) -> list[dict[str, float]]:

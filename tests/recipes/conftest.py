@@ -6,16 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.models.llava.conftest import write
+from tests.models.llava.conftest import write as write_llava
+from tests.models.qwen2_vl.conftest import write as write_qwen2_vl
 
 from .common import CAPTIONS, write_data
 
 
 @pytest.fixture(scope="package")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """model/, captions/, chats/"""
+    """A checkpoint under the name of each recipe, captions/, chats/."""
     folder = tmp_path_factory.mktemp("stages")
-    write(folder / "model")
+    write_llava(folder / "llava")
+    write_qwen2_vl(folder / "qwen2_vl")
     write_data(folder / "captions", CAPTIONS)
     write_data(folder / "chats", CAPTIONS[:3], text_only=3)
     return folder

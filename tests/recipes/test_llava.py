@@ -14,19 +14,7 @@ from vlmkernels.recipes.llava import STAGES
 from vlmkernels.recipes.stages import StageSettings
 from vlmkernels.recipes.trainer import METRICS, STATE
 
-from .common import CAPTIONS, TINY, advance, start, weights
-
-MOVED = {"1": ("multi_modal_projector.",), "2": ("multi_modal_projector.", "language_model.")}
-
-
-@pytest.mark.parametrize("stage", ["1", "2"])
-def test_only_what_the_stage_trains_moves(stage: str, place: Path, tmp_path: Path) -> None:
-    run = start(place, stage, tmp_path / "out")
-    before = weights(run)
-    assert all(before[n].equal(w) for n, w in load(place / "model").state_dict().items())
-    advance(run, 2)
-    moved = {name for name, weight in weights(run).items() if not weight.equal(before[name])}
-    assert moved == {name for name in before if name.startswith(MOVED[stage])}
+from .common import CAPTIONS, TINY, advance, start
 
 
 @pytest.mark.parametrize(("stage", "changes"), [("1", {"lr": 5e-2}), ("2", {"bf16": True})])
@@ -34,14 +22,14 @@ def test_it_learns_by_heart(
     stage: str, changes: dict[str, object], place: Path, tmp_path: Path
 ) -> None:
     """The projector alone can but tell the pictures apart: its captions share no words."""
-    run = start(place, stage, tmp_path / "out", steps=30, micro_batch=2, **changes)
+    run = start(place, f"llava {stage}", tmp_path / "out", steps=30, micro_batch=2, **changes)
     losses = [line["loss"] for line in advance(run, 30)]
     assert losses[-1] < {"1": 0.7, "2": 0.2}[stage] * losses[0]
     run.finish()
     model = load(tmp_path / "out")
     assert model.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="expected a new folder, or --resume"):
-        start(place, stage, tmp_path / "out")
+        start(place, f"llava {stage}", tmp_path / "out")
     if stage == "2":
         processor = load_processor(tmp_path / "out")
         assert processor.tokenizer.chat_template == VICUNA_V1
@@ -51,33 +39,8 @@ def test_it_learns_by_heart(
         assert processor.tokenizer.decode(tokens.tolist()).strip() == CAPTIONS[2]
 
 
-@pytest.mark.parametrize("stage", ["1", "2"])
-def test_micro_batches_make_the_same_step(stage: str, place: Path, tmp_path: Path) -> None:
-    expected = advance(start(place, stage, tmp_path / "whole", micro_batch=4), 3)
-    found = advance(start(place, stage, tmp_path / "parts"), 3)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4)
-
-
-@pytest.mark.parametrize("stage", ["1", "2"])
-def test_a_killed_run_resumes_to_the_same_bits(stage: str, place: Path, tmp_path: Path) -> None:
-    whole = start(place, stage, tmp_path / "whole")
-    expected = advance(whole, 4)
-    killed = start(place, stage, tmp_path / "killed")
-    advance(killed, 1)
-    killed.trainer.save()
-    advance(killed, 1)
-    killed.trainer.save()
-    advance(killed, 1)  # lost
-    resumed = start(place, stage, tmp_path / "killed", resume=True)
-    assert resumed.trainer.step == 2
-    assert advance(resumed, 2) == expected[2:]
-    after = weights(whole)
-    assert [n for n, w in weights(resumed).items() if not w.equal(after[n])] == []
-
-
 def test_captions_and_their_ends_carry_the_loss(place: Path, tmp_path: Path) -> None:
-    run = start(place, "1", tmp_path / "out")
+    run = start(place, "llava 1", tmp_path / "out")
     rows = read_conversations(place / "captions" / "data.json", place / "captions" / "images")
     settings = StageSettings(steps=1, batch=1, lr=1.0)
     batch = STAGES["1"].collate(run.processor, rows[:3:2], settings)
@@ -93,7 +56,7 @@ def test_captions_and_their_ends_carry_the_loss(place: Path, tmp_path: Path) -> 
 
 
 def test_a_batch_without_pictures_gets_a_blank_one(place: Path, tmp_path: Path) -> None:
-    run = start(place, "2", tmp_path / "out")
+    run = start(place, "llava 2", tmp_path / "out")
     rows = read_conversations(place / "chats" / "data.json", place / "chats" / "images")
     settings = StageSettings(steps=1, batch=1, lr=1.0)
     collate, model = STAGES["2"].collate, run.trainer.model
@@ -105,7 +68,7 @@ def test_a_batch_without_pictures_gets_a_blank_one(place: Path, tmp_path: Path) 
 
 
 def test_words_are_cut_off_and_pictures_never(place: Path, tmp_path: Path) -> None:
-    run = start(place, "2", tmp_path / "out")
+    run = start(place, "llava 2", tmp_path / "out")
     rows = read_conversations(place / "chats" / "data.json", place / "chats" / "images")
     collate = STAGES["2"].collate
     whole = collate(run.processor, rows[:1], StageSettings(steps=1, batch=1, lr=1.0))
@@ -127,27 +90,30 @@ def test_wrong_input_is_named(place: Path, tmp_path: Path) -> None:
         ({"micro_batch": 3}, "batch: expected a multiple of micro_batch 3 on each of 1 ranks"),
         ({"beta2": 1.0}, "beta2: expected a number of at least 0 and below 1"),
         ({"bf16": 1}, "bf16: expected true or false, got 1"),
+        ({"frozen": "("}, "frozen: expected a regular expression"),
+        ({"frozen": "lm_head"}, "frozen: expected the beginning of some .* got 'lm_head'"),
+        ({"frozen": "."}, "frozen: expected the beginning of some parameters' names, got '.'"),
         ({"learning_rate": 1.0}, r"expected fields out of .*, got \['learning_rate'\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            start(place, "1", tmp_path / "out", **changes)
+            start(place, "llava 1", tmp_path / "out", **changes)
     with pytest.raises(ValueError, match="resume: expected a save in"):
-        start(place, "1", tmp_path / "out", resume=True)
-    run = start(place, "1", tmp_path / "out")
+        start(place, "llava 1", tmp_path / "out", resume=True)
+    run = start(place, "llava 1", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     run.trainer.save()
     with pytest.raises(ValueError, match="resume: expected the run's settings"):
-        start(place, "1", tmp_path / "out", resume=True, seed=1)
+        start(place, "llava 1", tmp_path / "out", resume=True, seed=1)
     assert run.trainer.settings.learning_rate(0) == TINY["lr"]
 
 
 def test_the_command_resumes_and_writes_a_checkpoint(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    start(place, "1", tmp_path / "out")  # its config
+    start(place, "llava 1", tmp_path / "out")  # its config
     args = ["train", "llava", "--stage", "1", "--workers", "0", "--save-every", "2"]
     for name, path in (
-        ("model", "model"),
+        ("model", "llava"),
         ("data", "captions/data.json"),
         ("images", "captions/images"),
     ):

@@ -12,7 +12,10 @@ from .digits.cli import train_digits
 from .progress import fit
 
 # Each is a module here with STAGES.
-RECIPES = {"llava": "Train LLaVA-1.5: stage 1 the projector, stage 2 also the language model."}
+RECIPES = {
+    "llava": "Train LLaVA-1.5: stage 1 the projector, stage 2 also the language model.",
+    "qwen2-vl": "Train Qwen2-VL, Qwen2.5-VL: stage 1 the vision tower, 2 all, 3 all but the tower.",
+}
 
 train_app = typer.Typer(help="Train a model.", no_args_is_help=True)
 train_app.command("digits")(train_digits)

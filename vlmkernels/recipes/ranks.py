@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from vlmkernels.models import load
@@ -75,22 +75,19 @@ def load_on_first(path: Path) -> Pretrained:
     return kind.on_meta(config) if model is None else model
 
 
-def spread(model: Pretrained, to: torch.device, bf16: bool) -> Pretrained:
+def spread(model: Pretrained, to: torch.device) -> Pretrained:
     """The model on a device; over several ranks a shard of every layer, with rank 0's weights.
 
-    A layer is what a ModuleList holds. It is gathered when it runs, in bfloat16 with `bf16`.
+    A layer is what a ModuleList holds; it is gathered when it runs.
     """
     if world_size() == 1:
         return model.to(to)
     weights = dict(model.state_dict()) if rank() == 0 else {}
     model.to("meta")
-    policy = MixedPrecisionPolicy()
-    if bf16:
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for module in reversed(list(model.modules())):
         for layer in module if isinstance(module, nn.ModuleList) else ():
-            fully_shard(layer, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+            fully_shard(layer)
+    fully_shard(model)
     model.to_empty(device=to)
     whole_on_first = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, weights, options=whole_on_first)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ class Settings:
     eps: float = 1e-8
     max_grad_norm: float = 1.0
     seed: int = 0
+    frozen: str = ""  # regular expression that the names of parameters begin with that stay
     micro_batch: int | None = None  # examples of a forward pass on a rank; None: its whole share
     bf16: bool = True  # autocast; weights that are trained stay in fp32
     gradient_checkpointing: bool = False
@@ -39,6 +41,10 @@ class Settings:
         shares = dict.fromkeys(("min_lr", "beta1", "beta2"), FRACTION)
         rest = dict.fromkeys(("warmup", "weight_decay"), NOT_NEGATIVE)
         expect_fields(self, **shares, **rest, seed=INDEX, micro_batch=COUNT_OR_NONE)
+        try:
+            re.compile(self.frozen)
+        except re.error as error:
+            raise ValueError(f"frozen: expected a regular expression: {error}") from error
 
     def learning_rate(self, step: int) -> float:
         """lr (step + 1) / warmup, then lr (m + (1 - m) (1 + cos(pi t)) / 2), m = min_lr, t < 1."""

@@ -40,11 +40,10 @@ class Collate(Protocol):
 
 @dataclass(frozen=True)
 class Stage:
-    """trained: how the names of its parameters begin. published: fields of StageSettings."""
+    """published: fields of StageSettings."""
 
     does: str
     processor: type[Any]
-    trained: tuple[str, ...]
     published: Mapping[str, Any]
     collate: Collate
     objective: Objective = field(default_factory=NextToken)
@@ -86,7 +85,6 @@ class StageRun:
             settings,
             out,
             Batches(examples, collate, settings, workers),
-            trained=stage.trained,
             objective=stage.objective,
             device=ranks.device(),
             resume=resume,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import time
 import warnings
@@ -64,7 +65,6 @@ class Trainer:
 
     make_model: called once `out` is found fit.
     batches: of a step's number, this rank's micro-batches of that step and of all later ones.
-    trained: how the names of the parameters begin that move; no other one does.
     """
 
     def __init__(
@@ -74,7 +74,6 @@ class Trainer:
         out: Path,
         batches: Callable[[int], Iterator[Sequence[Batch]]],
         *,
-        trained: Sequence[str] = ("",),
         objective: Objective | None = None,
         device: torch.device | None = None,
         resume: bool = False,
@@ -89,10 +88,12 @@ class Trainer:
         self.out, self.settings, self.step = out, settings, 0
         self.objective = objective or NextToken()
         model = make_model()
-        freeze(model, trained, torch.bfloat16 if settings.bf16 else None)
+        freeze(model, settings.frozen)
+        if settings.bf16:
+            halve_frozen(model)
         model.gradient_checkpointing_enable(settings.gradient_checkpointing)
         self.kind, self.device = type(model), device or torch.device("cpu")
-        self.model = ranks.spread(model, self.device, settings.bf16)
+        self.model = ranks.spread(model, self.device)
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = adamw(list(self.trained.values()), settings)
         if saved is not None:
@@ -197,21 +198,29 @@ class Trainer:
         ranks.barrier()
 
 
-def freeze(model: Pretrained, trained: Sequence[str], dtype: torch.dtype | None) -> None:
-    """Only parameters whose names begin so keep their gradient; modules without any evaluate.
+def freeze(model: Pretrained, frozen: str) -> None:
+    """Parameters whose names begin as `frozen` says get no gradient; modules without any evaluate.
 
-    dtype: of the frozen weights; None leaves it. ValueError for a beginning that no name has.
+    ValueError for a pattern of no name or of all.
     """
-    names = [name for name, _ in model.named_parameters()]
-    for beginning in trained:
-        if not any(name.startswith(beginning) for name in names):
-            raise ValueError(f"trained: expected the beginning of a name, got {beginning!r}")
+    found = {name for name, _ in model.named_parameters() if frozen and re.match(frozen, name)}
+    if bool(frozen) != bool(found) or len(found) == len(list(model.parameters())):
+        raise ValueError(
+            f"frozen: expected the beginning of some parameters' names, got {frozen!r}, which is "
+            f"that of {len(found)}"
+        )
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(tuple(trained)))
-        if not parameter.requires_grad and dtype is not None:
-            parameter.data = parameter.data.to(dtype)
+        parameter.requires_grad_(name not in found)
     for module in model.modules():  # outer ones first
         module.train(any(p.requires_grad for p in module.parameters()))
+
+
+def halve_frozen(model: Pretrained) -> None:
+    """Frozen matrices in bfloat16, which autocast would make of them in every pass; the norms stay,
+    and with them the residual stream."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.ndim > 1:
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def adamw(parameters: Sequence[nn.Parameter], settings: Settings) -> torch.optim.AdamW:

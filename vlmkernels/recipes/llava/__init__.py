@@ -47,15 +47,14 @@ STAGES = {
     "1": Stage(
         "the projector learns from 558k captions",
         LlavaProcessor,
-        trained=("multi_modal_projector.",),
-        published=_BOTH | {"lr": 1e-3, "batch": 256},
+        published=_BOTH | {"frozen": r"vision_tower\.|language_model\.", "lr": 1e-3, "batch": 256},
         collate=caption_batch,
     ),
     "2": Stage(
         "projector and language model learn from 665k conversations",
         LlavaProcessor,
-        trained=("multi_modal_projector.", "language_model."),
-        published=_BOTH | {"lr": 2e-5, "batch": 128, "gradient_checkpointing": True},
+        published=_BOTH
+        | {"frozen": r"vision_tower\.", "lr": 2e-5, "batch": 128, "gradient_checkpointing": True},
         collate=chat_batch,
         chat_template=VICUNA_V1,
     ),

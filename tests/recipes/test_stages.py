@@ -1,0 +1,72 @@
+"""What holds for every stage of every recipe."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from vlmkernels.models import load
+
+from .common import advance, start, weights
+
+# What moves in each stage.
+STAGES = {
+    "llava 1": r"multi_modal_projector\.",
+    "llava 2": r"multi_modal_projector\.|language_model\.",
+    "qwen2_vl 1": r"visual\.",
+    "qwen2_vl 2": r"",
+    "qwen2_vl 3": r"visual\.merger\.|model\.|lm_head\.",
+}
+every_stage = pytest.mark.parametrize("which", STAGES)
+
+
+@every_stage
+def test_only_what_the_stage_trains_moves(which: str, place: Path, tmp_path: Path) -> None:
+    run = start(place, which, tmp_path / "out")
+    before = weights(run)
+    stored = load(place / which.split()[0]).state_dict()
+    assert all(before[name].equal(weight) for name, weight in stored.items())
+    advance(run, 2)
+    moved = {name for name, weight in weights(run).items() if not weight.equal(before[name])}
+    assert moved == {name for name in before if re.match(STAGES[which], name)}
+
+
+@every_stage
+def test_micro_batches_make_the_same_step(which: str, place: Path, tmp_path: Path) -> None:
+    expected = advance(start(place, which, tmp_path / "whole", micro_batch=4), 3)
+    found = advance(start(place, which, tmp_path / "parts"), 3)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@every_stage
+def test_a_killed_run_resumes_to_the_same_bits(which: str, place: Path, tmp_path: Path) -> None:
+    whole = start(place, which, tmp_path / "whole")
+    expected = advance(whole, 4)
+    killed = start(place, which, tmp_path / "killed")
+    advance(killed, 1)
+    killed.trainer.save()
+    advance(killed, 1)
+    killed.trainer.save()
+    advance(killed, 1)  # lost
+    resumed = start(place, which, tmp_path / "killed", resume=True)
+    assert resumed.trainer.step == 2
+    assert advance(resumed, 2) == expected[2:]
+    after = weights(whole)
+    assert [n for n, w in weights(resumed).items() if not w.equal(after[n])] == []
+
+
+@every_stage
+def test_in_bfloat16_with_recomputed_layers_it_learns(
+    which: str, place: Path, tmp_path: Path
+) -> None:
+    changes = {"bf16": True, "gradient_checkpointing": True, "micro_batch": 4, "lr": 1e-2}
+    run = start(place, which, tmp_path / "out", steps=20, **changes)
+    losses = [line["loss"] for line in advance(run, 20)]
+    assert losses[-1] < 0.9 * losses[0]
+    run.finish()
+    trained = dict(run.trainer.trained)
+    for name, weight in load(tmp_path / "out").state_dict().items():
+        given = run.trainer.model.state_dict()[name]
+        assert weight.equal(given.bfloat16()), name
+    assert trained
