@@ -13,7 +13,7 @@ from PIL import Image
 from vlmkernels.recipes import ranks
 from vlmkernels.recipes.stages import StageRun
 
-OF_CAPTIONS = ("llava 1",)
+OF_CAPTIONS = ("llava 1", "clip 1")
 CAPTIONS = ("a cat", "a dog", "the cat and a dog", "two images")
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 230), "grey": (128,) * 3}
 
@@ -50,7 +50,8 @@ def start(place: Path, which: str, out: Path, resume: bool = False, **changes: o
     recipe, stage = which.split()
     stages = import_module(f"vlmkernels.recipes.{recipe}").STAGES
     config = out.with_name(f"{out.name}.{ranks.rank()}.toml")
-    fields = (TINY | changes).items()
+    whole_share = {"micro_batch": 4 // ranks.world_size()} if recipe == "clip" else {}
+    fields = (TINY | whole_share | changes).items()
     config.parent.mkdir(exist_ok=True)
     config.write_text("\n".join(f"{name} = {json.dumps(value)}" for name, value in fields))
     data = place / ("captions" if which in OF_CAPTIONS else "chats")

@@ -11,6 +11,7 @@ from .common import advance, start, weights
 
 # What moves in each stage.
 STAGES = {
+    "clip 1": r"",
     "llava 1": r"multi_modal_projector\.",
     "llava 2": r"multi_modal_projector\.|language_model\.",
     "qwen2_vl 1": r"visual\.",
@@ -28,10 +29,13 @@ def test_only_what_the_stage_trains_moves(which: str, place: Path, tmp_path: Pat
     assert all(before[name].equal(weight) for name, weight in stored.items())
     advance(run, 2)
     moved = {name for name, weight in weights(run).items() if not weight.equal(before[name])}
-    assert moved == {name for name in before if re.match(STAGES[which], name)}
+    expected = {name for name in before if re.match(STAGES[which], name)}
+    assert moved <= expected
+    # A key bias shifts all scores of a query alike: its gradient may be nothing at all.
+    assert {name for name in expected - moved if not name.endswith("k_proj.bias")} == set()
 
 
-@every_stage
+@pytest.mark.parametrize("which", [which for which in STAGES if which != "clip 1"])
 def test_micro_batches_make_the_same_step(which: str, place: Path, tmp_path: Path) -> None:
     expected = advance(start(place, which, tmp_path / "whole", micro_batch=4), 3)
     found = advance(start(place, which, tmp_path / "parts"), 3)

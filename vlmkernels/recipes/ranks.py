@@ -87,7 +87,8 @@ def spread(model: Pretrained, to: torch.device) -> Pretrained:
     for module in reversed(list(model.modules())):
         for layer in module if isinstance(module, nn.ModuleList) else ():
             fully_shard(layer)
-    fully_shard(model)
+    scalars = {p for p in model.parameters() if p.ndim == 0}  # the same on every rank
+    fully_shard(model, ignored_params=scalars)
     model.to_empty(device=to)
     whole_on_first = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, weights, options=whole_on_first)

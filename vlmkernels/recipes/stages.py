@@ -79,6 +79,12 @@ class StageRun:
             processor.tokenizer.chat_template = stage.chat_template
         examples = read_conversations(data, images)
         settings = read_settings(StageSettings, stage.published, config, len(examples))
+        share = settings.batch // ranks.world_size()
+        if not stage.objective.splits and settings.micro_batch not in (None, share):
+            raise ValueError(
+                f"micro_batch: expected a rank's whole share {share}, since parts of a batch have "
+                f"another loss, got {settings.micro_batch}"
+            )
         collate = partial(stage.collate, processor, settings=settings)
         trainer = Trainer(
             lambda: ranks.load_on_first(model),

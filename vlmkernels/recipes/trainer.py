@@ -42,6 +42,8 @@ Metrics = dict[str, float]
 class Objective(Protocol):
     """What is minimised: a sum over items, by the number of them in the whole step."""
 
+    splits: bool  # into micro-batches whose losses add up
+
     def count(self, batch: Batch) -> int: ...
     def loss(self, model: nn.Module, batch: Batch, num_items: int) -> Tensor: ...
     def after_step(self, model: nn.Module) -> None: ...
@@ -49,6 +51,8 @@ class Objective(Protocol):
 
 class NextToken:
     """Cross entropy of the labels; every one in a step weighs alike, whatever row it stands in."""
+
+    splits = True
 
     def count(self, batch: Batch) -> int:
         return int((batch["labels"][:, 1:] != -100).sum())
@@ -119,7 +123,9 @@ class Trainer:
         loss = ranks.total(sum(self._backward(batch, num_items) for batch in batches))
         if not math.isfinite(loss):
             raise RuntimeError(f"step {self.step}: the loss became {loss}")
-        norm = nn.utils.clip_grad_norm_(self.trained.values(), s.max_grad_norm)
+        # A temperature is no part of it: over ranks it is the one parameter that is no shard.
+        weights = [p for p in self.trained.values() if p.ndim > 0]
+        norm = nn.utils.clip_grad_norm_(weights, s.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.objective.after_step(self.model)
@@ -225,12 +231,12 @@ def halve_frozen(model: Pretrained) -> None:
 
 def adamw(parameters: Sequence[nn.Parameter], settings: Settings) -> torch.optim.AdamW:
     """AdamW whose weight decay is for matrices alone, with its state in place from the start."""
-    decays = [p for p in parameters if p.ndim > 1]
-    stays = [p for p in parameters if p.ndim <= 1]
+    groups = [[p for p in parameters if min(p.ndim, 2) == ndim] for ndim in range(3)]
     optimizer = torch.optim.AdamW(
         [
-            {"params": decays, "weight_decay": settings.weight_decay},
-            {"params": stays, "weight_decay": 0.0},
+            {"params": group, "weight_decay": settings.weight_decay if group[0].ndim > 1 else 0.0}
+            for group in groups
+            if group
         ],
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
