@@ -13,7 +13,7 @@ from PIL import Image
 from vlmkernels.recipes import ranks
 from vlmkernels.recipes.stages import StageRun
 
-OF_CAPTIONS = ("llava 1", "clip 1")
+OF_CAPTIONS = ("llava 1", "clip 1", "blip2 2-opt", "blip2 2-t5")
 CAPTIONS = ("a cat", "a dog", "the cat and a dog", "two images")
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 230), "grey": (128,) * 3}
 
@@ -42,7 +42,13 @@ def write_data(folder: Path, captions: tuple[str, ...], text_only: int = 0) -> t
     return folder / "data.json", images
 
 
-TINY = {"steps": 4, "batch": 4, "micro_batch": 1, "bf16": False, "lr": 3e-3}
+TINY = {"steps": 4, "batch": 4, "micro_batch": 1, "bf16": False, "lr": 3e-3, "warmup": 2}
+
+
+def checkpoint(place: Path, which: str) -> Path:
+    """BLIP-2's are called by the language model."""
+    recipe, stage = which.split()
+    return place / (stage.removeprefix("2-") if recipe == "blip2" else recipe)
 
 
 def start(place: Path, which: str, out: Path, resume: bool = False, **changes: object) -> StageRun:
@@ -55,7 +61,7 @@ def start(place: Path, which: str, out: Path, resume: bool = False, **changes: o
     config.parent.mkdir(exist_ok=True)
     config.write_text("\n".join(f"{name} = {json.dumps(value)}" for name, value in fields))
     data = place / ("captions" if which in OF_CAPTIONS else "chats")
-    files = (place / recipe, data / "data.json", data / "images", out)
+    files = (checkpoint(place, which), data / "data.json", data / "images", out)
     return StageRun.start(stages[stage], *files, config=config, resume=resume)
 
 
@@ -64,6 +70,14 @@ def advance(run: StageRun, steps: int) -> list[dict[str, float]]:
     for line in metrics:
         del line["seconds"]
     return metrics
+
+
+def without_dropout(run: StageRun) -> StageRun:
+    """Which is drawn for a micro-batch on a rank."""
+    for module in run.trainer.model.modules():
+        if hasattr(module, "dropout"):
+            module.dropout = 0.0
+    return run
 
 
 def weights(run: StageRun) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.models.blip2.conftest import write as write_blip2
 from tests.models.clip.conftest import write as write_clip
 from tests.models.llava.conftest import write as write_llava
 from tests.models.qwen2_vl.conftest import write as write_qwen2_vl
@@ -17,6 +18,8 @@ from .common import CAPTIONS, write_data
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint under the name of each recipe, captions/, chats/."""
     folder = tmp_path_factory.mktemp("stages")
+    for kind in ("opt", "t5"):
+        write_blip2(folder / kind, kind)
     write_clip(folder / "clip")
     write_llava(folder / "llava")
     write_qwen2_vl(folder / "qwen2_vl")

@@ -104,7 +104,7 @@ def test_wrong_input_is_named(place: Path, tmp_path: Path) -> None:
     run.trainer.save()
     with pytest.raises(ValueError, match="resume: expected the run's settings"):
         start(place, "llava 1", tmp_path / "out", resume=True, seed=1)
-    assert run.trainer.settings.learning_rate(0) == TINY["lr"]
+    assert run.trainer.settings.learning_rate(1) == TINY["lr"]
 
 
 def test_the_command_resumes_and_writes_a_checkpoint(

@@ -66,12 +66,12 @@ def _messages(name: str, record: Any, images: Path) -> list[Json]:
             raise ValueError(f"{place}: expected from {[*ROLES]} and a value, got {turn!r:.80}")
         if not messages and who == "gpt":
             continue
-        count = text.count(IMAGE)
+        count = text.count(IMAGE) if who == "human" else 0
         shown = [{"type": "image", "image": str(path)} for path in islice(left, count)]
         if len(shown) < count:
             raise ValueError(f"{name}: expected {IMAGE} once for each image, got more")
-        said = {"type": "text", "text": text.replace(IMAGE, "").strip() if count else text}
-        messages.append({"role": ROLES[who], "content": [*shown, said]})
+        said = {"type": "text", "text": text.replace(IMAGE, "").strip()}
+        messages.append({"role": ROLES[who], "content": [*shown, said] if shown else text})
     if next(left, None) is not None:
         raise ValueError(f"{name}: expected {IMAGE} once for each image, got fewer")
     if not any(message["role"] == "assistant" for message in messages):

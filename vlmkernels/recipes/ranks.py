@@ -84,8 +84,9 @@ def spread(model: Pretrained, to: torch.device) -> Pretrained:
         return model.to(to)
     weights = dict(model.state_dict()) if rank() == 0 else {}
     model.to("meta")
-    for module in reversed(list(model.modules())):
-        for layer in module if isinstance(module, nn.ModuleList) else ():
+    for layer in layers(model):
+        # Of T5's first layers others read a table: they stay with what is outside of layers.
+        if not any(isinstance(module, nn.Embedding) for module in layer.modules()):
             fully_shard(layer)
     scalars = {p for p in model.parameters() if p.ndim == 0}  # the same on every rank
     fully_shard(model, ignored_params=scalars)
@@ -93,6 +94,12 @@ def spread(model: Pretrained, to: torch.device) -> Pretrained:
     whole_on_first = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, weights, options=whole_on_first)
     return model
+
+
+def layers(module: nn.Module) -> Iterator[nn.Module]:
+    """What the outermost ModuleLists hold."""
+    for child in module.children():
+        yield from child if isinstance(child, nn.ModuleList) else layers(child)
 
 
 def gathered(model: Pretrained, dtype: torch.dtype) -> dict[str, Tensor]:

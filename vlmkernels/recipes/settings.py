@@ -11,7 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vlmkernels.models.fields import COUNT, FRACTION, INDEX, NOT_NEGATIVE, Kind, expect_fields
+from vlmkernels.models.fields import (
+    COUNT,
+    FRACTION,
+    INDEX,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Kind,
+    expect,
+    expect_fields,
+)
 
 S = TypeVar("S", bound="Settings")
 COUNT_OR_NONE = Kind("a positive integer", lambda x: x is None or COUNT.holds(x))
@@ -66,11 +75,11 @@ def read_settings(
     known = {"epochs", *(f.name for f in dataclasses.fields(kind))}
     if unknown := sorted(given.keys() - known):
         raise ValueError(f"{file}: expected fields out of {sorted(known)}, got {unknown}")
+    if given.keys() >= {"epochs", "steps"}:
+        raise ValueError(f"{file}: expected epochs or steps, got both")
     fields: dict[str, Any] = {**published, **given}
-    epochs = fields.pop("epochs", 1)
-    if not NOT_NEGATIVE.holds(epochs) or epochs == 0:
-        raise ValueError(f"epochs: expected a positive number, got {epochs!r:.80}")
-    if "steps" not in given and COUNT.holds(fields["batch"]):
+    epochs = expect("epochs", fields.pop("epochs", 1), POSITIVE)
+    if ("steps" not in fields or "epochs" in given) and COUNT.holds(fields["batch"]):
         fields["steps"] = math.ceil(epochs * num_examples / fields["batch"])
     return kind(**fields)
 

@@ -11,9 +11,10 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
-from vlmkernels.models import load_processor
+from vlmkernels.models import load_processor, model_class
 from vlmkernels.models.chat import pictures_of
 from vlmkernels.models.checkpoint import Json
+from vlmkernels.models.pretrained import Pretrained
 from vlmkernels.models.supervised import TemplateProcessor
 
 from . import ranks
@@ -28,7 +29,7 @@ Conversation = Sequence[Json]
 class StageSettings(Settings):
     """With what is said about rows."""
 
-    max_length: int = 2048  # tokens of a row; words beyond are cut off, pictures never
+    max_length: int = 2048  # tokens of a row (BLIP-2: of a text); a picture is never cut
 
 
 class Collate(Protocol):
@@ -43,7 +44,7 @@ class Stage:
     """published: fields of StageSettings."""
 
     does: str
-    processor: type[Any]
+    model: type[Pretrained]
     published: Mapping[str, Any]
     collate: Collate
     objective: Objective = field(default_factory=NextToken)
@@ -71,10 +72,9 @@ class StageRun:
         resume: bool = False,
     ) -> StageRun:
         """ValueError, before weights are read, for what does not fit together."""
+        if not issubclass(kind := model_class(model), stage.model):
+            raise ValueError(f"model: expected {stage.model.__name__}, got {kind.__name__}")
         processor = load_processor(model)
-        if not isinstance(processor, stage.processor):
-            wanted, got = stage.processor.__name__, type(processor).__name__
-            raise ValueError(f"model: expected a checkpoint with a {wanted}, got {got}")
         if stage.chat_template is not None:
             processor.tokenizer.chat_template = stage.chat_template
         examples = read_conversations(data, images)
@@ -135,9 +135,7 @@ def cut(batch: Batch, max_length: int, feature_ids: Sequence[int]) -> Batch:
 
 def answer_of(messages: Conversation) -> str:
     """The first thing said by the assistant: a caption."""
-    return next(
-        "".join(part["text"] for part in m["content"]) for m in messages if m["role"] == "assistant"
-    )
+    return next(str(m["content"]) for m in messages if m["role"] == "assistant")
 
 
 def only_picture(messages: Conversation) -> Any:

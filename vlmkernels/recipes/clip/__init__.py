@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels.distributed.contrastive_loss import clip_loss
-from vlmkernels.models.clip import ClipProcessor
+from vlmkernels.models.clip import Clip, ClipProcessor
 from vlmkernels.recipes import ranks
 from vlmkernels.recipes.stages import (
     Conversation,
@@ -54,7 +54,7 @@ def pair_batch(
 STAGES = {
     "1": Stage(
         "both towers learn from pairs",
-        ClipProcessor,
+        Clip,
         published={
             "epochs": 32,
             "batch": 32768,

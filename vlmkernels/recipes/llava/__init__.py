@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vlmkernels.models.llava import VICUNA_V1, LlavaProcessor
+from vlmkernels.models.llava import VICUNA_V1, Llava, LlavaProcessor
 from vlmkernels.recipes.stages import (
     Conversation,
     Stage,
@@ -46,13 +46,13 @@ _BOTH: dict[str, Any] = {"epochs": 1, "warmup": 0.03, "micro_batch": 16}
 STAGES = {
     "1": Stage(
         "the projector learns from 558k captions",
-        LlavaProcessor,
+        Llava,
         published=_BOTH | {"frozen": r"vision_tower\.|language_model\.", "lr": 1e-3, "batch": 256},
         collate=caption_batch,
     ),
     "2": Stage(
         "projector and language model learn from 665k conversations",
-        LlavaProcessor,
+        Llava,
         published=_BOTH
         | {"frozen": r"vision_tower\.", "lr": 2e-5, "batch": 128, "gradient_checkpointing": True},
         collate=chat_batch,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlmkernels.models.qwen2_vl import Qwen2VLProcessor
+from vlmkernels.models.qwen2_vl import Qwen2VL
 from vlmkernels.recipes.stages import Stage, conversation_batch
 
 _ALL: dict[str, Any] = {
@@ -22,19 +22,19 @@ _ALL: dict[str, Any] = {
 STAGES = {
     "1": Stage(
         "the vision tower learns, through the frozen language model",
-        Qwen2VLProcessor,
+        Qwen2VL,
         published=_ALL | {"frozen": r"(?!visual\.)"},
         collate=conversation_batch,
     ),
     "2": Stage(
         "all parameters learn",
-        Qwen2VLProcessor,
+        Qwen2VL,
         published=_ALL,
         collate=conversation_batch,
     ),
     "3": Stage(
         "language model and merger learn from instructions, the vision tower is frozen",
-        Qwen2VLProcessor,
+        Qwen2VL,
         published=_ALL | {"frozen": r"visual\.(patch_embed|blocks)\."},
         collate=conversation_batch,
     ),
