@@ -59,5 +59,18 @@ def train_stage(
         console.print(f"wrote {out}", markup=False)
 
 
+@train_app.command("llava-init")
+def llava_init(
+    vision: Annotated[Path, typer.Option(help="Checkpoint directory of a CLIP.")],
+    language: Annotated[Path, typer.Option(help="Checkpoint directory of a LLaMA.")],
+    out: Annotated[Path, typer.Option(help="Folder of the checkpoint that is made.")],
+    seed: Annotated[int, typer.Option(help="Of the projector.")] = 0,
+) -> None:
+    """Join a CLIP and a LLaMA by a new projector: what LLaVA-1.5's stage 1 starts from."""
+    from .llava.initial import assemble
+
+    assemble(vision, language, out, seed)
+
+
 for _name, _help in RECIPES.items():
     train_app.command(_name, help=_help)(train_stage)

@@ -12,13 +12,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from vlmkernels.models.checkpoint import Json
-from vlmkernels.models.fields import OBJECT, TEXT, expect
+from vlmkernels.models.fields import OBJECT, TEXT, Kind, expect
 
 from . import ranks
 from .settings import Settings
 from .trainer import Batch
 
 T = TypeVar("T")
+PATHS = Kind("a path or several", lambda x: isinstance(x, list) and all(map(TEXT.holds, x)))
 IMAGE = "<image>"
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 
@@ -53,7 +54,7 @@ def _messages(name: str, record: Any, images: Path) -> list[Json]:
     if not isinstance(turns, list):
         raise ValueError(f"{name}['conversations']: expected a list, got {turns!r:.80}")
     paths = [paths] if isinstance(paths, str) else paths
-    files = [images / expect(f"{name}['image']", path, TEXT) for path in paths]
+    files = [images / path for path in expect(f"{name}['image']", paths, PATHS)]
     for path in files:
         if not path.is_file():
             raise ValueError(f"{name}: expected an image file, found none at {path}")

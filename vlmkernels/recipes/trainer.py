@@ -139,14 +139,14 @@ class Trainer:
             "seconds": time.perf_counter() - start,
         }
 
-    def _backward(self, batch: Batch, num_items: int) -> float:
+    def _backward(self, batch: Batch, num_items: int) -> Tensor:
         """Adds to the gradients; -> this batch's part of the loss."""
         moved = {name: x.to(self.device, non_blocking=True) for name, x in batch.items()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16):
             loss = self.objective.loss(self.model, moved, num_items)
         # FSDP averages gradients over the ranks; the loss is a sum over them.
         (loss * ranks.world_size()).backward()
-        return float(loss.detach())
+        return loss.detach()
 
     def fit(self, save_every: int, report: Callable[[Metrics], None]) -> None:
         """All steps that are left; metrics of each are written and reported."""
