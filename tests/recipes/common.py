@@ -13,7 +13,8 @@ from PIL import Image
 from vlmkernels.recipes import ranks
 from vlmkernels.recipes.stages import StageRun
 
-OF_CAPTIONS = ("llava 1", "clip 1", "blip2 2-opt", "blip2 2-t5")
+WHOLE = ("clip 1", "blip2 1")  # batches, which are not cut
+OF_CAPTIONS = ("llava 1", "clip 1", "blip2 1", "blip2 2-opt", "blip2 2-t5")
 CAPTIONS = ("a cat", "a dog", "the cat and a dog", "two images")
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 230), "grey": (128,) * 3}
 
@@ -48,7 +49,8 @@ TINY = {"steps": 4, "batch": 4, "micro_batch": 1, "bf16": False, "lr": 3e-3, "wa
 def checkpoint(place: Path, which: str) -> Path:
     """BLIP-2's are called by the language model."""
     recipe, stage = which.split()
-    return place / (stage.removeprefix("2-") if recipe == "blip2" else recipe)
+    names = {"1": "blip2", "2-opt": "opt", "2-t5": "t5"}
+    return place / (names[stage] if recipe == "blip2" else recipe)
 
 
 def start(place: Path, which: str, out: Path, resume: bool = False, **changes: object) -> StageRun:
@@ -56,7 +58,7 @@ def start(place: Path, which: str, out: Path, resume: bool = False, **changes: o
     recipe, stage = which.split()
     stages = import_module(f"vlmkernels.recipes.{recipe}").STAGES
     config = out.with_name(f"{out.name}.{ranks.rank()}.toml")
-    whole_share = {"micro_batch": 4 // ranks.world_size()} if recipe == "clip" else {}
+    whole_share = {"micro_batch": 4 // ranks.world_size()} if which in WHOLE else {}
     fields = (TINY | whole_share | changes).items()
     config.parent.mkdir(exist_ok=True)
     config.write_text("\n".join(f"{name} = {json.dumps(value)}" for name, value in fields))

@@ -51,6 +51,11 @@ def on_two_ranks(rank: int, place: Path, out: Path) -> None:
     assert len(found) == (0 if rank else len(dict(whole.trainer.model.named_parameters())))
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
     others = {which: three_steps(place, which, out / which) for which in SETTINGS}
+    # Wrong pairs are made on each rank from its own: only that ranks agree can be looked at.
+    pairs = start(place, "blip2 1", out / "pairs")
+    advance(pairs, 2)
+    temperature = float(pairs.trainer.model.temp.detach())
+    assert ranks.total(temperature) == 2 * temperature != 0.14
     if rank == 0:
         (out / "metrics.json").write_text(json.dumps({"llava 2": metrics, **others}))
     ranks.barrier()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,14 @@ def total(value: Tensor | float) -> float:
     if dist.is_initialized():
         dist.all_reduce(x)
     return float(x)
+
+
+def average_grads(parameters: Sequence[nn.Parameter]) -> None:
+    """Of parameters that every rank has whole."""
+    for parameter in parameters if dist.is_initialized() else ():
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world_size()
 
 
 def load_on_first(path: Path) -> Pretrained:

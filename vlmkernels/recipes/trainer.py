@@ -123,9 +123,10 @@ class Trainer:
         loss = ranks.total(sum(self._backward(batch, num_items) for batch in batches))
         if not math.isfinite(loss):
             raise RuntimeError(f"step {self.step}: the loss became {loss}")
-        # A temperature is no part of it: over ranks it is the one parameter that is no shard.
+        # Temperatures are no part of it: over ranks they are no shards, and FSDP leaves them alone.
         weights = [p for p in self.trained.values() if p.ndim > 0]
         norm = nn.utils.clip_grad_norm_(weights, s.max_grad_norm)
+        ranks.average_grads([p for p in self.trained.values() if p.ndim == 0])
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.objective.after_step(self.model)

@@ -1,5 +1,5 @@
-"""BLIP-2's second stage (arXiv 2301.12597, section 3.3 and 4; LAVIS): captions by a frozen language
-model from what the queries read out of a frozen tower."""
+"""BLIP-2's two stages (arXiv 2301.12597, sections 3.2, 3.3 and 4; LAVIS): what the queries read out
+of a frozen tower is matched with captions, then a frozen language model writes captions from it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,25 @@ from typing import Any
 
 from torch import Tensor
 
-from vlmkernels.models.blip2 import Blip2OPT, Blip2Processor, Blip2T5
+from vlmkernels.models.blip2 import Blip2OPT, Blip2Pretraining, Blip2Processor, Blip2T5
+from vlmkernels.recipes import ranks
 from vlmkernels.recipes.stages import Conversation, Stage, StageSettings, answer_of, only_picture
 from vlmkernels.recipes.trainer import Batch, NextToken
+
+
+class Pairs:
+    """Contrast, matching and captioning; the wrong pairs are made on each rank from its own."""
+
+    splits = False
+
+    def count(self, batch: Batch) -> int:
+        return len(batch["pixel_values"])
+
+    def loss(self, model: Any, batch: Batch, num_items: int) -> Tensor:
+        loss: Tensor = model(**batch).loss
+        return loss / ranks.world_size()
+
+    def after_step(self, model: Any) -> None: ...
 
 
 class Answer(NextToken):
@@ -19,6 +35,15 @@ class Answer(NextToken):
 
     def count(self, batch: Batch) -> int:
         return int((batch["labels"] != -100).sum())
+
+
+def pair_batch(
+    processor: Blip2Processor, conversations: Sequence[Conversation], settings: StageSettings
+) -> Batch:
+    """[CLS] caption [SEP], and the images."""
+    texts = [answer_of(messages) for messages in conversations]
+    pictures = [only_picture(messages) for messages in conversations]
+    return processor(texts, pictures, max_length=settings.max_length, padding_side="right")
 
 
 def caption_batch(
@@ -56,27 +81,36 @@ def _halves(caption: str, seed: int) -> tuple[str, str]:
     return " ".join(words[:place]), " ".join(words[place:])
 
 
-_BOTH: dict[str, Any] = {
-    "frozen": r"vision_model\.|language_model\.",
-    "steps": 80_000,
+_ALL: dict[str, Any] = {
     "lr": 1e-4,
-    "min_lr": 0.5,
     "warmup": 2000,
     "weight_decay": 0.05,
     "beta2": 0.98,
     "max_length": 32,
 }
+_SECOND: dict[str, Any] = {
+    "frozen": r"vision_model\.|language_model\.",
+    "steps": 80_000,
+    "min_lr": 0.5,
+}
 STAGES = {
+    "1": Stage(
+        "queries and Q-Former learn which captions belong to an image, and to write them",
+        Blip2Pretraining,
+        published=_ALL | {"frozen": r"vision_model\.", "steps": 250_000, "batch": 1680},
+        collate=pair_batch,
+        objective=Pairs(),
+    ),
     "2-opt": Stage(
         "queries, Q-Former and projection learn to caption through OPT",
         Blip2OPT,
-        published=_BOTH | {"batch": 1920},
+        published=_ALL | _SECOND | {"batch": 1920},
         collate=caption_batch,
     ),
     "2-t5": Stage(
         "queries, Q-Former and projection learn to go on with a caption through FlanT5",
         Blip2T5,
-        published=_BOTH | {"batch": 1520},
+        published=_ALL | _SECOND | {"batch": 1520},
         collate=continuation_batch,
         objective=Answer(),
     ),

@@ -42,7 +42,12 @@ def chat_batch(
     return conversation_batch(processor, conversations, settings, pad_to_square=True)
 
 
-_BOTH: dict[str, Any] = {"epochs": 1, "warmup": 0.03, "micro_batch": 16}
+_BOTH: dict[str, Any] = {
+    "epochs": 1,
+    "warmup": 0.03,
+    "micro_batch": 16,
+    "gradient_checkpointing": True,
+}
 STAGES = {
     "1": Stage(
         "the projector learns from 558k captions",
@@ -53,8 +58,7 @@ STAGES = {
     "2": Stage(
         "projector and language model learn from 665k conversations",
         Llava,
-        published=_BOTH
-        | {"frozen": r"vision_tower\.", "lr": 2e-5, "batch": 128, "gradient_checkpointing": True},
+        published=_BOTH | {"frozen": r"vision_tower\.", "lr": 2e-5, "batch": 128},
         collate=chat_batch,
         chat_template=VICUNA_V1,
     ),
