@@ -63,8 +63,9 @@ def test_the_language_model_must_be_the_stage_s(place: Path, tmp_path: Path) -> 
         )
 
 
-def test_a_caption_has_a_picture(place: Path) -> None:
-    rows = [[{"role": "user", "content": "a dog?"}, {"role": "assistant", "content": "yes"}]]
-    settings = StageSettings(steps=1, batch=1, lr=1.0)
+def test_a_caption_has_a_picture(place: Path, tmp_path: Path) -> None:
+    data = place / "chats"
     with pytest.raises(ValueError, match="data: expected one image for each caption, got 0"):
-        STAGES["2-opt"].collate(load_processor(place / "opt"), rows, settings)
+        StageRun.start(
+            *(STAGES["2-opt"], place / "opt", data / "data.json", data / "images", tmp_path / "out")
+        )

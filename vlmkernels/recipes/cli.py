@@ -53,7 +53,9 @@ def train_stage(
             config=config, workers=workers, resume=resume,
         )  # fmt: skip
         moved = sum(p.numel() for p in run.trainer.trained.values())
-        console.print(f"{stages[stage].does}: {moved:,} weights, {run.trainer.settings}")
+        console.print(
+            f"{stages[stage].does}: {moved:,} weights, {run.trainer.settings}", markup=False
+        )
         fit(run.trainer, console, save_every=save_every, report_every=report_every)
         run.finish()
         console.print(f"wrote {out}", markup=False)

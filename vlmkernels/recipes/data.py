@@ -102,8 +102,9 @@ class Batches:
         settings: Settings,
         workers: int = 0,
     ) -> None:
-        size = settings.micro_batch or max(1, settings.batch // ranks.world_size())
-        if settings.batch % (size * ranks.world_size()):
+        share, left = divmod(settings.batch, ranks.world_size())
+        size = min(settings.micro_batch or share, share)
+        if left or share % size:
             raise ValueError(
                 f"batch: expected a multiple of micro_batch {size} on each of "
                 f"{ranks.world_size()} ranks, got {settings.batch}"

@@ -42,7 +42,7 @@ class Settings:
     max_grad_norm: float = 1.0
     seed: int = 0
     frozen: str = ""  # regular expression that the names of parameters begin with that stay
-    micro_batch: int | None = None  # examples of a forward pass on a rank; None: its whole share
+    micro_batch: int | None = None  # of a forward pass on a rank, at most; None: its share
     bf16: bool = True  # autocast; weights that are trained stay in fp32
     gradient_checkpointing: bool = False
 

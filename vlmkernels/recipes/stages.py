@@ -48,6 +48,7 @@ class Stage:
     published: Mapping[str, Any]
     collate: Collate
     objective: Objective = field(default_factory=NextToken)
+    captions: bool = False  # every example has one picture
     chat_template: str | None = None  # None: the checkpoint's
 
 
@@ -78,9 +79,11 @@ class StageRun:
         if stage.chat_template is not None:
             processor.tokenizer.chat_template = stage.chat_template
         examples = read_conversations(data, images)
+        for example in examples if stage.captions else ():
+            only_picture(example)
         settings = read_settings(StageSettings, stage.published, config, len(examples))
         share = settings.batch // ranks.world_size()
-        if not stage.objective.splits and settings.micro_batch not in (None, share):
+        if not stage.objective.splits and (settings.micro_batch or share) < share:
             raise ValueError(
                 f"micro_batch: expected a rank's whole share {share}, since parts of a batch have "
                 f"another loss, got {settings.micro_batch}"

@@ -13,14 +13,6 @@ from vlmkernels.recipes.digits.train import DigitsSettings, Run, collate
 TINY = DigitsSettings(steps=6, batch=4, warmup=2, single_share=0.5)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> object:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def run_to(run: Run, step: int) -> Run:
     while run.step < step:
         run.advance()

@@ -99,6 +99,7 @@ STAGES = {
         Blip2Pretraining,
         published=_ALL | {"frozen": r"vision_model\.", "steps": 250_000, "batch": 1680},
         collate=pair_batch,
+        captions=True,
         objective=Pairs(),
     ),
     "2-opt": Stage(
@@ -106,12 +107,14 @@ STAGES = {
         Blip2OPT,
         published=_ALL | _SECOND | {"batch": 1920},
         collate=caption_batch,
+        captions=True,
     ),
     "2-t5": Stage(
         "queries, Q-Former and projection learn to go on with a caption through FlanT5",
         Blip2T5,
         published=_ALL | _SECOND | {"batch": 1520},
         collate=continuation_batch,
+        captions=True,
         objective=Answer(),
     ),
 }

@@ -65,6 +65,7 @@ STAGES = {
             "eps": 1e-6,
         },
         collate=pair_batch,
+        captions=True,
         objective=Contrastive(),
     ),
 }

@@ -54,6 +54,7 @@ STAGES = {
         Llava,
         published=_BOTH | {"frozen": r"vision_tower\.|language_model\.", "lr": 1e-3, "batch": 256},
         collate=caption_batch,
+        captions=True,
     ),
     "2": Stage(
         "projector and language model learn from 665k conversations",
