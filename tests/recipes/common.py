@@ -14,7 +14,7 @@ from vlmkernels.recipes import ranks
 from vlmkernels.recipes.stages import StageRun
 
 WHOLE = ("clip 1", "blip2 1")  # batches, which are not cut
-OF_CAPTIONS = ("llava 1", "clip 1", "blip2 1", "blip2 2-opt", "blip2 2-t5")
+OF_CAPTIONS = ("llava 1", "qwen_vl 1", "clip 1", "blip2 1", "blip2 2-opt", "blip2 2-t5")
 CAPTIONS = ("a cat", "a dog", "the cat and a dog", "two images")
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 230), "grey": (128,) * 3}
 

@@ -23,6 +23,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "blip2 2-opt": {},
     "blip2 2-t5": {},
     "qwen2_vl 1": {},
+    "qwen_vl 3": {},
 }
 
 

@@ -15,6 +15,7 @@ from .progress import fit
 RECIPES = {
     "llava": "Train LLaVA-1.5: stage 1 the projector, stage 2 also the language model.",
     "qwen2-vl": "Train Qwen2-VL, Qwen2.5-VL: stage 1 the vision tower, 2 all, 3 all but the tower.",
+    "qwen-vl": "Train Qwen-VL: stage 1 the tower, 2 all, 3 the chat model, with a frozen tower.",
     "clip": "Train CLIP: its one stage, images against captions.",
     "blip2": "Train BLIP-2: stage 1 the Q-Former, 2-opt and 2-t5 through a language model.",
 }

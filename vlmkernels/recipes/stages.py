@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,7 @@ class Stage:
     collate: Collate
     objective: Objective = field(default_factory=NextToken)
     captions: bool = False  # every example has one picture
-    chat_template: str | None = None  # None: the checkpoint's
+    prepare: Callable[[Any], None] = lambda processor: None  # how it writes conversations
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,7 @@ class StageRun:
         if not issubclass(kind := model_class(model), stage.model):
             raise ValueError(f"model: expected {stage.model.__name__}, got {kind.__name__}")
         processor = load_processor(model)
-        if stage.chat_template is not None:
-            processor.tokenizer.chat_template = stage.chat_template
+        stage.prepare(processor)
         examples = read_conversations(data, images)
         for example in examples if stage.captions else ():
             only_picture(example)

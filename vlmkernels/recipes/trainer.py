@@ -217,7 +217,7 @@ def freeze(model: Pretrained, frozen: str) -> None:
             f"that of {len(found)}"
         )
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in found)
+        parameter.requires_grad_(parameter.requires_grad and name not in found)
     for module in model.modules():  # outer ones first
         module.train(any(p.requires_grad for p in module.parameters()))
 

@@ -42,6 +42,10 @@ def chat_batch(
     return conversation_batch(processor, conversations, settings, pad_to_square=True)
 
 
+def write_vicuna(processor: LlavaProcessor) -> None:
+    processor.tokenizer.chat_template = VICUNA_V1
+
+
 _BOTH: dict[str, Any] = {
     "epochs": 1,
     "warmup": 0.03,
@@ -61,6 +65,6 @@ STAGES = {
         Llava,
         published=_BOTH | {"frozen": r"vision_tower\.", "lr": 2e-5, "batch": 128},
         collate=chat_batch,
-        chat_template=VICUNA_V1,
+        prepare=write_vicuna,
     ),
 }
