@@ -166,6 +166,8 @@ class Trainer:
     def save(self) -> None:
         """Writes weights, optimizer state and step; a kill at any moment leaves a whole save."""
         folder = self.out / STATE / f"step_{self.step}"
+        if folder.exists():
+            return
         part = folder.with_suffix(".part")
         if ranks.rank() == 0:
             shutil.rmtree(part, ignore_errors=True)
@@ -175,7 +177,6 @@ class Trainer:
         with _maybe_alone():
             save(self._tensors(), checkpoint_id=part)
         if ranks.rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
             os.replace(part, folder)
             for other in folder.parent.iterdir():
                 if other != folder:
