@@ -67,6 +67,17 @@ def start(place: Path, which: str, out: Path, resume: bool = False, **changes: o
     return StageRun.start(stages[stage], *files, config=config, resume=resume)
 
 
+def command(place: Path, out: Path, settings: str, **options: object) -> list[str]:
+    """`vlmkernels train llava` on captions, with settings in TOML."""
+    config = out.with_suffix(".toml")
+    config.write_text(settings)
+    files = {"model": place / "llava", "data": place / "captions" / "data.json"}
+    files |= {"images": place / "captions" / "images", "config": config, "out": out}
+    given = {"stage": 1, "workers": 0, **files, **options}
+    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in given.items()]
+    return ["train", "llava", *(word for pair in pairs for word in pair)]
+
+
 def advance(run: StageRun, steps: int) -> list[dict[str, float]]:
     metrics = [run.trainer.advance() for _ in range(steps)]
     for line in metrics:

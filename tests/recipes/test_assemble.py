@@ -12,6 +12,8 @@ from tests.models.llava.conftest import write_tokenizer
 from vlmkernels.models import load, load_processor
 from vlmkernels.recipes.llava.initial import assemble
 
+from .common import command
+
 WORDS = 90  # of the tokenizer, with its special tokens
 
 
@@ -54,15 +56,8 @@ def test_the_first_stage_goes_on_from_it(
     args = ["train", "llava-init", "--vision", str(place / "clip"), "--language", str(llama)]
     code, _, err = run_command([*args, "--out", str(tmp_path / "init")], monkeypatch, capsys)
     assert (code, err) == (0, "")
-    (tmp_path / "few.toml").write_text("steps = 2\nbatch = 4\nmicro_batch = 2\n")
-    args = ["train", "llava", "--stage", "1", "--model", str(tmp_path / "init"), "--workers", "0"]
-    args += [
-        "--data",
-        str(place / "captions" / "data.json"),
-        "--config",
-        str(tmp_path / "few.toml"),
-    ]
-    args += ["--images", str(place / "captions" / "images"), "--out", str(tmp_path / "one")]
+    settings = "steps = 2\nbatch = 4\nmicro_batch = 2\n"
+    args = command(place, tmp_path / "one", settings, model=tmp_path / "init")
     code, _, err = run_command(args, monkeypatch, capsys)
     assert (code, err) == (0, "")
     before, after = (load(tmp_path / name, dtype=torch.bfloat16) for name in ("init", "one"))

@@ -12,6 +12,8 @@ import pytest
 from tests.models.common import run_command, state_of
 from vlmkernels.recipes.trainer import METRICS
 
+from .common import command
+
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 150
 
@@ -24,17 +26,10 @@ def lines(out: Path) -> list[dict[str, float]]:
 def test_it_ends_as_if_nothing_had_happened(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "few.toml").write_text(f"steps = {STEPS}\nbatch = 4\nmicro_batch = 2\nlr = 1e-3\n")
-    args = ["train", "llava", "--stage", "1", "--model", str(place / "llava"), "--save-every", "5"]
-    args += [
-        "--data",
-        str(place / "captions" / "data.json"),
-        "--config",
-        str(tmp_path / "few.toml"),
-    ]
-    args += ["--images", str(place / "captions" / "images"), "--workers", "1", "--out"]
+    settings = f"steps = {STEPS}\nbatch = 4\nmicro_batch = 2\nlr = 1e-3\n"
+    args = command(place, tmp_path / "killed", settings, workers=1, save_every=5)
     killed = subprocess.Popen(
-        [sys.executable, "-m", "vlmkernels.cli", *args, str(tmp_path / "killed")],
+        [sys.executable, "-m", "vlmkernels.cli", *args],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
@@ -46,12 +41,11 @@ def test_it_ends_as_if_nothing_had_happened(
         time.sleep(0.01)
     killed.kill()
     killed.wait()
-    code, shown, err = run_command(
-        [*args, str(tmp_path / "killed"), "--resume"], monkeypatch, capsys
-    )
+    code, shown, err = run_command([*args, "--resume"], monkeypatch, capsys)
     assert (code, err) == (0, "")
     assert 5 <= int(shown.split("resumed at step ")[1].split()[0]) < STEPS
-    code, _, err = run_command([*args, str(tmp_path / "whole")], monkeypatch, capsys)
+    args = command(place, tmp_path / "whole", settings)
+    code, _, err = run_command(args, monkeypatch, capsys)
     assert (code, err) == (0, "")
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
     weights, expected = state_of(tmp_path / "killed"), state_of(tmp_path / "whole")

@@ -14,7 +14,7 @@ from vlmkernels.recipes.llava import STAGES
 from vlmkernels.recipes.stages import StageSettings
 from vlmkernels.recipes.trainer import METRICS, STATE
 
-from .common import CAPTIONS, TINY, advance, start
+from .common import CAPTIONS, TINY, advance, command, start
 
 
 @pytest.mark.parametrize(("stage", "changes"), [("1", {"lr": 5e-2}), ("2", {"bf16": True})])
@@ -110,15 +110,7 @@ def test_wrong_input_is_named(place: Path, tmp_path: Path) -> None:
 def test_the_command_resumes_and_writes_a_checkpoint(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    start(place, "llava 1", tmp_path / "out")  # its config
-    args = ["train", "llava", "--stage", "1", "--workers", "0", "--save-every", "2"]
-    for name, path in (
-        ("model", "llava"),
-        ("data", "captions/data.json"),
-        ("images", "captions/images"),
-    ):
-        args += [f"--{name}", str(place / path)]
-    args += ["--config", str(tmp_path / "out.0.toml"), "--out", str(tmp_path / "out")]
+    args = command(place, tmp_path / "out", "steps = 4\nbatch = 4\nlr = 1e-3\n", save_every=2)
     code, shown, err = run_command(args, monkeypatch, capsys)
     assert (code, err) == (0, "")
     assert "the projector learns" in shown and "step     4  loss" in shown
@@ -129,5 +121,5 @@ def test_the_command_resumes_and_writes_a_checkpoint(
     assert load_processor(tmp_path / "out").image.crop_size == (32, 32)
     code, _, err = run_command([*args, "--resume"], monkeypatch, capsys)
     assert code == 2 and "resume: expected a save" in err
-    code, _, err = run_command([*args[:2], *args[4:], "--stage", "3"], monkeypatch, capsys)
+    code, _, err = run_command([*args, "--stage", "3"], monkeypatch, capsys)
     assert code == 2 and "stage: expected one of ['1', '2'], got '3'" in err
