@@ -14,7 +14,7 @@ from vlmkernels.recipes import ranks
 from vlmkernels.recipes.stages import StageRun
 
 WHOLE = ("clip 1", "blip2 1")  # batches, which are not cut
-OF_CAPTIONS = ("llava 1", "qwen_vl 1", "clip 1", "blip2 1", "blip2 2-opt", "blip2 2-t5")
+OF_CAPTIONS = ("llava 1", "qwen_vl 1", "clip 1", "blip2 1", "blip2 2-opt opt", "blip2 2-t5 t5")
 CAPTIONS = ("a cat", "a dog", "the cat and a dog", "two images")
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 230), "grey": (128,) * 3}
 
@@ -47,15 +47,14 @@ TINY = {"steps": 4, "batch": 4, "micro_batch": 1, "bf16": False, "lr": 3e-3, "wa
 
 
 def checkpoint(place: Path, which: str) -> Path:
-    """BLIP-2's are called by the language model."""
-    recipe, stage = which.split()
-    names = {"1": "blip2", "2-opt": "opt", "2-t5": "t5"}
-    return place / (names[stage] if recipe == "blip2" else recipe)
+    """Of the recipe's name, unless the third word of `which` is another."""
+    recipe, _, *name = which.split()
+    return place / (name or [recipe])[0]
 
 
 def start(place: Path, which: str, out: Path, resume: bool = False, **changes: object) -> StageRun:
-    """Of a recipe the stage, "llava 1", with the model and the data for it in `place`."""
-    recipe, stage = which.split()
+    """Of a recipe the stage, "llava 1" or "blip2 2-opt opt", with what `place` has for it."""
+    recipe, stage = which.split()[:2]
     stages = import_module(f"vlmkernels.recipes.{recipe}").STAGES
     config = out.with_name(f"{out.name}.{ranks.rank()}.toml")
     whole_share = {"micro_batch": 4 // ranks.world_size()} if which in WHOLE else {}

@@ -11,6 +11,7 @@ from tests.models.blip2.conftest import write_tokenizer
 from tests.models.clip.conftest import write as write_clip
 from tests.models.common import randomize
 from tests.models.llava.conftest import write as write_llava
+from tests.models.qwen2_5_vl.conftest import write as write_qwen2_5_vl
 from tests.models.qwen2_vl.conftest import write as write_qwen2_vl
 from tests.models.qwen_vl.conftest import write as write_qwen_vl
 from vlmkernels.models.blip2 import (
@@ -52,6 +53,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_clip(folder / "clip")
     write_llava(folder / "llava")
     write_qwen_vl(folder / "qwen_vl")
+    write_qwen2_5_vl(folder / "qwen2_5_vl")
     write_qwen2_vl(folder / "qwen2_vl")
     write_data(folder / "captions", CAPTIONS)
     write_data(folder / "chats", CAPTIONS[:3], text_only=3)

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.xdist_group("gloo")
 SETTINGS: dict[str, dict[str, object]] = {
     "llava 1": {"bf16": True},
     "clip 1": {},
-    "blip2 2-opt": {},
-    "blip2 2-t5": {},
+    "blip2 2-opt opt": {},
+    "blip2 2-t5 t5": {},
     "qwen2_vl 1": {},
     "qwen_vl 3": {},
 }

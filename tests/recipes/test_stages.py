@@ -12,8 +12,8 @@ from .common import WHOLE, advance, checkpoint, start, weights, without_dropout
 # What moves in each stage.
 STAGES = {
     "blip2 1": r"(?!vision_model\.)",
-    "blip2 2-opt": r"query_tokens|qformer\.|language_projection\.",
-    "blip2 2-t5": r"query_tokens|qformer\.|language_projection\.",
+    "blip2 2-opt opt": r"query_tokens|qformer\.|language_projection\.",
+    "blip2 2-t5 t5": r"query_tokens|qformer\.|language_projection\.",
     "clip 1": r"",
     "llava 1": r"multi_modal_projector\.",
     "llava 2": r"multi_modal_projector\.|language_model\.",
@@ -22,6 +22,7 @@ STAGES = {
     "qwen_vl 3": r"visual\.attn_pool\.|transformer\.|lm_head\.",
     "qwen2_vl 1": r"visual\.",
     "qwen2_vl 2": r"",
+    "qwen2_vl 3 qwen2_5_vl": r"visual\.merger\.|model\.|lm_head\.",
     "qwen2_vl 3": r"visual\.merger\.|model\.|lm_head\.",
 }
 KEY_BIASES = ("k_proj.bias", "key.bias")
