@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmkernels.compat.flash_attn import scaled_dot_product_attention
+from vlmkernels import ops
+from vlmkernels.compat.flash_attn import _DROPOUT, _refuse, scaled_dot_product_attention
 
 NAME = "vlmkernels"
 
@@ -45,6 +46,8 @@ def attention_forward(
             head_dim), num_heads_k a divisor of num_heads.
         attention_mask: as of `scaled_dot_product_attention`; None: causal as `is_causal` or else
             the module says, one query alone sees every key.
+        options: cu_seq_lens_q and cu_seq_lens_k (int32; max_length_q, max_length_k) without a
+            mask: the one row is packed, each sequence sees itself.
 
     Returns:
         (batch, seqlen_q, num_heads, head_dim), and None.
@@ -56,6 +59,16 @@ def attention_forward(
         if options.get(name) is not None:
             raise ValueError(f"{NAME}: {name} is not supported; use another attn_implementation")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is None and options.get("cu_seq_lens_q") is not None:
+        _refuse(NAME, dropout=(dropout, _DROPOUT))
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+        packed = ops.attention(
+            q, k, v, causal=bool(causal), softmax_scale=scaling,
+            cu_seqlens_q=options["cu_seq_lens_q"], cu_seqlens_k=options.get("cu_seq_lens_k"),
+            max_seqlen_q=options.get("max_length_q"), max_seqlen_k=options.get("max_length_k"),
+        )  # fmt: skip
+        assert isinstance(packed, Tensor)
+        return packed.unsqueeze(0), None
     out = scaled_dot_product_attention(
         *(query, key, value, attention_mask, dropout),
         is_causal=bool(causal and attention_mask is None and query.shape[2] > 1),
