@@ -108,3 +108,14 @@ def test_packed_sequences_see_themselves(causal: bool) -> None:
     torch.testing.assert_close(got, torch.cat(parts, dim=1))
     with pytest.raises(ValueError, match="dropout"):
         attention_forward(torch.nn.Module(), q, k, v, None, dropout=0.1, **packed)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_one_query_sees_every_key(gradient: bool) -> None:
+    q, k, v = (
+        torch.randn(2, h, n, 16, requires_grad=gradient) for h, n in ((4, 1), (2, 9), (2, 9))
+    )
+    got, _ = attention_forward(torch.nn.Module(), q, k, v, None, scaling=0.3)
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(got, wanted.transpose(1, 2))
+    assert got.requires_grad == gradient
