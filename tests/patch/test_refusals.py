@@ -129,6 +129,25 @@ def test_what_cannot_be_swapped_is_left_and_named() -> None:
     assert f"left: 2 LlamaMLP ({why})" in str(report) and "norm: 5 LlamaRMSNorm" in str(report)
 
 
+def test_derived_classes_are_swapped_unless_their_forward_is_another() -> None:
+    model = build("llama")
+    wanted = losses_and_gradients(model, batch("llama"))
+    first, second = (layer.input_layernorm for layer in model.model.layers)
+    norm = type(first)
+    first.__class__ = type("FSDPNorm", (norm,), {})
+    second.__class__ = type("OwnNorm", (norm,), {"forward": lambda self, x: norm.forward(self, x)})
+    before = state(model)
+    report = patch_model(model)
+    assert dict(report.left) == {("OwnNorm", "its forward is not that of LlamaRMSNorm"): 1}
+    assert report.replaced["norm", "LlamaRMSNorm"] == 3
+    assert report.replaced["norm", "FSDPNorm"] == 1
+    got = losses_and_gradients(model, batch("llama"))
+    for key in got:
+        torch.testing.assert_close(got[key], wanted[key], rtol=1e-3, atol=1e-5)
+    unpatch_model(model)
+    assert state(model) == before
+
+
 def test_part_of_a_model_and_a_module_around_one() -> None:
     model = llava()
     assert patch_model(model.model.vision_tower).replaced["norm", "LayerNorm"] == 6

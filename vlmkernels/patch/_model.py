@@ -98,10 +98,13 @@ def patch_model(
             models.append((module, family))
         else:
             cls: Any = type(module)
-            for swap in _swaps(module, family):
+            base, swaps = _swaps(cls, family)
+            for swap in swaps:
                 if not options[swap.kind] or swap in swaps_of(cls):
                     continue
                 why = swap.why_not(module, name)
+                if original(cls).forward is not base.forward:
+                    why = f"its forward is not that of {base.__name__}"
                 if why is not None:
                     report.left[original(cls).__name__, why] += 1
                     continue
@@ -189,17 +192,20 @@ def _unknown(model: Module) -> TypeError:
     )
 
 
-def _swaps(module: Module, family: Family) -> tuple[Swap, ...]:
-    cls = original(type(module))
-    if cls in OF_TORCH:
-        return (OF_TORCH[cls],)
-    if cls.__module__ == _ACTIVATIONS:
-        return (OF_ACTIVATIONS[cls.__name__],) if cls.__name__ in OF_ACTIVATIONS else ()
-    if not cls.__module__.startswith("transformers.models."):
-        return ()
-    if cls.__name__ not in family.swaps and cls.__name__ not in family.others:
-        raise changed(f"{cls.__module__}.{cls.__name__} is unknown")
-    return family.swaps.get(cls.__name__, ())
+def _swaps(cls: type, family: Family) -> tuple[Any, tuple[Swap, ...]]:
+    """The class that cls is or is derived from (as fully_shard does) for which there are swaps."""
+    for base in original(cls).__mro__:
+        if base in OF_TORCH:
+            return base, (OF_TORCH[base],)
+        if base.__module__ == _ACTIVATIONS and base.__name__ in OF_ACTIVATIONS:
+            return base, (OF_ACTIVATIONS[base.__name__],)
+        if base.__name__ in family.swaps and base.__module__ == family.module:
+            return base, family.swaps[base.__name__]
+        if base.__module__.startswith("transformers.models."):
+            if base.__name__ not in family.others or base.__module__ != family.module:
+                raise changed(f"{base.__module__}.{base.__name__} is unknown")
+            break
+    return cls, ()
 
 
 def _check_forward(module: Module, name: str) -> None:

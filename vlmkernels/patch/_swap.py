@@ -63,7 +63,7 @@ def subclass(cls: Any, swap: Swap) -> type:
     return type(cls.__name__, (cls,), body)
 
 
-def original(cls: type) -> type:
+def original(cls: type) -> Any:
     while _MARK in vars(cls):
         (cls,) = cls.__bases__
     return cls
