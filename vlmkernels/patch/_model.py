@@ -90,6 +90,7 @@ def patch_model(
         "norm": norm, "activation": activation, "rope": rope, "patch_embed": patch_embed,
         "qformer_attention": qformer_attention, "attention": attention,
     }  # fmt: skip
+    wanted = {kind for kind, on in options.items() if on}
     report, plan, models = Report(), list[tuple[Any, type]](), list[Any]()
     for name, module, family in _parts(model):
         if family is None:
@@ -97,21 +98,7 @@ def patch_model(
         elif _is_model(module):
             models.append((module, family))
         else:
-            cls: Any = type(module)
-            base, swaps = _swaps(cls, family)
-            for swap in swaps:
-                if not options[swap.kind] or swap in swaps_of(cls):
-                    continue
-                why = swap.why_not(module, name)
-                if original(cls).forward is not base.forward:
-                    why = f"its forward is not that of {base.__name__}"
-                if why is not None:
-                    report.left[original(cls).__name__, why] += 1
-                    continue
-                _check_forward(module, name)
-                cls = subclass(cls, swap)
-                report.replaced[swap.kind, cls.__name__] += 1
-            plan.append((module, cls))
+            plan.append((module, _swapped(module, name, family, wanted, report)))
     if attention:
         _set_attention(models, report)
     for module, cls in plan:
@@ -206,6 +193,25 @@ def _swaps(cls: type, family: Family) -> tuple[Any, tuple[Swap, ...]]:
                 raise changed(f"{base.__module__}.{base.__name__} is unknown")
             break
     return cls, ()
+
+
+def _swapped(module: Module, name: str, family: Family, wanted: set[str], report: Report) -> type:
+    """The class that the object is to have."""
+    cls: Any = type(module)
+    base, swaps = _swaps(cls, family)
+    for swap in swaps:
+        if swap.kind not in wanted or swap in swaps_of(cls):
+            continue
+        why = swap.why_not(module, name)
+        if original(cls).forward is not base.forward:
+            why = f"its forward is not that of {base.__name__}"
+        if why is not None:
+            report.left[original(cls).__name__, why] += 1
+            continue
+        _check_forward(module, name)
+        cls = subclass(cls, swap)
+        report.replaced[swap.kind, cls.__name__] += 1
+    return cls  # type: ignore[no-any-return]
 
 
 def _check_forward(module: Module, name: str) -> None:
