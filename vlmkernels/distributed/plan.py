@@ -65,8 +65,12 @@ class ContextPlan:
             raise ValueError(f"exchange: expected one of {', '.join(EXCHANGES)}, got {exchange!r}")
         self.exchange = gather if exchange == "all_gather" else ring
         self.everybody, self.ring, self.heads = _transports(group, ulysses)
-        ids = (x for x in (cu_seqlens, segment_ids, image_blocks) if x is not None)
-        device = device or next((x.device for x in ids), self.ring.device)
+        if device is None:
+            ids = (x for x in (cu_seqlens, segment_ids, image_blocks) if x is not None)
+            of_group = self.everybody.device  # NCCL takes no tensors of the CPU
+            device = (
+                of_group if of_group.type == "cuda" else next((x.device for x in ids), of_group)
+            )
         self.mask = make_mask(
             num_tokens,
             causal=causal,
@@ -197,7 +201,7 @@ class ContextPlan:
         if size == 1:
             return
         text = hashlib.sha256(repr(content).encode()).digest()[:24]
-        mine = torch.frombuffer(bytearray(text), dtype=torch.int64).to(self.mask.first.device)
+        mine = torch.frombuffer(bytearray(text), dtype=torch.int64).to(self.everybody.device)
         what = f"ring_attention: agreeing on {subject}"
         others = self.everybody.gather(mine, [mine.shape] * size, what)
         different = [r for r, other in enumerate(others) if not torch.equal(other, mine)]
