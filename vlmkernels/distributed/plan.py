@@ -39,8 +39,8 @@ class ContextPlan:
         exchange: "p2p", the ring, or "all_gather" of keys and values.
         ulysses: True splits heads over all of a 1-d group instead.
         causal, cu_seqlens, segment_ids, image_blocks, window: of all tokens; see `make_mask`.
-        device: of the tokens; default: of the ids given, or the present GPU for a group of NCCL,
-            else the CPU.
+        device: of the tokens; default: the present GPU for a group of NCCL, else that of the ids
+            given, or the CPU.
 
     Raises:
         ValueError: an argument is not as above, or another rank's plan differs.
@@ -66,11 +66,10 @@ class ContextPlan:
         self.exchange = gather if exchange == "all_gather" else ring
         self.everybody, self.ring, self.heads = _transports(group, ulysses)
         if device is None:
-            ids = (x for x in (cu_seqlens, segment_ids, image_blocks) if x is not None)
-            of_group = self.everybody.device  # NCCL takes no tensors of the CPU
-            device = (
-                of_group if of_group.type == "cuda" else next((x.device for x in ids), of_group)
-            )
+            device = self.everybody.device
+            if device.type == "cpu":  # NCCL takes no tensors from there
+                ids = (x for x in (cu_seqlens, segment_ids, image_blocks) if x is not None)
+                device = next((x.device for x in ids), device)
         self.mask = make_mask(
             num_tokens,
             causal=causal,
