@@ -25,7 +25,7 @@ export OMP_WAIT_POLICY ?= passive
 test: export PTXEMU_THREADS ?= 1
 test: $(VENV)/installed build/transformers-oldest
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup tests
-	PYTHONPATH=build/transformers-oldest $(BIN)/python -m pytest -n $(JOBS) tests/models tests/nn/test_qformer_attention.py
+	PYTHONPATH=build/transformers-oldest $(BIN)/python -m pytest -n $(JOBS) tests/models tests/patch tests/nn/test_qformer_attention.py
 
 lint: $(VENV)/requirements
 	$(BIN)/ruff check .

@@ -18,7 +18,8 @@ PYTHON = sorted(
 )
 CPP = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"})
 # Lower layers first: a file may import from its own layer and from those before it.
-LAYERS = ["_core", "ops", "distributed", "nn", "models", "recipes", "info", "testing", "cli"]
+LAYERS = ["_core", "ops", "distributed", "nn", "compat", "patch", "models", "recipes"]
+LAYERS += ["info", "testing", "cli"]
 
 
 def relative(path: Path) -> str:

@@ -4,6 +4,7 @@
     vlmkernels.nn           drop-in modules with the state_dict keys of what they replace
     vlmkernels.models       complete models: load(path), load_processor(path)
     vlmkernels.compat       other libraries' functions: flash_attn
+    vlmkernels.patch        transformers' models on these ops: patch_model(model)
     vlmkernels.distributed  ring attention and losses over processes
     vlmkernels.recipes      whole tasks, trained and measured
     vlmkernels.info         what this installation is: backends(), report()

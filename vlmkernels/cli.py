@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlmkernels.recipes.digits.cli import demo, train_app
+from vlmkernels.recipes.cli import train_app
+from vlmkernels.recipes.digits.cli import demo
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +61,9 @@ def ask(
         float | None, typer.Option(help="Frames per second in them; two a second are taken.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the answer at most.")] = 512,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End the answer after this text; may repeat.")
+    ] = None,
     num_beams: Annotated[
         int, typer.Option(help="Above 1: so many answers go on together, the best is shown.")
     ] = 1,
@@ -89,10 +93,12 @@ def ask(
     inputs = processor.from_messages([message], **options)
     loaded = _generator(load(model, dtype=computed_in, device=where), model)
     how = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    asked: dict[str, Any] = {**inputs, "stop_strings": stop, "tokenizer": processor.tokenizer}
+    asked |= {"max_new_tokens": max_new_tokens}
     if num_beams == 1:
-        steps = loaded.generate_steps(max_new_tokens=max_new_tokens, **how, **inputs)
+        steps = loaded.generate_steps(**how, **asked)
     else:
-        tokens = loaded.generate(num_beams=num_beams, max_new_tokens=max_new_tokens, **inputs)
+        tokens = loaded.generate(num_beams=num_beams, **asked)
         steps = tokens[:, loaded.before_answer(inputs, 1).shape[1] :].T
     for piece in stream_text(processor.tokenizer, steps):
         print(piece, end="", flush=True)
@@ -105,6 +111,9 @@ def chat(
     image: Annotated[list[Path] | None, typer.Option(help="Image file; may repeat.")] = None,
     system: Annotated[str | None, typer.Option(help="Text before the conversation.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of an answer at most.")] = 512,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End an answer after this text; may repeat.")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float | None, typer.Option(help="Sample from this share.")] = None,
     seed: Annotated[int | None, typer.Option(help="Repeats sampled answers.")] = None,
@@ -124,7 +133,8 @@ def chat(
         raise ValueError(f"model: expected one that answers in text, got {model}")
     loaded = _generator(load(model, dtype=computed_in, device=where), model)
     talk = Chat(loaded, processor, system)
-    options = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    options = {"temperature": temperature, "top_p": top_p, "seed": seed, "stop_strings": stop}
+    options |= {"max_new_tokens": max_new_tokens}
     shown: list[Path] = list(image or [])
     for line in iter(sys.stdin.readline, ""):
         command, _, rest = line.strip().partition(" ")
@@ -136,9 +146,7 @@ def chat(
             elif command == "/draw":
                 _draw(talk, Path(rest))
             else:
-                for piece in talk.stream(
-                    line.strip(), shown, max_new_tokens=max_new_tokens, **options
-                ):
+                for piece in talk.stream(line.strip(), shown, **options):
                     print(piece, end="", flush=True)
                 print()
                 shown = []

@@ -72,20 +72,13 @@ static bool takes_forward(const AttentionParams& p) {
     return int64_t(p.seqlen_q) * (p.num_heads / p.num_heads_k) > 4 * kDecodeRows;
 }
 
-Error attention_decode_splits(const AttentionParams& p, int* num_splits) {
-    *num_splits = 1;
-    if (takes_forward(p) || p.batch == 0 || p.seqlen_q == 0) return cudaSuccess;
-    int device = 0, num_sms = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess)
-        error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) return error;
+int attention_decode_splits(const AttentionParams& p) {
+    if (takes_forward(p) || p.batch == 0 || p.seqlen_q == 0) return 1;
     const int rows = p.seqlen_q * (p.num_heads / p.num_heads_k);
     const int64_t ctas = int64_t(rows + kDecodeRows - 1) / kDecodeRows * p.num_heads_k * p.batch;
-    const int64_t wanted = 2 * num_sms / ctas;                 // two CTAs on each SM
+    const int64_t wanted = 2 * num_sms() / ctas;               // two CTAs on each SM
     const int64_t useful = (int64_t(p.seqlen_k) + 127) / 128;  // 128 keys for each split
-    *num_splits = int(std::clamp<int64_t>(std::min(wanted, useful), 1, 128));
-    return cudaSuccess;
+    return int(std::clamp<int64_t>(std::min(wanted, useful), 1, 128));
 }
 
 Error launch_cache_append(const CacheAppendParams& p, Stream stream) {

@@ -129,7 +129,7 @@ Error launch_attention_backward(const AttentionBackwardParams& p, Stream stream)
 Error launch_attention_decode(const AttentionDecodeParams& p, Stream stream);
 // How many parts of the keys launch_attention_decode wants on the current device: a function of
 // sizes only, so that a captured CUDA graph stays valid while the cache fills.
-Error attention_decode_splits(const AttentionParams& p, int* num_splits);
+int attention_decode_splits(const AttentionParams& p);
 
 template <class Isa>
 void attention_fwd_cpu(const AttentionParams& p);

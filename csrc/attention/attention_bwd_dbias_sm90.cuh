@@ -184,7 +184,7 @@ struct DbiasConsumer {
     // s to p.
     __device__ void exponentiate(Scores& s, const DbiasWork<Tile>& work, int step,
                                  const float2 (&stats)[2]) const {
-        if (p.softcap > 0) cap_scores(s, p, [](int, int, float) {});
+        if (p.softcap > 0) cap_scores<typename Tile::Element>(s, p, [](int, int, float) {});
         const float unit = (p.softcap > 0 ? 1 : p.softmax_scale) * kLog2e;
 #pragma unroll
         for (int n = 0; n < Tile::kBlockN / 8; ++n) {
@@ -270,14 +270,12 @@ template <class Element, int kTileDim>
 Error attention_dbias_sm90(const AttentionBackwardParams& p, Stream stream) {
     using Tile = AttentionDbiasTile90<Element, kTileDim>;
     AttentionBwdMaps maps;
-    int num_sms = 0;
-    Error error = count_sms(&num_sms);
-    if (!error) error = queries_map<typename Tile::Queries>(&maps.x0, p.q, p);
+    Error error = queries_map<typename Tile::Queries>(&maps.x0, p.q, p);
     if (!error) error = queries_map<typename Tile::Queries>(&maps.x1, p.dout, p);
     if (!error) error = keys_map<typename Tile::Keys>(&maps.y0, p.k, p);
     if (!error) error = keys_map<typename Tile::Keys>(&maps.y1, p.v, p);
     if (error) return error;
-    const int64_t ctas = std::min<int64_t>(DbiasWork<Tile>::num_tiles(p), num_sms);
+    const int64_t ctas = std::min<int64_t>(DbiasWork<Tile>::num_tiles(p), num_sms());
     return launch(attention_dbias_sm90_kernel<Tile>, ctas, Tile::kThreads, Tile::kSharedBytes,
                   stream, maps, p);
 }

@@ -315,7 +315,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
 template <class Tile>
 Error launch_bwd_sm90(
-    const AttentionBackwardParams& p, int num_sms, Stream stream,
+    const AttentionBackwardParams& p, Stream stream,
     decltype(&attention_bwd_sm90_kernel<Tile>) kernel = attention_bwd_sm90_kernel<Tile>) {
     AttentionBwdMaps maps;
     CUtensorMap *q = &maps.x0, *dout = &maps.x1, *k = &maps.y0, *v = &maps.y1;
@@ -329,19 +329,16 @@ Error launch_bwd_sm90(
     if (!error) error = keys_map<K>(k, p.k, p);
     if (!error) error = keys_map<K>(v, p.v, p);
     if (error) return error;
-    const int ctas = std::min(BwdSchedule<Tile>::num_tiles(p), num_sms);
+    const int ctas = std::min(BwdSchedule<Tile>::num_tiles(p), num_sms());
     return launch(kernel, ctas, Tile::kThreads, Tile::kSharedBytes, stream, maps, p);
 }
 
 template <class Element, int kTileDim, class Scores>
 Error attention_bwd_sm90(const AttentionBackwardParams& p, Stream stream) {
-    int num_sms = 0;
-    Error error = count_sms(&num_sms);
-    if (error) return error;
     using Keys = AttentionBwdTile90<Element, kTileDim, BwdSide::kKeys, Scores>;
     using Queries = AttentionBwdTile90<Element, kTileDim, BwdSide::kQueries, Scores>;
-    error = launch_bwd_sm90<Keys>(p, num_sms, stream);
-    return error ? error : launch_bwd_sm90<Queries>(p, num_sms, stream);
+    const Error error = launch_bwd_sm90<Keys>(p, stream);
+    return error ? error : launch_bwd_sm90<Queries>(p, stream);
 }
 
 }  // namespace vlmkernels

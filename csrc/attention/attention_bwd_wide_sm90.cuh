@@ -189,13 +189,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
 template <class Element, int kTileDim>
 Error attention_bwd_wide_sm90(const AttentionBackwardParams& p, Stream stream) {
-    int num_sms = 0;
-    Error error = count_sms(&num_sms);
-    if (error) return error;
     using Keys = AttentionBwdWideTile90<Element, kTileDim>;
     using Queries = AttentionBwdTile90<Element, kTileDim, BwdSide::kQueries, MaskedScores>;
-    error = launch_bwd_sm90<Keys>(p, num_sms, stream, attention_bwd_wide_sm90_kernel<Keys>);
-    return error ? error : launch_bwd_sm90<Queries>(p, num_sms, stream);
+    const Error error = launch_bwd_sm90<Keys>(p, stream, attention_bwd_wide_sm90_kernel<Keys>);
+    return error ? error : launch_bwd_sm90<Queries>(p, stream);
 }
 
 }  // namespace vlmkernels

@@ -64,7 +64,7 @@ static int decode_splits(py::handle q_, py::handle k_, py::handle v_, py::handle
     set_pages(p, block_table, q, k);
     int num_splits = 1;
     if (takes_cuda(q) && is_half(q.dtype))
-        run(q, [&](Stream) { return attention_decode_splits(p, &num_splits); }, nullptr);
+        run(q, [&](Stream) { return num_splits = attention_decode_splits(p), Error(0); }, nullptr);
     return num_splits;
 }
 

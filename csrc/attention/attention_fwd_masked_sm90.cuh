@@ -246,13 +246,11 @@ Error attention_fwd_masked_sm90(const AttentionParams& p, int heads, Stream stre
     const int tokens = MaskedFwdWork<Tile>::num_tokens(in.packing);
     in.num_blocks = (p.seqlen_q + tokens - 1) / tokens;
     in.num_groups = p.num_heads / heads;
-    int num_sms = 0;
-    Error error = count_sms(&num_sms);
-    if (!error) error = packed_queries_map<typename Tile::Q>(&in.q, p, in.packing);
+    Error error = packed_queries_map<typename Tile::Q>(&in.q, p, in.packing);
     if (!error) error = keys_map<typename Tile::K>(&in.k, p.k, p);
     if (!error) error = keys_map<typename Tile::K>(&in.v, p.v, p);
     if (error) return error;
-    const int ctas = std::min(in.num_blocks * in.num_groups * p.batch, num_sms);
+    const int ctas = std::min(in.num_blocks * in.num_groups * p.batch, num_sms());
     return launch(attention_fwd_masked_sm90_kernel<Tile>, ctas, Tile::kThreads, Tile::kSharedBytes,
                   stream, in, p);
 }

@@ -327,24 +327,21 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kChoice.ctas)
 }
 
 template <class Tile>
-Error launch_fwd_sm90(const AttentionParams& p, int num_sms, Stream stream) {
+Error launch_fwd_sm90(const AttentionParams& p, Stream stream) {
     AttentionFwdMaps maps;
     Error error = queries_map<typename Tile::Q>(&maps.q, p.q, p);
     if (!error) error = keys_map<typename Tile::K>(&maps.k, p.k, p);
     if (!error) error = keys_map<typename Tile::K>(&maps.v, p.v, p);
     if (error) return error;
-    const int ctas = std::min(FwdSchedule<Tile>::num_tiles(p), num_sms * Tile::kChoice.ctas);
+    const int ctas = std::min(FwdSchedule<Tile>::num_tiles(p), num_sms() * Tile::kChoice.ctas);
     return launch(attention_fwd_sm90_kernel<Tile>, ctas, Tile::kThreads, Tile::kSharedBytes, stream,
                   maps, p);
 }
 
 template <class Element, int kTileDim>
 Error attention_fwd_sm90(const AttentionParams& p, Stream stream) {
-    int num_sms = 0;
-    Error error = count_sms(&num_sms);
-    if (error) return error;
     auto with = [&]<FwdCase kCase>() {
-        return launch_fwd_sm90<AttentionFwdTile90<Element, kTileDim, kCase>>(p, num_sms, stream);
+        return launch_fwd_sm90<AttentionFwdTile90<Element, kTileDim, kCase>>(p, stream);
     };
     if (p.seqlen_q <= 64) return with.template operator()<FwdCase::kShort>();
     return p.causal() ? with.template operator()<FwdCase::kCausal>()

@@ -73,12 +73,4 @@ __device__ void load_heads(uint32_t tile, const CUtensorMap& map, uint32_t barri
                  panel * SharedTile::kPanelColumns, token, head, batch);
 }
 
-inline Error count_sms(int* num_sms) {
-    int device = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess)
-        error = cudaDeviceGetAttribute(num_sms, cudaDevAttrMultiProcessorCount, device);
-    return error;
-}
-
 }  // namespace vlmkernels

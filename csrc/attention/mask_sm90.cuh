@@ -93,14 +93,17 @@ __device__ void add_bias(float (&scores)[kN][4], const BiasView& view, const Seq
 }
 
 // Softcap of q k^T. on_cap(n, e, slope) for every score, slope d cap(s) / d s.
-template <int kN, class OnCap>
+template <class Element, int kN, class OnCap>
 __device__ void cap_scores(float (&scores)[kN][4], const AttentionParams& p, OnCap&& on_cap) {
-    const float scale = p.softmax_scale / p.softcap * (2 * kLog2e);
+    // tanh.approx is right to 11 bits: more than bf16 has, no more than fp16.
+    constexpr bool kApprox = std::is_same_v<Element, __nv_bfloat16>;
+    const float scale = p.softmax_scale / p.softcap * (kApprox ? 1 : 2 * kLog2e);
 #pragma unroll
     for (int n = 0; n < kN; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {  // tanh(x) = 1 - 2 / (1 + exp(2 x))
-            const float ratio = 1 - __fdividef(2, 1 + exp2_approx(scores[n][e] * scale));
+            const float x = scores[n][e] * scale;
+            const float ratio = kApprox ? tanh_approx(x) : 1 - __fdividef(2, 1 + exp2_approx(x));
             scores[n][e] = p.softcap * ratio;
             on_cap(n, e, 1 - ratio * ratio);
         }
@@ -112,7 +115,7 @@ __device__ void shape_scores(float (&scores)[kN][4], const AttentionParams& p, c
                              const int (&head)[2], const int (&row)[2], int col0, OnCap&& on_cap) {
     if (!shapes_scores(p)) return;
     if (p.softcap > 0) {
-        cap_scores(scores, p, on_cap);
+        cap_scores<Element>(scores, p, on_cap);
     } else {
 #pragma unroll
         for (int n = 0; n < kN; ++n)

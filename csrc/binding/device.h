@@ -12,18 +12,27 @@ namespace vlmkernels {
 // True when tensors on t's device go to CUDA kernels.
 bool takes_cuda(const Tensor& t);
 
+// Makes a GPU the calling thread's own, and the one before again at the end.
+class CurrentDevice {
+  public:
+    Error set(int device);
+    ~CurrentDevice();
+
+  private:
+    int previous_ = -1;
+};
+
 // Calls launch(stream) on t's device and current stream; a CUDA error becomes RuntimeError with the
 // op's name.
 class CudaScope {
   public:
     explicit CudaScope(const Tensor& t);
-    ~CudaScope();
     Stream stream() const { return stream_; }
     void finish(Error error);
 
   private:
     const Tensor& tensor_;
-    int previous_device_ = -1;
+    CurrentDevice device_;
     Stream stream_ = nullptr;
 };
 

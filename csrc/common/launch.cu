@@ -28,11 +28,29 @@ static bool find_hopper(int device) {
     return found && major == 9 && minor == 0 && attributes.ptxVersion == 90;
 }
 
+// 0: as the GPU is.
+static int wanted_arch() {
+    const char* arch = std::getenv("VLMKERNELS_ARCH");
+    return arch ? std::atoi(arch) : 0;
+}
+
+static int attribute(cudaDeviceAttr which) {
+    int device = 0, value = 1;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&value, which, device);
+    return value;
+}
+
+int num_sms() { return attribute(cudaDevAttrMultiProcessorCount); }
+
+int shared_bytes_per_cta() {
+    return wanted_arch() == 86 ? 99 * 1024 : attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
+
 bool has_hopper() {
     constexpr int kMaxDevices = 64;
     static signed char known[kMaxDevices] = {};  // 0: not asked yet
-    const char* arch = std::getenv("VLMKERNELS_ARCH");
-    if (arch && std::atoi(arch) < 90) return false;
+    if (wanted_arch() && wanted_arch() < 90) return false;
     int device = 0;
     if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return false;
     if (!known[device]) known[device] = find_hopper(device) ? 1 : -1;

@@ -7,13 +7,6 @@
 
 namespace vlmkernels {
 
-inline int num_sms() {
-    int device = 0, count = 1;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    return count;
-}
-
 template <class Tile, class... Args>
 Error launch_persistent(void (*kernel)(Args...), int64_t tiles, Stream stream,
                         const std::type_identity_t<Args>&... args) {

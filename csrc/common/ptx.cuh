@@ -124,4 +124,11 @@ __device__ inline float exp2_approx(float x) {
     return y;
 }
 
+// Relative error up to 2^-11.
+__device__ inline float tanh_approx(float x) {
+    float y;
+    asm("tanh.approx.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+    return y;
+}
+
 }  // namespace vlmkernels

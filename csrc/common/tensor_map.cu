@@ -48,7 +48,7 @@ Error encode_tensor_map(CUtensorMap* map, const void* data, DType dtype,
     cuuint32_t boxes[kMaxRank], steps[kMaxRank];
     cuuint32_t rank = 0;
     for (const TensorMapDim& dim : dims) {
-        if (rank == kMaxRank || dim.size <= 0) return cudaErrorInvalidValue;
+        if (rank == kMaxRank || dim.size <= 0) return cudaErrorNotSupported;
         sizes[rank] = dim.size;
         boxes[rank] = dim.box;
         steps[rank] = 1;
@@ -60,7 +60,8 @@ Error encode_tensor_map(CUtensorMap* map, const void* data, DType dtype,
         encode(map, map_type(dtype), rank, const_cast<void*>(data), sizes, strides, boxes, steps,
                CU_TENSOR_MAP_INTERLEAVE_NONE, map_swizzle(swizzle),
                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+    // Of the other codes cudaError_t has the same numbers.
+    return result == CUDA_ERROR_INVALID_VALUE ? cudaErrorNotSupported : Error(result);
 }
 
 }  // namespace vlmkernels

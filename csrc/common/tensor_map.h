@@ -24,7 +24,7 @@ struct TensorMapDim {
 };
 
 // dims: innermost first, up to 5. What lies outside reads as zero and is not written. data: 16-byte
-// aligned. Fails with cudaErrorInvalidValue where the hardware could not do it.
+// aligned. Fails with cudaErrorNotSupported where the hardware could not do it.
 Error encode_tensor_map(CUtensorMap* map, const void* data, DType dtype,
                         std::initializer_list<TensorMapDim> dims, Swizzle swizzle);
 

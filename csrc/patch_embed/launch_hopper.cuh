@@ -15,9 +15,9 @@ Error launch_resident(const PatchEmbedParams& p, Stream stream) {
     using Tile = ResidentTile<T, kN, 38, kStages>;
     const Patches& s = p.patches;
     CUtensorMap weight;
-    if (operand_map<typename Tile::B>(&weight, p.weight, p.dtype, p.hidden_dim, s.patch_dim,
-                                      p.weight_stride))
-        return cudaErrorNotSupported;
+    if (Error error = operand_map<typename Tile::B>(&weight, p.weight, p.dtype, p.hidden_dim,
+                                                    s.patch_dim, p.weight_stride))
+        return error;
     const PixelView<const uint8_t, T> x(static_cast<const uint8_t*>(p.x), s);
     const int64_t count = num_tiles<Tile>(s.num_patches, p.hidden_dim);
     const int64_t each = (count + num_sms() - 1) / num_sms();
@@ -39,9 +39,9 @@ Error launch_hopper(const PatchEmbedParams& p, Stream stream) {
                      : launch_resident<T, 128, 8>(p, stream);
     auto run = [&]<class Tile>() -> Error {
         CUtensorMap weight;
-        if (operand_map<typename Tile::B>(&weight, p.weight, p.dtype, p.hidden_dim,
-                                          p.patches.patch_dim, p.weight_stride))
-            return cudaErrorNotSupported;
+        if (Error error = operand_map<typename Tile::B>(&weight, p.weight, p.dtype, p.hidden_dim,
+                                                        p.patches.patch_dim, p.weight_stride))
+            return error;
         const PixelView<const T, T> x(static_cast<const T*>(p.x), p.patches);
         return launch_persistent<Tile>(patch_embed_hopper_kernel<Tile>,
                                        num_tiles<Tile>(p.patches.num_patches, p.hidden_dim), stream,
@@ -57,10 +57,12 @@ Error launch_hopper(const PatchEmbedDxParams& p, Stream stream) {
     using Tile = HopperGemmTile<T, 128, 128, 4, 2, Producer::kTma, Major::kK, Major::kMN>;
     CUtensorMap dy, weight;
     const int64_t rows = p.patches.num_patches, patch_dim = p.patches.patch_dim;
-    if (operand_map<typename Tile::A>(&dy, p.dy, p.dtype, rows, p.hidden_dim, p.hidden_dim) ||
-        operand_map<typename Tile::B>(&weight, p.weight, p.dtype, p.hidden_dim, patch_dim,
-                                      p.weight_stride))
-        return cudaErrorNotSupported;
+    Error error =
+        operand_map<typename Tile::A>(&dy, p.dy, p.dtype, rows, p.hidden_dim, p.hidden_dim);
+    if (!error)
+        error = operand_map<typename Tile::B>(&weight, p.weight, p.dtype, p.hidden_dim, patch_dim,
+                                              p.weight_stride);
+    if (error) return error;
     return with_view<T, true>(p.dx, p.patches, [&]<class View>(const View& dx) {
         return launch_persistent<Tile>(patch_embed_dx_hopper_kernel<Tile, View>,
                                        num_tiles<Tile>(rows, patch_dim), stream, dy, weight, dx,
@@ -75,12 +77,14 @@ Error launch_hopper(const PatchEmbedDweightParams& p, Stream stream) {
     CUtensorMap dy, rows;
     const int64_t num_patches = p.patches.num_patches, width = p.patches.patch_dim + 1;
     const int64_t columns = (width + 7) / 8 * 8;
-    if (!p.rows ||
-        operand_map<typename Tile::A>(&dy, p.dy, p.dtype, num_patches, p.hidden_dim,
-                                      p.hidden_dim) ||
-        operand_map<typename Tile::B>(&rows, p.rows, p.dtype, num_patches, columns, columns))
-        return cudaErrorNotSupported;
-    const Error error = with_view<T, true>(p.x, p.patches, [&]<class View>(const View& x) {
+    if (!p.rows) return cudaErrorNotSupported;
+    Error error =
+        operand_map<typename Tile::A>(&dy, p.dy, p.dtype, num_patches, p.hidden_dim, p.hidden_dim);
+    if (!error)
+        error =
+            operand_map<typename Tile::B>(&rows, p.rows, p.dtype, num_patches, columns, columns);
+    if (error) return error;
+    error = with_view<T, true>(p.x, p.patches, [&]<class View>(const View& x) {
         return launch(patch_embed_pixel_rows_kernel<View, T>,
                       grid_for(num_patches * columns / 64, 128), 128, 0, stream, x,
                       static_cast<T*>(p.rows), int(columns));

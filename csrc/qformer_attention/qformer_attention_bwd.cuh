@@ -181,12 +181,13 @@ struct Tokens : QFormerOperands<T> {
 
 template <class Tile, class Product>
 __global__ void __launch_bounds__(Tile::kThreads)
-    qformer_attention_bwd_kernel(const __grid_constant__ Product product, int tiles_n) {
+    qformer_attention_bwd_kernel(const __grid_constant__ Product product, int tiles_m,
+                                 int tiles_n) {
     extern __shared__ __align__(1024) unsigned char shared[];
     constexpr Operand kA = Product::kMajorA == Major::kK ? Operand::kA : Operand::kATransposed;
     constexpr Operand kB = Product::kMajorB == Major::kK ? Operand::kB : Operand::kBTransposed;
-    const int thread = threadIdx.x, image = blockIdx.y;
-    const int m0 = blockIdx.x / tiles_n * Tile::kM, n0 = blockIdx.x % tiles_n * Tile::kN;
+    const int thread = threadIdx.x, row = blockIdx.x / tiles_n, image = row / tiles_m;
+    const int m0 = row % tiles_m * Tile::kM, n0 = blockIdx.x % tiles_n * Tile::kN;
     const auto a = product.a(image);
     const auto b = product.b(image);
     typename Tile::Accumulators c = {};
@@ -215,9 +216,10 @@ __global__ void __launch_bounds__(Tile::kThreads)
 template <class Tile, class Product>
 Error launch_bwd(const Product& product, Stream stream) {
     const int tiles_n = (product.n() + Tile::kN - 1) / Tile::kN;
-    const int64_t tiles = int64_t((product.m() + Tile::kM - 1) / Tile::kM) * tiles_n;
-    return launch(qformer_attention_bwd_kernel<Tile, Product>, Grid(tiles, product.p.batch),
-                  Tile::kThreads, Tile::kSharedBytes, stream, product, tiles_n);
+    const int tiles_m = (product.m() + Tile::kM - 1) / Tile::kM;
+    return launch(qformer_attention_bwd_kernel<Tile, Product>,
+                  int64_t(tiles_m) * tiles_n * product.p.batch, Tile::kThreads, Tile::kSharedBytes,
+                  stream, product, tiles_m, tiles_n);
 }
 
 template <class T>

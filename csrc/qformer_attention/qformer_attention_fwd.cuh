@@ -16,13 +16,13 @@
 
 namespace vlmkernels {
 
-template <class Element_, int kDim_, int kKeys_>
+template <class Element_, int kDim_, int kKeys_, int kWarps_ = 8>
 struct QFormerTile {
     using Element = Element_;
     static constexpr int kDim = kDim_;    // head_dim, rounded up
     static constexpr int kKeys = kKeys_;  // tokens whose scores a warp holds
-    static constexpr int kWarps = 8, kThreads = kWarps * 32;
-    static constexpr int kHeads = 4;  // most heads of a CTA
+    static constexpr int kWarps = kWarps_, kThreads = kWarps * 32;
+    static constexpr int kHeads = kWarps / 2;  // most heads of a CTA
     static constexpr int kSlab = 32, kStages = 3;
     static constexpr int kQueryBytes = kWarps * 16 * kDim * 2;
     static constexpr int kXBytes = kKeys * kSlab * 2, kWeightBytes = kDim * kSlab * 2;
@@ -327,10 +327,17 @@ Error launch_fwd(const QFormerAttentionParams& p, Stream stream) {
 
 template <class T>
 Error launch_sm80(const QFormerAttentionParams& p, Stream stream) {
-    if (p.head_dim > 64) return launch_fwd<QFormerTile<T, 128, 144>>(p, stream);
-    return work_of_blocks(p, 144) < work_of_blocks(p, 272)
-               ? launch_fwd<QFormerTile<T, 64, 144>>(p, stream)
-               : launch_fwd<QFormerTile<T, 64, 272>>(p, stream);
+    using Wide = QFormerTile<T, 128, 144>;
+    using Long = QFormerTile<T, 64, 272>;
+    const int shared_bytes = shared_bytes_per_cta();
+    if (p.head_dim > 64)
+        return Wide::kSharedBytes <= shared_bytes
+                   ? launch_fwd<Wide>(p, stream)
+                   : launch_fwd<QFormerTile<T, 128, 144, 4>>(p, stream);
+    const bool is_long = work_of_blocks(p, 272) <= work_of_blocks(p, 144);
+    return is_long && Long::kSharedBytes <= shared_bytes
+               ? launch_fwd<Long>(p, stream)
+               : launch_fwd<QFormerTile<T, 64, 144>>(p, stream);
 }
 
 }  // namespace vlmkernels

@@ -15,6 +15,8 @@ struct QFormerHopperTile {
     using Element = Element_;
     static constexpr int kDim = kDim_, kKeys = kKeys_, kSlab = kSlab_, kStages = kStages_;
     static constexpr int kWarps = 8, kThreads = 384, kHeads = 4;
+    static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+    static_assert(registers_fit(kThreads, kProducerRegisters, kConsumerRegisters));
     using A = SharedTile<kKeys, kSlab>;      // of x
     using Weight = SharedTile<kDim, kSlab>;  // of one head
     static constexpr int kWeightBytes = Weight::kBytes;
@@ -196,7 +198,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         const int warp = warp_uniform(threadIdx.x / 32);
         const QFormerRows rows(p, Tile::kWarps, Tile::kHeads, warp & (Tile::kWarps - 1));
         if (warp >= Tile::kWarps) {
-            decrease_registers<56>();
+            decrease_registers<Tile::kProducerRegisters>();
             const int num_keys = rows.num_keys(p), thread = threadIdx.x - Tile::kWarps * 32;
             const int slabs = (p.width + Tile::kSlab - 1) / Tile::kSlab;
             QFormerStep<Tile> at;
@@ -215,7 +217,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                     at.advance(p.width);
                 });
         } else {
-            increase_registers<224>();
+            increase_registers<Tile::kConsumerRegisters>();
             const uint32_t q = start + Tile::kQueryStart + warp * 16 * Tile::kDim * 2;
             QFormerStages<Tile> stages{start, barriers, int(threadIdx.x % 32), {}};
             consume<Tile>(p, rows, q, warp, stages);

@@ -45,8 +45,15 @@ Error launch(const VqLookupParams& p, Stream stream) {
         if (p.dim <= 512) return hopper.template operator()<VqHopperBlock<1, 2, 512>>();
         return hopper.template operator()<VqHopperBlock<1, 1, 1024>>();
     }
-    if (p.dim <= 256) return other.template operator()<VqBlock<2, 4, 256>>();
-    return other.template operator()<VqBlock<1, 2, 1024>>();
+    auto fits = [&]<class Block>() {
+        return p.dim <= Block::kMostDim &&
+               Block::shared_bytes(prepared.num_chunks) <= shared_bytes_per_cta();
+    };
+    using Many = VqBlock<2, 4, 256>;
+    using Few = VqBlock<1, 2, 1024>;
+    if (fits.template operator()<Many>()) return other.template operator()<Many>();
+    return fits.template operator()<Few>() ? other.template operator()<Few>()
+                                           : other.template operator()<VqBlock<1, 1, 1024>>();
 }
 
 }  // namespace vlmkernels

@@ -9,90 +9,24 @@ import pytest
 import torch
 import transformers
 
+from tests.hf_models import (
+    IDS,
+    LEFT,
+    PACKED,
+    PAIRS,
+    RAGGED,
+    SEEN,
+    WORDS,
+    clip,
+    llama,
+    llava,
+    mistral,
+    qwen2_vl,
+    siglip,
+)
 from vlmkernels.compat.transformers import attention_forward, register
 
 register()
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-VISION = {
-    **{k: v for k, v in SIZES.items() if k != "vocab_size"},
-    **{"image_size": 32, "patch_size": 8},
-}
-IDS = torch.arange(1, 25).reshape(2, 12)
-LEFT = torch.tensor([[1] * 12, [0] * 5 + [1] * 7])
-
-
-def llama() -> Any:
-    config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2)
-    return transformers.LlamaForCausalLM(config)
-
-
-def mistral() -> Any:
-    config = transformers.MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=4)
-    return transformers.MistralForCausalLM(config)
-
-
-def clip() -> Any:
-    text = {**SIZES, "eos_token_id": 24}
-    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=VISION))
-
-
-def siglip() -> Any:
-    config = transformers.SiglipConfig(text_config=SIZES, vision_config=VISION)
-    return transformers.SiglipModel(config)
-
-
-def llava() -> Any:
-    text = {**SIZES, "model_type": "llama"}
-    vision = {**VISION, "model_type": "clip_vision_model"}
-    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=95)
-    return transformers.LlavaForConditionalGeneration(config)
-
-
-def qwen2_vl() -> Any:
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
-    vision = {"embed_dim": 32, "hidden_size": 64, "depth": 1, "num_heads": 2}
-    config = transformers.Qwen2VLConfig(
-        text_config={**SIZES, "num_key_value_heads": 2, "rope_parameters": rope},
-        vision_config={**vision, "patch_size": 4},
-        image_token_id=95,
-        video_token_id=94,
-        vision_start_token_id=93,
-    )
-    return transformers.Qwen2VLForConditionalGeneration(config)
-
-
-def pixels() -> torch.Tensor:
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-
-WORDS = {"input_ids": IDS, "attention_mask": LEFT, "labels": IDS.masked_fill(LEFT == 0, -100)}
-PAIRS = {"input_ids": IDS, "pixel_values": pixels(), "return_loss": True}
-SEEN = {
-    "input_ids": torch.cat([torch.full((2, 16), 95), IDS], dim=1),
-    "labels": torch.cat([torch.full((2, 16), -100), IDS], dim=1),
-    "pixel_values": pixels(),
-}
-GRIDS = torch.tensor([[1, 4, 4], [1, 2, 6]])  # images of two sizes, one in each row
-RAGGED = {
-    "input_ids": torch.tensor([[93, 95, 95, 95, 95, 5, 6], [0, 93, 95, 95, 95, 7, 8]]),
-    "attention_mask": torch.tensor([[1] * 7, [0] + [1] * 6]),
-    "labels": torch.tensor([[-100] * 5 + [5, 6], [-100] * 5 + [7, 8]]),
-    "mm_token_type_ids": torch.tensor([[0, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0, 0]]),
-    "pixel_values": torch.randn(28, 96, generator=torch.Generator().manual_seed(0)),
-    "image_grid_thw": GRIDS,
-}
-PACKED = {
-    "input_ids": IDS[:1],
-    "labels": IDS[:1],
-    "position_ids": torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2]]),
-    "use_cache": False,
-}
 CASES = [
     *((llama, WORDS), (llama, PACKED), (mistral, WORDS), (mistral, PACKED)),
     *((clip, PAIRS), (siglip, PAIRS), (llava, SEEN), (qwen2_vl, RAGGED)),
@@ -159,3 +93,29 @@ def test_what_it_cannot_do_is_refused(option: str) -> None:
         attention_forward(torch.nn.Module(), q, q, q, None, **{option: 1.0})
     with pytest.raises(ValueError, match="dropout"):
         attention_forward(torch.nn.Module(), q, q, q, None, dropout=0.1)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_sequences_see_themselves(causal: bool) -> None:
+    q, k, v = (torch.randn(1, heads, 12, 16) for heads in (4, 2, 2))
+    ends = torch.tensor([0, 5, 5, 12], dtype=torch.int32)
+    packed = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 7}
+    got, _ = attention_forward(torch.nn.Module(), q, k, v, None, is_causal=causal, **packed)
+    parts = [
+        attention_forward(torch.nn.Module(), *part, None, is_causal=causal)[0]
+        for part in zip(*(x.split([5, 7], dim=2) for x in (q, k, v)), strict=True)
+    ]
+    torch.testing.assert_close(got, torch.cat(parts, dim=1))
+    with pytest.raises(ValueError, match="dropout"):
+        attention_forward(torch.nn.Module(), q, k, v, None, dropout=0.1, **packed)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_one_query_sees_every_key(gradient: bool) -> None:
+    q, k, v = (
+        torch.randn(2, h, n, 16, requires_grad=gradient) for h, n in ((4, 1), (2, 9), (2, 9))
+    )
+    got, _ = attention_forward(torch.nn.Module(), q, k, v, None, scaling=0.3)
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(got, wanted.transpose(1, 2))
+    assert got.requires_grad == gradient

@@ -9,6 +9,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from vlmkernels.distributed import ContextPlan, ring_attention
+from vlmkernels.distributed.transport import transport_of
 
 pytestmark = pytest.mark.xdist_group("gloo")  # one start
 SIZE, TOKENS, TIMEOUT = 4, 37, 20
@@ -76,6 +78,17 @@ def mesh(rank: int) -> None:
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "heads"))
     expect_alone(results(ContextPlan(TOKENS, group=grid, **MASK)))
     expect_alone(results(ContextPlan(TOKENS, group=grid["ring"], **MASK)))
+
+
+@check
+def group_with_nccl_exchanges_on_the_gpu(rank: int) -> None:
+    """Also the group of a bare init_process_group(), whose get_backend() is "undefined"."""
+    assert transport_of(None).device == torch.device("cpu")
+    with (
+        mock.patch.object(dist, "get_backend_config", return_value="cpu:gloo,cuda:nccl"),
+        mock.patch.object(torch.cuda, "current_device", return_value=1),
+    ):
+        assert transport_of(None).device == torch.device("cuda", 1)
 
 
 @check

@@ -183,7 +183,7 @@ def test_bad_options_are_named(options: Any, message: str, opt: tuple[OPT, Any])
 @pytest.mark.parametrize("name", ["opt", "t5"])
 def test_unknown_keywords_are_those_of_generate(name: str, request: pytest.FixtureRequest) -> None:
     model, _ = request.getfixturevalue(name)
-    for option in ("do_sample", "max_length", "labels", "decoder_input_ids", "answer", "prompt"):
+    for option in ("do_sample", "max_time", "labels", "decoder_input_ids", "answer", "prompt"):
         message = rf"^generate\(\) got an unexpected keyword argument '{option}'"
         with pytest.raises(TypeError, match=message):
             model.generate(test_opt.IDS, **{option: 5})

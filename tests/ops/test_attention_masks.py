@@ -131,9 +131,10 @@ def test_bias(backend: Backend, broadcast: tuple[int, int]) -> None:
         check_masked(with_bias(p, *broadcast, torch.float32), Masks((-1, 0)), f"{dtype} float32")
 
 
-def test_bias_of_minus_infinity(backend: Backend) -> None:
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_bias_of_minus_infinity(backend: Backend, dtype: torch.dtype | None) -> None:
     """A mask as people pass it: -inf hides a key, a row of it gives 0."""
-    p = with_bias(dense(backend, (40, 70)), 2, 1)
+    p = with_bias(dense(backend, (40, 70), dtype=dtype), 2, 1)
     assert p.bias is not None
     p.bias.masked_fill_(torch.rand(p.bias.shape, device=p.bias.device) < 0.3, -torch.inf)
     p.bias[0, 0, 7] = -torch.inf

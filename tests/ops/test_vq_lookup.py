@@ -21,7 +21,7 @@ from vlmkernels.testing import assert_as_accurate, emulate
 METRICS = ("euclidean", "cosine")
 # num_tokens, num_codes, dim: tails of tiles; a split of the operands up to 32; rows of no alignment
 SHAPES = ((70, 300, 40), (130, 260, 8), (37, 16, 4), (9, 1, 33), (20, 200, 264))
-WIDE = ((12, 150, 1024), (66, 300, 128))
+WIDE = ((12, 150, 1024), (66, 300, 128), (40, 70, 200))
 
 
 def differences(function: Callable[..., Tensor], tensors: list[Tensor], *grads: Tensor) -> list:
@@ -49,10 +49,11 @@ def test_exact_wide(backend: Backend, make: Callable[..., tuple[Tensor, Tensor]]
         assert_exact(ops.vq_lookup(*tensors), *tensors, "euclidean")
 
 
-def test_exact_on_sm_80(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("arch", ["80", "86"])  # 86: less shared memory
+def test_exact_without_wgmma(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other CUDA kernel, emulated."""
     need_emulated_core()
-    monkeypatch.setenv("VLMKERNELS_ARCH", "80")
+    monkeypatch.setenv("VLMKERNELS_ARCH", arch)
     with emulate():
         for make in CODEBOOKS:
             z, codebook = make(70, 300, 40)

@@ -39,8 +39,8 @@ class ContextPlan:
         exchange: "p2p", the ring, or "all_gather" of keys and values.
         ulysses: True splits heads over all of a 1-d group instead.
         causal, cu_seqlens, segment_ids, image_blocks, window: of all tokens; see `make_mask`.
-        device: of the tokens; default: of the ids given, or the present GPU for a group of NCCL,
-            else the CPU.
+        device: of the tokens; default: the present GPU for a group of NCCL, else that of the ids
+            given, or the CPU.
 
     Raises:
         ValueError: an argument is not as above, or another rank's plan differs.
@@ -65,8 +65,11 @@ class ContextPlan:
             raise ValueError(f"exchange: expected one of {', '.join(EXCHANGES)}, got {exchange!r}")
         self.exchange = gather if exchange == "all_gather" else ring
         self.everybody, self.ring, self.heads = _transports(group, ulysses)
-        ids = (x for x in (cu_seqlens, segment_ids, image_blocks) if x is not None)
-        device = device or next((x.device for x in ids), self.ring.device)
+        if device is None:
+            device = self.everybody.device
+            if device.type == "cpu":  # NCCL takes no tensors from there
+                ids = (x for x in (cu_seqlens, segment_ids, image_blocks) if x is not None)
+                device = next((x.device for x in ids), device)
         self.mask = make_mask(
             num_tokens,
             causal=causal,
@@ -197,7 +200,7 @@ class ContextPlan:
         if size == 1:
             return
         text = hashlib.sha256(repr(content).encode()).digest()[:24]
-        mine = torch.frombuffer(bytearray(text), dtype=torch.int64).to(self.mask.first.device)
+        mine = torch.frombuffer(bytearray(text), dtype=torch.int64).to(self.everybody.device)
         what = f"ring_attention: agreeing on {subject}"
         others = self.everybody.gather(mine, [mine.shape] * size, what)
         different = [r for r, other in enumerate(others) if not torch.equal(other, mine)]

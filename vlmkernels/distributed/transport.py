@@ -86,7 +86,8 @@ class GroupTransport(Transport):
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        if "nccl" in dist.get_backend(group):
+        # Not get_backend(), which is "undefined" where init_process_group was given none.
+        if "nccl" in str(dist.get_backend_config(group)):
             self.device = torch.device("cuda", torch.cuda.current_device())
 
     def exchange(
@@ -163,6 +164,7 @@ class Grid:
         self.rows, self.columns = rows, columns
         self.rank = rows.rank * columns.size + columns.rank
         self.size = rows.size * columns.size
+        self.device = rows.device
 
     def gather(self, x: Tensor, shapes: Sequence[Sequence[int]], what: str) -> list[Tensor]:
         sizes = [math.prod(shape) for shape in shapes]

@@ -11,7 +11,7 @@ import torch
 from vlmkernels.models import blip2, clip, llava, qwen2_5_vl, qwen2_vl, qwen_vl, vit
 from vlmkernels.models.checkpoint import CONFIG, read_json
 
-__all__ = ["MODELS", "Entry", "load", "load_processor"]
+__all__ = ["MODELS", "Entry", "load", "load_processor", "model_class"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,12 @@ def load(
     directory holds no model that this package knows, or weights that do not fit its config.
     """
     return _entry(path).model.from_pretrained(path, dtype=dtype, device=device)
+
+
+def model_class(path: str | Path) -> Any:
+    """The class of what `load` gives."""
+    kind = _entry(path).model
+    return kind.class_of(path) if issubclass(kind, blip2.Blip2) else kind
 
 
 def load_processor(path: str | Path) -> Any:

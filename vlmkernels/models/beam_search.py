@@ -146,7 +146,8 @@ def _continuations(
     tokens = top.indices % logits.shape[-1]
     kept = running.take(parents)
     kept.tokens[:, :, step] = tokens
-    return Answers(kept.tokens, top.values, rules.ends(tokens), kept.lengths + 1), parents
+    ends = rules.ends(kept.tokens[:, :, : step + 1].flatten(0, 1)).view_as(tokens)
+    return Answers(kept.tokens, top.values, ends, kept.lengths + 1), parents
 
 
 def _ended(

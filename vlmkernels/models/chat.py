@@ -102,8 +102,9 @@ class Chat:
         inputs = self.processor.from_messages([*self.messages, question])
         tensors: dict[str, Any] = {name: x.to(self.model.device) for name, x in inputs.items()}
         answer = ""
-        steps = self.model.generate_steps(**tensors, **options)
-        for piece in stream_text(self.processor.tokenizer, steps):
+        tokenizer = self.processor.tokenizer
+        steps = self.model.generate_steps(**tensors, tokenizer=tokenizer, **options)
+        for piece in stream_text(tokenizer, steps):
             answer += piece
             yield piece
         reply = {"type": "text", "text": answer}

@@ -52,6 +52,10 @@ THREE_POSITIVE = Kind("three positive numbers", lambda x: _are(POSITIVE.holds, x
 FLAG = Kind("true or false", lambda x: isinstance(x, bool))
 FLAG_OR_NEVER = Kind('True, False or "never"', lambda x: FLAG.holds(x) or x == "never")
 TEXT = Kind("a string", lambda x: isinstance(x, str))
+TEXTS = Kind(
+    "a string or several, none empty",
+    lambda x: bool(x) and (TEXT.holds(x) or _are(lambda y: TEXT.holds(y) and y != "", x)),
+)
 OBJECT = Kind("an object", lambda x: isinstance(x, dict))
 FILE_NAMES = Kind(
     "an object of file names",

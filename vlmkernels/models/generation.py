@@ -16,6 +16,7 @@ from vlmkernels.models.cache import KVCache
 from vlmkernels.models.checkpoint import Json
 from vlmkernels.models.fields import INDEX, INDICES, INTEGER, INTEGER_OR_NONE, REAL, expect
 from vlmkernels.models.rules import Rules
+from vlmkernels.models.stopping import StopStrings
 from vlmkernels.models.tokenizer import Tokenizer
 
 
@@ -119,10 +120,14 @@ class Generates(ABC, Generic[State]):
             num_beams, length_penalty, early_stopping: beam search, see `Beams`; 1 for none.
             num_return_sequences: so many rows for each prompt, the best first; with beams.
             max_new_tokens: at most so many (128); fewer when every row has ended.
+            max_length: the same counted with the padded prompt (with T5, with its start token).
+                max_new_tokens goes before it.
             min_new_tokens, repetition_penalty: see `Rules`.
             temperature, top_k, top_p: see `Sampling`; greedy by default. Without beams.
             seed, generator: make sampling repeatable; at most one of them.
             eos_token_id: one or several; the checkpoint's by default. () for none.
+            stop_strings: one or several; a row ends with the token that completes one of them, see
+                `StopStrings`. They need `tokenizer`: ours or transformers'.
             pad_token_id: what a row gets after its end; the checkpoint's by default.
 
         Raises:
@@ -167,10 +172,12 @@ class Generates(ABC, Generic[State]):
             generator = torch.Generator(self.device).manual_seed(seed)
         rules, logits, state, seen = self._begin(**options)
         ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+        new = torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device)
         for step in range(rules.max_new_tokens):
             scores = rules.apply(logits, seen, step)
             tokens = sampling.draw(scores, generator).masked_fill(ended, rules.pad_id)
-            ended = ended | rules.ends(tokens)
+            new = torch.cat([new, tokens[:, None]], dim=1)
+            ended = ended | rules.ends(new)
             yield tokens
             if step + 1 == rules.max_new_tokens or bool(ended.all()):
                 return
@@ -181,11 +188,14 @@ class Generates(ABC, Generic[State]):
     def _begin(
         self,
         *,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
         min_new_tokens: int = 0,
         repetition_penalty: float = 1.0,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        tokenizer: Any = None,
         **inputs: Any,
     ) -> tuple[Rules, Tensor, State, Tensor | None]:
         """The rules, and what they and the model make of the prompt."""
@@ -196,6 +206,8 @@ class Generates(ABC, Generic[State]):
         eos_ids = self._eos_token_ids(eos_token_id)
         pad_id = self._pad_token_id(pad_token_id, eos_ids)
         eos = torch.tensor(eos_ids, dtype=torch.int64, device=self.device)
+        if max_new_tokens is None:
+            max_new_tokens = 128 if max_length is None else self._room(max_length, inputs)
         rules = Rules(eos, pad_id, max_new_tokens, min_new_tokens, repetition_penalty)
         logits, state = self.prefill(max_new_tokens, **inputs)
         if max(eos_ids, default=0) >= (vocab_size := logits.shape[-1]):
@@ -204,7 +216,22 @@ class Generates(ABC, Generic[State]):
             )
         before = self.before_answer(inputs, len(logits))
         mask = inputs.get("attention_mask") if before is inputs.get("input_ids") else None
+        if stop_strings is not None:
+            stops = StopStrings(stop_strings, tokenizer, before, mask)
+            rules = dataclasses.replace(rules, stops=stops)
         return rules, logits, state, rules.seen(before, mask, vocab_size)
+
+    def _room(self, max_length: int, inputs: Mapping[str, Any]) -> int:
+        """How many new tokens max_length leaves."""
+        expect("max_length", max_length, INTEGER)
+        prompts = (self.before_answer(inputs, 1), inputs.get("inputs_embeds"))
+        known = (x.shape[1] for x in prompts if isinstance(x, Tensor) and x.ndim > 1)
+        length = next(filter(None, known), 0)
+        if max_length <= length:
+            raise ValueError(
+                f"max_length: expected more than the prompt's {length} tokens, got {max_length}"
+            )
+        return max_length - length
 
     def _eos_token_ids(self, given: int | Sequence[int] | None) -> list[int]:
         if given is None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels.models.fields import INTEGER, NUMBER, expect
+from vlmkernels.models.stopping import StopStrings
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class Rules:
 
     eos: (n,) int64 token ids on the model's device; an answer ends with one of them, or after
     max_new_tokens, and not before it has min_new_tokens. What comes after the end is pad_id.
+    stops: end it too, at any length.
     repetition_penalty: the score s of a token that prompt or answer already have becomes
     s / repetition_penalty where s > 0, else s * repetition_penalty (arXiv 1909.05858, section 4.1).
     """
@@ -25,6 +27,7 @@ class Rules:
     max_new_tokens: int = 128
     min_new_tokens: int = 0
     repetition_penalty: float = 1.0
+    stops: StopStrings | None = None
 
     def __post_init__(self) -> None:
         expect("max_new_tokens", self.max_new_tokens, INTEGER)
@@ -42,9 +45,13 @@ class Rules:
                 f"repetition_penalty: expected a positive number, got {self.repetition_penalty}"
             )
 
-    def ends(self, tokens: Tensor) -> Tensor:
-        """Which of these tokens end an answer."""
-        return torch.isin(tokens, self.eos)
+    def ends(self, new: Tensor) -> Tensor:
+        """Which answers (rows, n > 0), rows of the same prompt together, end with their last
+        token."""
+        ended = torch.isin(new[:, -1], self.eos)
+        if self.stops is not None:
+            ended = ended | torch.tensor(self.stops.hit(new), device=new.device)
+        return ended
 
     def apply(self, scores: Tensor, seen: Tensor | None, num_new: int) -> Tensor:
         """scores (rows, vocab_size) of the token after num_new others, as they count."""

@@ -109,6 +109,7 @@ def dense(
             scores = softcap * torch.tanh(scores / softcap)
         if bias is not None:
             scores = scores + bias.to(dtype)
+            seen = seen & (bias != -torch.inf)  # a row of them: logsumexp's gradient is NaN
         scores = scores.masked_fill(~seen, -torch.inf)
         lse = _logsumexp(scores)
         probabilities = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])

@@ -30,12 +30,12 @@ TEMPLATE = (
 )
 
 
-def write_tokenizer(path: Path) -> Tokenizer:
+def write_tokenizer(path: Path, special: list[str] = SPECIAL) -> Tokenizer:
     """Words with a mark at their start and a start token in front, as LLaMA's."""
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
-    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=SPECIAL, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=special, show_progress=False)
     backend.train_from_iterator(CORPUS, trainer)
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]

@@ -30,14 +30,18 @@ def hf_config_25(path: Path, **options: Any) -> Any:
     return transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids, **options)
 
 
-@pytest.fixture(scope="package")
-def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("qwen2_5_vl")
+def write(path: Path) -> None:
     model = transformers.Qwen2_5_VLForConditionalGeneration(hf_config_25(path))
     randomize(model)
     model.save_pretrained(path)
     processor = transformers.Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=28 * 28 * 64)
     processor.save_pretrained(path)
+
+
+@pytest.fixture(scope="package")
+def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("qwen2_5_vl")
+    write(path)
     return path
 
 

@@ -97,15 +97,19 @@ def hf_config(backend: Tokenizer, **text: object) -> transformers.Qwen2VLConfig:
     )
 
 
-@pytest.fixture(scope="session")
-def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write(path: Path) -> None:
     """A complete checkpoint directory: weights and configs by transformers, and a tokenizer."""
-    path = tmp_path_factory.mktemp("qwen2_vl")
     model = transformers.Qwen2VLForConditionalGeneration(hf_config(write_tokenizer(path)))
     randomize(model)
     model.save_pretrained(path)
     processor = transformers.Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=28 * 28 * 16)
     processor.save_pretrained(path)
+
+
+@pytest.fixture(scope="session")
+def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("qwen2_vl")
+    write(path)
     return path
 
 

@@ -57,10 +57,8 @@ def make_ranks() -> dict[bytes, int]:
     return {t: i for i, t in enumerate([*single, *sorted(pieces, key=lambda t: (len(t), t))])}
 
 
-@pytest.fixture(scope="package")
-def chat_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write(path: Path) -> None:
     """A model with the vocabulary above and room for its special tokens, as Qwen-VL-Chat's."""
-    path = tmp_path_factory.mktemp("qwen_vl_chat")
     tokenizer = QwenTokenizer(make_ranks())
     visual = QwenVisionConfig(
         *(28, 14, 32, 1, 2, 2.0, 128),
@@ -79,6 +77,12 @@ def chat_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
+
+
+@pytest.fixture(scope="package")
+def chat_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("qwen_vl_chat")
+    write(path)
     return path
 
 

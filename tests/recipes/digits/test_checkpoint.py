@@ -16,7 +16,8 @@ from vlmkernels.recipes.digits.data import QUESTIONS, Example, load_scans
 from vlmkernels.recipes.digits.demo import Reader, held_out_questions
 from vlmkernels.recipes.digits.evaluate import accuracy, answer_all, prompt
 from vlmkernels.recipes.digits.photo import normalise
-from vlmkernels.recipes.digits.train import SETTINGS, Settings
+from vlmkernels.recipes.digits.train import DigitsSettings
+from vlmkernels.recipes.trainer import SETTINGS
 
 from .test_photo import page
 
@@ -111,10 +112,10 @@ def test_photos_of_digits(reader: Reader) -> None:
 
 def test_the_recipe_that_ships_is_the_one_that_made_it(tmp_path: Path) -> None:
     """A change of the settings, the architecture or the tokenizer asks for new weights."""
-    assert json.loads((CHECKPOINT / SETTINGS).read_text()) == asdict(Settings())
+    assert json.loads((CHECKPOINT / SETTINGS).read_text()) == asdict(DigitsSettings())
     write_blueprint(tmp_path)
     for path in tmp_path.iterdir():
         shipped, made = (CHECKPOINT / path.name).read_text(), path.read_text()
         assert json.loads(shipped) == json.loads(made), path.name
     docs = Path(__file__).parents[3] / "docs" / "digits.md"
-    assert f"{Settings().steps:,} steps" in docs.read_text()
+    assert f"{DigitsSettings().steps:,} steps" in docs.read_text()

@@ -91,11 +91,12 @@ def test_train_killed_and_resumed_on_the_command_line(
 ) -> None:
     monkeypatch.setattr(cli, "SAVE_EVERY", 2)
     monkeypatch.setattr(cli, "CANVASES", 8)
-    from vlmkernels.recipes.digits.train import STATE, Run
+    from vlmkernels.recipes.digits.train import Run
+    from vlmkernels.recipes.trainer import STATE
 
     advance = Run.advance
 
-    def killed(self: Run) -> float:
+    def killed(self: Run) -> dict[str, float]:
         if self.step == 3:
             raise RuntimeError("killed")
         return advance(self)

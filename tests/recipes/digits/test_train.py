@@ -8,17 +8,9 @@ import torch
 
 from vlmkernels.models import load
 from vlmkernels.recipes.digits.data import load_scans, training_batch
-from vlmkernels.recipes.digits.train import STATE, Run, Settings, collate
+from vlmkernels.recipes.digits.train import DigitsSettings, Run, collate
 
-TINY = Settings(steps=6, batch=4, warmup=2, single_share=0.5)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> object:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+TINY = DigitsSettings(steps=6, batch=4, warmup=2, single_share=0.5)
 
 
 def run_to(run: Run, step: int) -> Run:
@@ -48,7 +40,7 @@ def test_training_moves_every_weight_and_is_seeded(tmp_path: Path) -> None:
     after = run.model.state_dict()
     assert [name for name in before if torch.equal(before[name], after[name])] == []
 
-    other = Run(tmp_path / "b", Settings(**{**vars(TINY), "seed": 1}))
+    other = Run(tmp_path / "b", DigitsSettings(**{**vars(TINY), "seed": 1}))
     name = "model.layers.0.mlp.gate_proj.weight"
     assert not torch.equal(before[name], other.model.state_dict()[name])
 
@@ -58,17 +50,28 @@ def test_a_kill_while_saving_leaves_the_last_save(
 ) -> None:
     run = run_to(Run(tmp_path, TINY), 1)
     run.save()
-    saved = (tmp_path / STATE).read_bytes()
+    saved = {name: weight.clone() for name, weight in run.model.state_dict().items()}
     run.advance()
 
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
+    replace = os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if source.is_dir():  # all is written
+            raise KeyboardInterrupt
+        replace(source, target)
 
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         run.save()
     monkeypatch.undo()
-    assert (tmp_path / STATE).read_bytes() == saved
+    resumed = Run(tmp_path, TINY, resume=True)
+    assert resumed.step == 1
+    for name, weight in resumed.model.state_dict().items():
+        assert torch.equal(weight, saved[name]), name
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_resume_refuses_what_it_cannot_continue(tmp_path: Path) -> None:
@@ -76,12 +79,12 @@ def test_resume_refuses_what_it_cannot_continue(tmp_path: Path) -> None:
         Run(tmp_path / "new", TINY, resume=True)
     assert not (tmp_path / "new").exists()
     run_to(Run(tmp_path, TINY), 1).save()
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    before = contents(tmp_path)
     with pytest.raises(ValueError, match="expected the run's settings"):
-        Run(tmp_path, Settings(**{**vars(TINY), "seed": 1}), resume=True)
+        Run(tmp_path, DigitsSettings(**{**vars(TINY), "seed": 1}), resume=True)
     with pytest.raises(ValueError, match="expected a new folder, or --resume"):
         Run(tmp_path, TINY)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert contents(tmp_path) == before
 
 
 def test_export_is_a_checkpoint_in_bfloat16(tmp_path: Path) -> None:
@@ -111,7 +114,7 @@ def test_labels_are_the_answer_and_its_end(tmp_path: Path) -> None:
 
 
 def test_schedule() -> None:
-    s = Settings(steps=1000, warmup=100, lr=1e-3, single_share=0.2)
+    s = DigitsSettings(steps=1000, warmup=100, lr=1e-3, single_share=0.2)
     rates = [s.learning_rate(step) for step in range(1000)]
     assert rates[0] == pytest.approx(1e-5)
     assert max(rates) < 1e-3

@@ -259,4 +259,8 @@ class Blip2:
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> Any:
         """In eval mode; see `vlmkernels.models.load`."""
-        return cls.model_class(read_config(Path(path))).from_pretrained(path, **options)
+        return cls.class_of(path).from_pretrained(path, **options)
+
+    @classmethod
+    def class_of(cls, path: str | Path) -> type[Blip2Base]:
+        return cls.model_class(read_config(Path(path)))

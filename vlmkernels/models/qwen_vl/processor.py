@@ -18,7 +18,16 @@ from vlmkernels.models.pixels import ImageSettings, as_list
 from vlmkernels.models.pretrained import read_generation_config
 
 from .config import QwenVLConfig
-from .tokenizer import GROUNDING, IM_END, IM_START, IMAGE_TAGS, IMG_END, IMG_START, QwenTokenizer
+from .tokenizer import (
+    END_OF_TEXT,
+    GROUNDING,
+    IM_END,
+    IM_START,
+    IMAGE_TAGS,
+    IMG_END,
+    IMG_START,
+    QwenTokenizer,
+)
 
 SYSTEM = "You are a helpful assistant."
 CHAT_FORMATS = ("chatml", "raw")
@@ -127,6 +136,56 @@ class QwenVLProcessor(ChatProcessor):
         rows, images = self.prompt(messages)
         return self._arguments([rows], images, **options)
 
+    def for_training(
+        self, conversations: Sequence[Sequence[Json]], *, padding_side: str | None = None
+    ) -> dict[str, Tensor]:
+        """Model arguments for a batch of whole conversations, each as of `from_messages` with an
+        answer at the end; none of them is cut to the window.
+
+        `labels` (batch, seqlen), -100 where there is nothing to learn, are those of the original
+        code: answers, and of every turn <|im_start|>, <|im_end|> and the line's end. In "raw"
+        format: a question, its answer and <|endoftext|>, and labels on the last two.
+
+        Raises:
+            ValueError: as `from_messages`.
+        """
+        rows: list[list[int]] = []
+        labels: list[list[int]] = []
+        images: list[Any] = []
+        for messages in conversations:
+            expect_messages(messages)
+            system, turns = self._turns(messages, answered=True)
+            told = [message for turn in turns for message in turn]
+            parts = self._chat_parts([system, *told])
+            if self.chat_format == "raw":
+                parts = self._raw_parts(told)
+            rows.append([i for ids, _ in parts for i in ids])
+            labels.append(
+                [i for ids, learnt in parts for i in (ids if learnt else [-100] * len(ids))]
+            )
+            images += [image for message in [system, *told] for image in message.images]
+        batch = self._arguments(rows, images, padding_side)
+        marks = self.tokenizer.pad(labels, padding_side)["input_ids"]
+        return batch | {"labels": marks.masked_fill(batch["attention_mask"] == 0, -100)}
+
+    def _chat_parts(self, messages: Sequence[Message]) -> list[tuple[list[int], bool]]:
+        """Token ids, and whether they are learnt."""
+        newline, parts = self.tokenizer.encode("\n"), []
+        for message in messages:
+            start, *middle, end = self._encode(message)
+            role = len(self.tokenizer.encode(message.role + "\n"))
+            parts += [([start], True), (middle[:role], False)]
+            parts += [(middle[role:], message.role == "assistant"), ([end, *newline], True)]
+        return parts
+
+    def _raw_parts(self, messages: Sequence[Message]) -> list[tuple[list[int], bool]]:
+        if len(messages) != 2:
+            raise ValueError(f"messages: expected two without chat, got {len(messages)}")
+        question, answer = messages
+        learnt = self.tokenizer.encode(answer.text, allowed_special=GROUNDING)
+        end = self.tokenizer.special[END_OF_TEXT]
+        return [(self.tokenizer.encode(question.text), False), ([*learnt, end], True)]
+
     def prompt(self, messages: Sequence[Json]) -> tuple[list[int], list[Any]]:
         """The token ids and the images of a conversation, without what exceeds the window."""
         system, turns = self._turns(messages)
@@ -164,8 +223,13 @@ class QwenVLProcessor(ChatProcessor):
         pixels = {"pixel_values": self.image(images)} if images else {}
         return self.tokenizer.pad(rows, padding_side) | pixels
 
-    def _turns(self, messages: Sequence[Json]) -> tuple[Message, list[list[Message]]]:
-        """The system's message, and what belongs together: a question and the answer to it."""
+    def _turns(
+        self, messages: Sequence[Json], answered: bool = False
+    ) -> tuple[Message, list[list[Message]]]:
+        """The system's message, and what belongs together: a question and the answer to it.
+
+        answered: whether the last question is.
+        """
         system, count = Message("system", SYSTEM), 0
         turns: list[list[Message]] = []
         for i, raw in enumerate(messages):
@@ -181,8 +245,11 @@ class QwenVLProcessor(ChatProcessor):
                 raise ValueError(
                     f"messages: expected user and assistant by turns, got {message.role!r} at {i}"
                 )
-        if not turns or len(turns[-1]) != 1:
-            raise ValueError("messages: expected the user's turn at the end, got another or none")
+        if not turns or len(turns[-1]) != 1 + answered:
+            last = "assistant" if answered else "user"
+            raise ValueError(
+                f"messages: expected the {last}'s turn at the end, got another or none"
+            )
         return system, turns
 
     def _read(self, raw: Json, count: int) -> Message:

@@ -7,26 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vlmkernels.recipes.progress import fit
+
 if TYPE_CHECKING:
     from rich.console import Console
 
     from .data import Example
     from .demo import Reader
-    from .train import Run
 
-train_app = typer.Typer(help="Train a model.", no_args_is_help=True)
 REPORT_EVERY = 100  # steps
 SAVE_EVERY = 200
 CANVASES = 200  # held-out, with three questions each
 SHOWN = 6  # questions printed by the demo
 
 
-@train_app.callback()
-def _group() -> None:
-    """Keeps `digits` a subcommand while it is the only one."""
-
-
-@train_app.command("digits")
 def train_digits(
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = Path("digits_model"),
     resume: Annotated[bool, typer.Option(help="Go on where a killed run saved last.")] = False,
@@ -36,48 +30,16 @@ def train_digits(
     """Train the digits model on the CPU and measure it on held-out digits."""
     from rich.console import Console
 
-    from .train import Run, Settings
+    from .train import DigitsSettings, Run
 
     console = Console()
-    run = Run(out, Settings(steps=steps, seed=seed), resume=resume)
-    if resume:
-        console.print(f"resumed at step {run.step}")
-    _run(run, console)
+    run = Run(out, DigitsSettings(steps=steps, seed=seed), resume=resume)
+    fit(run, console, save_every=SAVE_EVERY, report_every=REPORT_EVERY)
     run.export()
     console.print(f"wrote {out}", markup=False)
     from .demo import Reader, held_out_questions
 
     _answers(Reader.load(out), held_out_questions(CANVASES), console)
-
-
-def _run(run: Run, console: Console) -> None:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("training", total=run.settings.steps, completed=run.step)
-        losses: list[float] = []
-        while run.step < run.settings.steps:
-            losses.append(run.advance())
-            last = run.step == run.settings.steps
-            if run.step % SAVE_EVERY == 0 or last:
-                run.save()
-            if run.step % REPORT_EVERY == 0 or last:
-                mean = sum(losses) / len(losses)
-                console.print(f"step {run.step:5d}  loss {mean:.4f}")
-                losses.clear()
-            progress.update(task, completed=run.step)
 
 
 def demo(

@@ -3,52 +3,50 @@
 Without the first stage the model has to find out at once where digits are and what they look
 like, and stays at chance for a long time (docs/digits.md shows the curves).
 
-A step is a function of the weights, the optimizer state and its own number, since the examples of
-step n are drawn from (seed, n). So a run that was killed and resumed ends with the same weights.
+The examples of step n are drawn from (seed, n).
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlmkernels.models import load_processor
-from vlmkernels.models.checkpoint import CONFIG, read_json, save_checkpoint
+from vlmkernels.models.checkpoint import CONFIG, read_json
+from vlmkernels.models.pretrained import read_generation_config
 from vlmkernels.models.qwen2_vl import Qwen2VL, Qwen2VLConfig, Qwen2VLProcessor
+from vlmkernels.recipes.settings import Settings
+from vlmkernels.recipes.trainer import Trainer
 
 from .blueprint import write_blueprint
 from .data import MAX_DIGITS, Example, load_scans, training_batch
 from .evaluate import prompt
 
-STATE = "training_state.safetensors"
-SETTINGS = "training.json"  # what the weights of a finished run were made with
-
 
 @dataclass(frozen=True)
-class Settings:
-    """What decides the weights that come out; a resumed run must have the same."""
+class DigitsSettings(Settings):
+    """Those of the shipped weights."""
 
     steps: int = 3000
     single_share: float = 0.15  # of the steps show one digit per canvas
     batch: int = 64
     lr: float = 1.5e-3
-    warmup: int = 100
+    warmup: float = 100
+    min_lr: float = 0.02
     weight_decay: float = 0.05
-    seed: int = 0
+    beta2: float = 0.95
+    bf16: bool = False
 
     def learning_rate(self, step: int) -> float:
-        """lr * min(1, (step + 1) / warmup), then a cosine down to 2 % of lr at the last step."""
+        """lr * min(1, (step + 1) / warmup), times a cosine over all steps down to min_lr."""
         cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        return self.lr * min(1.0, (step + 1) / self.warmup) * (0.02 + 0.98 * cosine)
+        warm = min(1.0, (step + 1) / self.warmup)
+        return self.lr * warm * (self.min_lr + (1 - self.min_lr) * cosine)
 
     def most_digits(self, step: int) -> int:
         return 1 if step < self.single_share * self.steps else MAX_DIGITS
@@ -83,81 +81,25 @@ def initialise(model: nn.Module, seed: int) -> None:
             weight.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
-class Run:
+class Run(Trainer):
     """A training run in the folder `out`, which ends as a checkpoint in the published layout."""
 
-    def __init__(self, out: Path, settings: Settings, *, resume: bool = False) -> None:
-        """ValueError, and nothing written, when `out` holds what this run would destroy, or with
-        `resume` when it holds no run of these settings."""
-        if resume:
-            _check_resumable(out, settings)
-        elif (out / STATE).is_file() or (out / CONFIG).is_file():
-            raise ValueError(f"out: expected a new folder, or --resume, got {out} with a model")
-        self.out, self.settings, self.step = out, settings, 0
+    def __init__(self, out: Path, settings: DigitsSettings, *, resume: bool = False) -> None:
+        """ValueError as of `Trainer`."""
         self.scans, _ = load_scans()
-        write_blueprint(out)
+        super().__init__(self.new_model, settings, out, self.batches, resume=resume)
         self.processor = load_processor(out)
-        self.model = Qwen2VL(Qwen2VLConfig.from_dict(read_json(out / CONFIG)))
-        initialise(self.model, settings.seed)
-        matrices = [p for p in self.model.parameters() if p.ndim > 1]
-        vectors = [p for p in self.model.parameters() if p.ndim == 1]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": settings.weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
-            ],
-            betas=(0.9, 0.95),
-            fused=True,
-        )
-        if resume:
-            self._load_state()
 
-    def advance(self) -> float:
-        """One step; -> its loss."""
+    def new_model(self) -> Qwen2VL:
+        write_blueprint(self.out)
+        model = Qwen2VL(Qwen2VLConfig.from_dict(read_json(self.out / CONFIG)))
+        model.generation_config = read_generation_config(self.out)
+        initialise(model, self.settings.seed)
+        return model
+
+    def batches(self, step: int) -> Iterator[list[dict[str, Tensor]]]:
         s = self.settings
-        examples = training_batch(s.seed, self.step, self.scans, s.batch, s.most_digits(self.step))
-        for group in self.optimizer.param_groups:
-            group["lr"] = s.learning_rate(self.step)
-        loss = self.model(**collate(self.processor, examples)).loss
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.step += 1
-        return float(loss.detach())
-
-    def save(self) -> None:
-        """Writes weights, optimizer state and step; a kill at any moment leaves a whole file."""
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        for name, weight in self.model.named_parameters():
-            for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{moment}.{name}"] = self.optimizer.state[weight][moment]
-        metadata = {"step": str(self.step), "settings": json.dumps(asdict(self.settings))}
-        save_file(tensors, self.out / (STATE + ".part"), metadata)
-        os.replace(self.out / (STATE + ".part"), self.out / STATE)
-
-    def _load_state(self) -> None:
-        with safe_open(self.out / STATE, framework="pt") as state:
-            self.step = int(state.metadata()["step"])
-            for name, weight in self.model.named_parameters():
-                weight.data.copy_(state.get_tensor(f"model.{name}"))
-                self.optimizer.state[weight] = {
-                    "step": torch.tensor(float(self.step)),
-                    "exp_avg": state.get_tensor(f"exp_avg.{name}"),
-                    "exp_avg_sq": state.get_tensor(f"exp_avg_sq.{name}"),
-                }
-
-    def export(self) -> None:
-        """Writes the weights in bfloat16 and removes the saved state: `out` is a checkpoint."""
-        weights = {k: v.to(torch.bfloat16) for k, v in self.model.state_dict().items()}
-        save_checkpoint(self.out, weights, {SETTINGS: asdict(self.settings)})
-        (self.out / STATE).unlink(missing_ok=True)
-
-
-def _check_resumable(out: Path, settings: Settings) -> None:
-    if not (out / STATE).is_file():
-        raise ValueError(f"resume: expected {out / STATE}, found none")
-    with safe_open(out / STATE, framework="pt") as state:
-        saved = json.loads(state.metadata()["settings"])
-    if saved != asdict(settings):
-        raise ValueError(f"resume: expected the run's settings {saved}")
+        assert isinstance(s, DigitsSettings)
+        for n in range(step, s.steps):
+            examples = training_batch(s.seed, n, self.scans, s.batch, s.most_digits(n))
+            yield [collate(self.processor, examples)]
