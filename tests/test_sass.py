@@ -31,7 +31,7 @@ MATRIX = (
     *("qformer_attention_fwd_hopper", "qformer_attention_bwd_hopper"),
     *("vq_lookup", "vq_lookup_hopper"),
     *("attention_fwd_sm90", "attention_fwd_masked_sm90", "attention_bwd_sm90"),
-    "attention_bwd_wide_sm90",
+    *("attention_bwd_wide_sm90", "attention_dbias_sm90"),
     *("patch_embed_hopper", "patch_embed_dx_hopper", "patch_embed_dweight_hopper"),
     "patch_embed_resident",
 )

@@ -1,6 +1,6 @@
-// dbias on Hopper: a persistent CTA takes tiles of dbias one after the other. For each it walks over
-// the batch and the heads that share the tile and sums ds = p (dout v^T - delta) in registers; no
-// atomics, the same bits every time. The producer warp skips what no query of the tile sees, and
+// dbias on Hopper: a persistent CTA takes tiles of dbias one after the other. For each it walks
+// over the batch and the heads that share the tile and sums ds = p (dout v^T - delta) in registers;
+// no atomics, the same bits every time. The producer warp skips what no query of the tile sees, and
 // brings two items for each (batch, head): q and k, then dout and v, so that p is computed while
 // dout v^T is multiplied. bias of a tile is the same in all its steps: it waits in shared memory.
 #pragma once
@@ -89,9 +89,9 @@ struct DbiasProducer {
             store_shared(shared.step(at.stage), sequence.batch * 2 + whole);
             load(maps.x0, maps.y0, work, sequence, head);
         }
-        load_row_stats<Tile::kBlockM>(
-            shared.stats(at.stage), row_stats(p) + sequence.lse_index(p, work.row0, head),
-            sequence.seqlen_q - work.row0);
+        load_row_stats<Tile::kBlockM>(shared.stats(at.stage),
+                                      row_stats(p) + sequence.lse_index(p, work.row0, head),
+                                      sequence.seqlen_q - work.row0);
         mbarrier_arrive_cp_async(barriers.full(at));
         at.advance();
         barriers.wait_empty(at);
@@ -140,14 +140,14 @@ struct DbiasConsumer {
     // The rows of the next item times its keys; asynchronous.
     __device__ void multiply(Scores& c) const {
         shared.barriers().wait_full(at);
-        const uint64_t a = Tile::Queries::k_major(shared.rows(at.stage),
-                                                  warp_uniform(threadIdx.x / 128) * 64);
+        const uint64_t a =
+            Tile::Queries::k_major(shared.rows(at.stage), warp_uniform(threadIdx.x / 128) * 64);
         const uint64_t b = Tile::Keys::k_major(shared.keys(at.stage));
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < Tile::kHeadDim / 16; ++i)
-            wgmma<typename Tile::Element, Major::kK, Major::kK>(
-                c, a + Tile::Queries::k_step(i), b + Tile::Keys::k_step(i), i > 0);
+            wgmma<typename Tile::Element, Major::kK, Major::kK>(c, a + Tile::Queries::k_step(i),
+                                                                b + Tile::Keys::k_step(i), i > 0);
         wgmma_commit();
     }
     __device__ void release(const typename Tile::Barriers::State& item) const {
