@@ -1,5 +1,6 @@
 """MultiheadAttention against torch's: outputs, gradients, state_dict, and what it refuses."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -62,6 +63,44 @@ def test_key_padding_mask(shape: tuple[int, ...]) -> None:
     assert_same(*pair(), (x, x, x), key_padding_mask=mask if x.dim() == 3 else mask[0])
 
 
+PADDING = torch.tensor([[0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0], [0, 0, 1, 0, 1, 1]]).bool()
+MASKS = {
+    "bool": {"attn_mask": torch.ones(6, 6, dtype=torch.bool).triu(2)},
+    "float": {"attn_mask": torch.randn(6, 6)},
+    "every head its own": {"attn_mask": torch.randn(9, 6, 6)},
+    "padding, float": {"key_padding_mask": torch.zeros(3, 6).masked_fill(PADDING, -torch.inf)},
+    "padding and mask": {"key_padding_mask": PADDING, "attn_mask": torch.eye(6).roll(1, 1).bool()},
+    "causal padding": {"key_padding_mask": PADDING, "is_causal": True},
+}
+
+
+@pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS.keys())
+def test_masks(masks: dict[str, Any]) -> None:
+    x = torch.randn(3, 6, 48)
+    assert_same(*pair(), (x, x, x), **masks)
+    if masks.keys() == {"attn_mask"} and masks["attn_mask"].dim() == 2:
+        assert_same(*pair(), (x[0], x[0], x[0]), **masks)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_in_an_encoder_of_torch(training: bool) -> None:
+    """Which makes bool masks additive before attention sees them."""
+    layer = torch.nn.TransformerEncoderLayer(48, 3, 64, dropout=0.0, batch_first=True)
+    theirs = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).train(training)
+    ours = copy.deepcopy(theirs)
+    for block in ours.layers:
+        attention = nn.MultiheadAttention(**DIMS)
+        attention.load_state_dict(block.self_attn.state_dict())
+        block.self_attn = attention.train(training)
+    x = torch.randn(3, 6, 48)
+    for mask, is_causal in ((None, False), (future(x), True), (future(x), False)):
+        options = {"mask": mask, "is_causal": is_causal, "src_key_padding_mask": PADDING}
+        valid = ~PADDING
+        torch.testing.assert_close(
+            ours(x, **options)[valid], theirs(x, **options)[valid], rtol=2e-5, atol=2e-5
+        )
+
+
 def test_padding_is_not_read() -> None:
     _, ours = pair()
     x = torch.randn(2, 6, 48)
@@ -111,13 +150,14 @@ def test_refuses() -> None:
     mask = torch.zeros(2, 6, dtype=torch.bool)
     for message, options in {
         r"need_weights .* use torch\.nn": {"need_weights": True},
-        "attn_mask .* use is_causal=True": {"attn_mask": future(x)},
-        "together .* cu_seqlens_q": {"key_padding_mask": mask, "is_causal": True},
-        r"bool of shape \(2, 6\)": {"key_padding_mask": mask[:, 1:]},
-        r"got torch.float32": {"key_padding_mask": mask.float()},
+        r"key_padding_mask must have shape \(2, 6\), got": {"key_padding_mask": mask[:, 1:]},
+        r"attn_mask must have shape \(6, 6\) or \(6, 6, 6\), got": {"attn_mask": mask},
     }.items():
         with pytest.raises(ValueError, match=message):
             ours(x, x, x, **options)
+    for name in ("attn_mask", "key_padding_mask"):
+        with pytest.raises(TypeError, match=f"{name} must be bool or floating point, got .*int64"):
+            ours(x, x, x, **{name: mask.long()})
     with pytest.raises(ValueError, match="2 queries and 6 keys"):
         ours(x[:, :2], x, x, is_causal=True)
     with pytest.raises(

@@ -14,6 +14,27 @@ def _attention(*args: Any, **options: Any) -> Tensor:
     return cast(Tensor, ops.attention(*args, **options))
 
 
+def _expect_mask(name: str, mask: Tensor | None, *shapes: tuple[int, ...]) -> None:
+    if mask is None:
+        return
+    if not (mask.dtype == torch.bool or mask.is_floating_point()):
+        raise TypeError(
+            f"MultiheadAttention: {name} must be bool or floating point, got {mask.dtype}"
+        )
+    if tuple(mask.shape) not in shapes:
+        expected = " or ".join(map(str, shapes))
+        raise ValueError(
+            f"MultiheadAttention: {name} must have shape {expected}, got {tuple(mask.shape)}"
+        )
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores; a bool mask hides where it is True."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf)
+
+
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """out = out_proj(concat_h(softmax(q_h k_h^T / sqrt(head_dim)) v_h)).
 
@@ -76,30 +97,40 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         Args:
             query: (batch, seqlen_q, embed_dim), or without batch.
             key, value: (batch, seqlen_k, kdim or vdim), or without batch.
-            key_padding_mask: bool (batch, seqlen_k), True where a key is padding. Padding is
-                removed before the projections, so it costs nothing. A sequence of nothing but
-                padding gives out_proj(0), where torch gives NaN.
+            key_padding_mask: (batch, seqlen_k), True where a key is padding, or what is added to
+                its scores. Alone, as bool, it costs nothing: padding is removed before the
+                projections. A sequence of nothing but padding gives out_proj(0), where torch
+                gives NaN.
             need_weights: must be False, which is the default here.
-            attn_mask: ignored with is_causal=True (torch wants it there), else must be None.
+            attn_mask: (seqlen_q, seqlen_k) or (batch * num_heads, seqlen_q, seqlen_k), True where a
+                key is hidden, or what is added to the scores. Ignored with is_causal=True (torch
+                wants it there).
             is_causal: query i sees the keys j <= i; seqlen_q = seqlen_k.
 
         Returns:
             (out, None), out as query.
 
         Raises:
-            ValueError: a combination that is not supported; the message says what to use.
+            ValueError: weights are asked for, or a mask has another shape.
+            TypeError: a mask is neither bool nor floating point.
         """
         expect_tensors(self, query=query, key=key, value=value)
+        attn_mask = None if is_causal else attn_mask
         self._check(query, key, key_padding_mask, need_weights, attn_mask, is_causal)
         if query.dim() == 2:
             mask = None if key_padding_mask is None else key_padding_mask[None]
-            out, _ = self.forward(query[None], key[None], value[None], mask, is_causal=is_causal)
+            out, _ = self.forward(
+                query[None], key[None], value[None], mask, attn_mask=attn_mask, is_causal=is_causal
+            )
             return out[0], None
-        if key_padding_mask is not None:
-            attended = self._attend_unpadded(query, key, value, ~key_padding_mask)
+        padding = key_padding_mask
+        alone = attn_mask is None and not is_causal
+        if padding is not None and padding.dtype == torch.bool and alone:
+            attended = self._attend_unpadded(query, key, value, ~padding)
         else:
             q, k, v = self._project(query, key, value)
-            attended = _attention(q, k, v, causal=is_causal)
+            bias = self._bias(q, padding, attn_mask)
+            attended = _attention(q, k, v, causal=is_causal, bias=bias)
         return self.out_proj(attended.flatten(-2)), None
 
     def _check(
@@ -116,28 +147,26 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 "MultiheadAttention: need_weights must be False, as weights are never formed; "
                 "use torch.nn.MultiheadAttention to look at them"
             )
-        if attn_mask is not None and not is_causal:
-            raise ValueError(
-                "MultiheadAttention: attn_mask is not supported; use is_causal=True for a causal "
-                "mask, key_padding_mask for padding, else torch.nn.MultiheadAttention"
-            )
         if is_causal and query.shape[-2] != key.shape[-2]:
             raise ValueError(
                 "MultiheadAttention: is_causal needs as many keys as queries, got "
                 f"{query.shape[-2]} queries and {key.shape[-2]} keys"
             )
-        if key_padding_mask is None:
-            return
-        if is_causal:
-            raise ValueError(
-                "MultiheadAttention: key_padding_mask and is_causal together are not supported; "
-                "use ops.attention with cu_seqlens_q on the unpadded tokens"
-            )
-        if key_padding_mask.dtype != torch.bool or key_padding_mask.shape != key.shape[:-1]:
-            raise ValueError(
-                f"MultiheadAttention: key_padding_mask must be bool of shape {(*key.shape[:-1],)}, "
-                f"got {key_padding_mask.dtype} {tuple(key_padding_mask.shape)}"
-            )
+        batch = query.shape[0] if query.dim() == 3 else 1
+        scores = (query.shape[-2], key.shape[-2])
+        _expect_mask("key_padding_mask", key_padding_mask, (*key.shape[:-1],))
+        _expect_mask("attn_mask", attn_mask, scores, (batch * self.num_heads, *scores))
+
+    def _bias(self, q: Tensor, padding: Tensor | None, mask: Tensor | None) -> Tensor | None:
+        """The masks as what is added to the scores: (batch or 1, num_heads or 1, q, k)."""
+        bias = None
+        if mask is not None:
+            heads = (-1, self.num_heads) if mask.dim() == 3 else (1, 1)
+            bias = _added(mask, q.dtype).view(*heads, *mask.shape[-2:])
+        if padding is not None:
+            of_keys = _added(padding, q.dtype)[:, None, None].expand(-1, -1, q.shape[1], -1)
+            bias = of_keys if bias is None else bias + of_keys
+        return bias
 
     def _attend_unpadded(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor) -> Tensor:
         batch, seqlen_q, _ = query.shape
