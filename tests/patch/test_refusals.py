@@ -40,6 +40,8 @@ def test_unknown_models_are_refused_and_supported_ones_named() -> None:
 def test_unknown_options_are_refused() -> None:
     with pytest.raises(TypeError, match="norms"):
         patch_model(vit(), norms=False)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="patch_model: norm must be a bool, got 'no'"):
+        patch_model(vit(), norm="no")  # type: ignore[arg-type]
 
 
 class Renamed(modeling_llama.LlamaMLP):

@@ -16,7 +16,7 @@ from vlmkernels.models.cache import KVCache
 from vlmkernels.models.checkpoint import Json
 from vlmkernels.models.fields import INDEX, INDICES, INTEGER, INTEGER_OR_NONE, REAL, expect
 from vlmkernels.models.rules import Rules
-from vlmkernels.models.stopping import StopStrings
+from vlmkernels.models.stopping import StopStrings, expect_stop_strings
 from vlmkernels.models.tokenizer import Tokenizer
 
 
@@ -119,7 +119,8 @@ class Generates(ABC, Generic[State]):
                 appended to the padded row.
             num_beams, length_penalty, early_stopping: beam search, see `Beams`; 1 for none.
             num_return_sequences: so many rows for each prompt, the best first; with beams.
-            max_new_tokens: at most so many (128); fewer when every row has ended.
+            max_new_tokens: at most so many (the checkpoint's, else 128); fewer when every row has
+                ended.
             max_length: the same counted with the padded prompt (with T5, with its start token).
                 max_new_tokens goes before it.
             min_new_tokens, repetition_penalty: see `Rules`.
@@ -206,8 +207,11 @@ class Generates(ABC, Generic[State]):
         eos_ids = self._eos_token_ids(eos_token_id)
         pad_id = self._pad_token_id(pad_token_id, eos_ids)
         eos = torch.tensor(eos_ids, dtype=torch.int64, device=self.device)
-        if max_new_tokens is None:
-            max_new_tokens = 128 if max_length is None else self._room(max_length, inputs)
+        expect_stop_strings(stop_strings, tokenizer)
+        if max_new_tokens is None and max_length is not None:
+            max_new_tokens = self._room(max_length, inputs)
+        elif max_new_tokens is None:
+            max_new_tokens = self.generation_config.get("max_new_tokens", 128)
         rules = Rules(eos, pad_id, max_new_tokens, min_new_tokens, repetition_penalty)
         logits, state = self.prefill(max_new_tokens, **inputs)
         if max(eos_ids, default=0) >= (vocab_size := logits.shape[-1]):

@@ -10,6 +10,17 @@ from torch import Tensor
 from vlmkernels.models.fields import TEXTS, expect
 
 
+def expect_stop_strings(strings: str | Sequence[str] | None, tokenizer: Any) -> None:
+    """ValueError unless there are none, or texts and a tokenizer."""
+    if strings is None:
+        return
+    expect("stop_strings", strings, TEXTS)
+    if not hasattr(tokenizer, "decode"):
+        raise ValueError(
+            f"tokenizer: expected the model's with stop_strings, got {tokenizer!r:.80}"
+        )
+
+
 class StopStrings:
     """Which rows of text, prompt included, hold one of `strings` where their last token is.
 
@@ -23,11 +34,6 @@ class StopStrings:
     def __init__(
         self, strings: str | Sequence[str], tokenizer: Any, prompts: Tensor, mask: Tensor | None
     ) -> None:
-        expect("stop_strings", strings, TEXTS)
-        if not hasattr(tokenizer, "decode"):
-            raise ValueError(
-                f"tokenizer: expected the model's with stop_strings, got {tokenizer!r:.80}"
-            )
         self.strings = [strings] if isinstance(strings, str) else list(strings)
         self.tokenizer = tokenizer
         # A token is a byte at least; the first of a text may lose its space.

@@ -81,7 +81,8 @@ def patch_model(
         What was replaced, and what was left though it was asked for.
 
     Raises:
-        TypeError: model is no Module, or its class is not supported (the message says which are).
+        TypeError: model is no Module, or its class is not supported (the message says which are);
+            an option is no bool.
         RuntimeError: this version of transformers has other classes or forwards than those known,
             or an object's forward has been replaced by something else (hooks of accelerate,
             kernelize). Nothing was patched then.
@@ -90,6 +91,9 @@ def patch_model(
         "norm": norm, "activation": activation, "rope": rope, "patch_embed": patch_embed,
         "qformer_attention": qformer_attention, "attention": attention,
     }  # fmt: skip
+    for kind, on in options.items():
+        if not isinstance(on, bool):
+            raise TypeError(f"patch_model: {kind} must be a bool, got {on!r}")
     wanted = {kind for kind, on in options.items() if on}
     report, plan, models = Report(), list[tuple[Any, type]](), list[Any]()
     for name, module, family in _parts(model):

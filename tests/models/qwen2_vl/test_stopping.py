@@ -146,6 +146,18 @@ def test_max_length_counts_the_prompt(
     assert T5.from_pretrained(tmp_path).generate(test_t5.IDS, max_length=4).shape[1] == 4
 
 
+def test_max_new_tokens_of_the_checkpoint(
+    model: Qwen2VL, processor: Qwen2VLProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = cases.make("text", processor)
+    given = {**model.generation_config, "max_new_tokens": 3, "eos_token_id": []}
+    monkeypatch.setattr(model, "generation_config", given)
+    length = inputs["input_ids"].shape[1]
+    assert model.generate(**inputs).shape[1] == length + 3
+    assert model.generate(**inputs, max_new_tokens=2).shape[1] == length + 2
+    assert model.generate(**inputs, max_length=length + 4).shape[1] == length + 4
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -157,7 +169,12 @@ def test_max_length_counts_the_prompt(
     ],
 )
 def test_bad_options_are_named(
-    options: dict[str, Any], message: str, model: Qwen2VL, processor: Qwen2VLProcessor
+    options: dict[str, Any],
+    message: str,
+    model: Qwen2VL,
+    processor: Qwen2VLProcessor,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(model, "prefill", None)  # before anything is computed
     with pytest.raises(ValueError, match=message):
         model.generate(**cases.make("text", processor), **options)
