@@ -28,7 +28,7 @@ def test_command() -> None:
 def test_tiles() -> None:
     """Verbose: each tile of the attention kernels."""
     tiles = _core.C.attention_tiles()
-    assert {tile["kernel"] for tile in tiles} == {"forward", "dq", "dk, dv"}
+    assert {tile["kernel"] for tile in tiles} == {"forward", "dq", "dk, dv", "dbias"}
     text = [" ".join(line.split()) for line in info.report(verbose=True).splitlines()]
     assert [t for t in tiles if " ".join(map(str, t.values())) not in text] == []
     assert "tiles" not in info.report()
