@@ -82,6 +82,13 @@ def test_masks(masks: dict[str, Any]) -> None:
         assert_same(*pair(), (x[0], x[0], x[0]), **masks)
 
 
+def test_masks_of_nothing() -> None:
+    _, ours = pair()
+    x = torch.randn(2, 0, 48)
+    out, _ = ours(x, x, x, attn_mask=torch.zeros(6, 0, 0), key_padding_mask=torch.zeros(2, 0))
+    assert out.shape == x.shape
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_in_an_encoder_of_torch(training: bool) -> None:
     """Which makes bool masks additive before attention sees them."""

@@ -161,7 +161,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """The masks as what is added to the scores: (batch or 1, num_heads or 1, q, k)."""
         bias = None
         if mask is not None:
-            heads = (-1, self.num_heads) if mask.dim() == 3 else (1, 1)
+            heads = (len(q), self.num_heads) if mask.dim() == 3 else (1, 1)
             bias = _added(mask, q.dtype).view(*heads, *mask.shape[-2:])
         if padding is not None:
             of_keys = _added(padding, q.dtype)[:, None, None].expand(-1, -1, q.shape[1], -1)
