@@ -9,20 +9,23 @@ namespace vlmkernels {
 
 // The optional tensors as they come from Python, in the order of the op's schema.
 struct MaskTensors {
-    Tensor id_ranges, bias, cu_q, cu_k, segments_q, segments_k, images_q, images_k, spans;
+    Tensor id_ranges, tile_order, bias, cu_q, cu_k, segments_q, segments_k, images_q, images_k,
+        spans;
 
     MaskTensors(const char* op, const py::sequence& t)
         : id_ranges(op, "id_ranges", t[0], true),
-          bias(op, "bias", t[1], true),
-          cu_q(op, "cu_seqlens_q", t[2], true),
-          cu_k(op, "cu_seqlens_k", t[3], !cu_q.given),
-          segments_q(op, "segment_ids[0]", t[4], true),
-          segments_k(op, "segment_ids[1]", t[5], true),
-          images_q(op, "image_ids[0]", t[6], true),
-          images_k(op, "image_ids[1]", t[7], true),
-          spans(op, "key_spans", t[8], true) {}
+          tile_order(op, "tile_order", t[1], true),
+          bias(op, "bias", t[2], true),
+          cu_q(op, "cu_seqlens_q", t[3], true),
+          cu_k(op, "cu_seqlens_k", t[4], !cu_q.given),
+          segments_q(op, "segment_ids[0]", t[5], true),
+          segments_k(op, "segment_ids[1]", t[6], true),
+          images_q(op, "image_ids[0]", t[7], true),
+          images_k(op, "image_ids[1]", t[8], true),
+          spans(op, "key_spans", t[9], true) {}
     Masks masks() const {
-        return {bias, cu_q, cu_k, segments_q, segments_k, images_q, images_k, spans, id_ranges};
+        return {bias,     cu_q,     cu_k,  segments_q, segments_k,
+                images_q, images_k, spans, id_ranges,  tile_order};
     }
 };
 

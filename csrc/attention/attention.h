@@ -21,7 +21,8 @@ inline constexpr int kMaxHeadDim = 256;  // any multiple of 8 up to this
 // way to shared memory, never read.
 inline constexpr int kAttentionTileDims[] = {32, 64, 80, 96, 112, 128, 192, 256};
 inline constexpr int kMaskedTileDims[] = {64, 96, 128, 256};  // where the mask is not plain
-inline constexpr int kIdBlock = 64;  // tokens that one row of id_ranges describes
+inline constexpr int kIdBlock = 64;      // tokens that one row of id_ranges describes
+inline constexpr int kOrderedRows = 64;  // of a tile at least, for a tile_order
 
 // Heads of a dense [batch, seqlen, num_heads, head_dim] or packed [num_tokens, num_heads, head_dim]
 // tensor. Strides in elements; head_dim has stride 1. CUDA: 16-byte aligned rows.
@@ -85,7 +86,10 @@ struct AttentionParams {
     // In place of all that: query i sees the keys from spans[i][0] to before spans[i][1].
     const int32_t* spans;  // [batch, seqlen_q, 2], packed [num_tokens_q, 2], contiguous; or null
     int32_t* id_ranges;    // CUDA workspace if has_ids(): [id_blocks(q) + id_blocks(k), 4]
-    float softcap;         // cap(s) = softcap tanh(s / softcap); 0: cap(s) = s
+    int32_t* tile_order;   // CUDA workspace when packed: [1 + tile_slots, 2]; the first row: how
+                           // many follow, each a (block, sequence). Null: all blocks of all
+    int tile_slots;
+    float softcap;  // cap(s) = softcap tanh(s / softcap); 0: cap(s) = s
     BiasView bias;
     bool float32_out;  // out, or dq, dk, dv, are float32 whatever dtype is: parts of a sum
 
@@ -100,6 +104,11 @@ struct AttentionParams {
 
 // Rows of id_ranges for so many tokens.
 constexpr int64_t id_blocks(int64_t num_tokens) { return (num_tokens + kIdBlock - 1) / kIdBlock; }
+
+// Tiles of kOrderedRows or more that sequences can have.
+constexpr int64_t tile_slots(int64_t num_tokens, int64_t batch) {
+    return num_tokens / kOrderedRows + batch;
+}
 
 struct AttentionBackwardParams : AttentionParams {
     HeadsView dout;            // as out

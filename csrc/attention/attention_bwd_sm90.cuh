@@ -315,7 +315,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
 template <class Tile>
 Error launch_bwd_sm90(
-    const AttentionBackwardParams& p, Stream stream,
+    AttentionBackwardParams p, Stream stream,
     decltype(&attention_bwd_sm90_kernel<Tile>) kernel = attention_bwd_sm90_kernel<Tile>) {
     AttentionBwdMaps maps;
     CUtensorMap *q = &maps.x0, *dout = &maps.x1, *k = &maps.y0, *v = &maps.y1;
@@ -328,8 +328,9 @@ Error launch_bwd_sm90(
     if (!error) error = queries_map<Q>(dout, p.dout, p);
     if (!error) error = keys_map<K>(k, p.k, p);
     if (!error) error = keys_map<K>(v, p.v, p);
+    const int tiles = BwdSchedule<Tile>::num_tiles(p), ctas = std::min(tiles, num_sms());
+    if (!error) error = order_tiles(p, Tile::kRows, Tile::kKeys, tiles == ctas, stream);
     if (error) return error;
-    const int ctas = std::min(BwdSchedule<Tile>::num_tiles(p), num_sms());
     return launch(kernel, ctas, Tile::kThreads, Tile::kSharedBytes, stream, maps, p);
 }
 

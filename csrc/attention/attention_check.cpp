@@ -214,6 +214,18 @@ static void set_ids(AttentionParams& p, const Tensor& q, const Tensor& k, const 
     p.id_ranges = ranges.ptr<int32_t>();
 }
 
+static void set_tile_order(AttentionParams& p, const Tensor& q, const Tensor& order) {
+    if (!takes_cuda(q)) return;
+    const int64_t slots = tile_slots(std::max(p.num_tokens_q, p.num_tokens_k), p.batch);
+    expect_dtype(order, {DType::kInt32});
+    expect_same_device(order, q);
+    expect_shape(order, {1 + slots, 2}, "(1 + num_tokens / 64 + batch, 2)");
+    expect_contiguous(order);
+    expect_aligned(order, 8);
+    p.tile_order = order.ptr<int32_t>();
+    p.tile_slots = as_int(order, slots);
+}
+
 // q, k, v, the lengths when packed, and all that happens to scores.
 AttentionParams check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Masks& masks,
                              const ScoreOptions& options) {
@@ -229,6 +241,7 @@ AttentionParams check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, 
         // No sequence is longer than all tokens: a careless bound costs nothing.
         p.seqlen_q = int(std::min(options.max_seqlen_q, p.num_tokens_q));
         p.seqlen_k = int(std::min(options.max_seqlen_k, p.num_tokens_k));
+        set_tile_order(p, q, masks.tile_order);
     }
     set_scores(p, q.op, options);
     p.bias = check_bias(masks.bias, q, p);

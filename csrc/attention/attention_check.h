@@ -16,7 +16,7 @@ struct ScoreOptions {
 // The optional tensors of a call.
 struct Masks {
     const Tensor &bias, &cu_seqlens_q, &cu_seqlens_k;
-    const Tensor &segments_q, &segments_k, &images_q, &images_k, &spans, &id_ranges;
+    const Tensor &segments_q, &segments_k, &images_q, &images_k, &spans, &id_ranges, &tile_order;
 };
 
 int as_int(const Tensor& t, int64_t size);

@@ -38,7 +38,7 @@ struct MaskedFwdSchedule : TileSchedule {
     const LongestFirst order;  // where the past is seen, most of it, the last queries see most
 
     __device__ MaskedFwdSchedule(const AttentionParams& p, const MaskedFwdInputs& in)
-        : TileSchedule(in.num_blocks, in.num_groups, p.batch),
+        : TileSchedule(p, in.num_blocks, in.num_groups),
           order(p.window_right >= 0 && (p.window_left < 0 || p.window_left > p.seqlen_k / 2)
                     ? LongestFirst::kLastBlock
                     : LongestFirst::kNo) {}
@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kChoice.ctas)
 
 // heads: of q in the rows of a tile, all that share a key head or 1.
 template <class Element, int kTileDim>
-Error attention_fwd_masked_sm90(const AttentionParams& p, int heads, Stream stream) {
+Error attention_fwd_masked_sm90(AttentionParams p, int heads, Stream stream) {
     using Tile = AttentionFwdTile90<Element, kTileDim, FwdCase::kMasked>;
     MaskedFwdInputs in;
     in.packing = HeadPacking::of(heads);
@@ -249,8 +249,9 @@ Error attention_fwd_masked_sm90(const AttentionParams& p, int heads, Stream stre
     Error error = packed_queries_map<typename Tile::Q>(&in.q, p, in.packing);
     if (!error) error = keys_map<typename Tile::K>(&in.k, p.k, p);
     if (!error) error = keys_map<typename Tile::K>(&in.v, p.v, p);
+    const int tiles = in.num_blocks * in.num_groups * p.batch, ctas = std::min(tiles, num_sms());
+    if (!error) error = order_tiles(p, tokens, false, tiles == ctas, stream);
     if (error) return error;
-    const int ctas = std::min(in.num_blocks * in.num_groups * p.batch, num_sms());
     return launch(attention_fwd_masked_sm90_kernel<Tile>, ctas, Tile::kThreads, Tile::kSharedBytes,
                   stream, in, p);
 }

@@ -327,13 +327,15 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kChoice.ctas)
 }
 
 template <class Tile>
-Error launch_fwd_sm90(const AttentionParams& p, Stream stream) {
+Error launch_fwd_sm90(AttentionParams p, Stream stream) {
     AttentionFwdMaps maps;
     Error error = queries_map<typename Tile::Q>(&maps.q, p.q, p);
     if (!error) error = keys_map<typename Tile::K>(&maps.k, p.k, p);
     if (!error) error = keys_map<typename Tile::K>(&maps.v, p.v, p);
+    const int tiles = FwdSchedule<Tile>::num_tiles(p);
+    const int ctas = std::min(tiles, num_sms() * Tile::kChoice.ctas);
+    if (!error) error = order_tiles(p, Tile::kBlockM, false, Tile::kShort || tiles == ctas, stream);
     if (error) return error;
-    const int ctas = std::min(FwdSchedule<Tile>::num_tiles(p), num_sms() * Tile::kChoice.ctas);
     return launch(attention_fwd_sm90_kernel<Tile>, ctas, Tile::kThreads, Tile::kSharedBytes, stream,
                   maps, p);
 }

@@ -9,6 +9,7 @@
 
 #include "attention/attention_tiles.h"
 #include "attention/instances.h"
+#include "attention/tile_order.cuh"
 
 namespace vlmkernels {
 

@@ -176,15 +176,18 @@ def expect_heads(q: Tensor) -> None:
 
 
 def for_core(q: Tensor, k: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Any, ...]:
-    """The arguments after q, k, v as the core takes them: the tensors as one tuple, with a
-    workspace for the range of ids of each 64 tokens."""
-    ranges = None
+    """The arguments after q, k, v as the core takes them: the tensors as one tuple, with
+    workspaces for the range of ids of each 64 tokens and for the tiles of packed sequences."""
+    ranges = tiles = None
     if any(rest[i] is not None for i in (2, 4, 6)):
         blocks = sum(-(-math.prod(x.shape[:-2]) // 64) for x in (q, k))
         ranges = q.new_empty((blocks, 4), dtype=torch.int32)
+    if rest[0] is not None and q.ndim == 3:
+        slots = max(len(q), len(k)) // 64 + rest[0].numel() - 1
+        tiles = q.new_empty((1 + max(slots, 0), 2), dtype=torch.int32)
     if bias is not None and bias.ndim and bias.stride(-1) != 1:
         bias = bias.contiguous()
-    return (ranges, bias, *rest[:7]), *rest[7:]
+    return (ranges, tiles, bias, *rest[:7]), *rest[7:]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
