@@ -2,6 +2,6 @@
 
 namespace vlmkernels {
 
-template Error attention_fwd_masked_sm90<__half, 128>(const AttentionParams&, int, Stream);
+template Error attention_fwd_masked_sm90<__half, 128>(AttentionParams, int, Stream);
 
 }  // namespace vlmkernels

@@ -2,6 +2,6 @@
 
 namespace vlmkernels {
 
-template Error attention_fwd_masked_sm90<__nv_bfloat16, 256>(const AttentionParams&, int, Stream);
+template Error attention_fwd_masked_sm90<__nv_bfloat16, 256>(AttentionParams, int, Stream);
 
 }  // namespace vlmkernels

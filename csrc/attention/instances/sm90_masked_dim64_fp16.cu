@@ -2,6 +2,6 @@
 
 namespace vlmkernels {
 
-template Error attention_fwd_masked_sm90<__half, 64>(const AttentionParams&, int, Stream);
+template Error attention_fwd_masked_sm90<__half, 64>(AttentionParams, int, Stream);
 
 }  // namespace vlmkernels
