@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <climits>
 #include <iterator>
 #include <utility>
 
@@ -37,7 +38,8 @@ static bool has_tokens(const AttentionParams& p) {
 static bool fits_sm90(const AttentionParams& p) {
     const int64_t blocks = (int64_t(std::max(p.seqlen_q, p.seqlen_k)) + 63) / 64;
     return has_hopper() && has_tokens(p) && has_tensor_maps(p) &&
-           blocks * p.num_heads * p.batch < int64_t(1) << 31;
+           blocks * p.num_heads * p.batch <
+               INT_MAX - 65536;  // a round may end beyond the last tile
 }
 
 static bool takes_plain(const AttentionParams& p) {
