@@ -51,21 +51,26 @@ def distance(z: Tensor, codebook: Tensor) -> Tensor:
     return ops.vq_lookup(z, codebook.detach()).distance
 
 
+def pixels(x: Tensor, weight: Tensor) -> Tensor:
+    statistics = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+    return ops.patch_embed_pixels(x, weight, merge_size=2, **statistics)
+
+
 def of_bytes(x: Tensor, weight: Tensor) -> Tensor:
-    images = (x.detach() * 40 + 120).clamp(0, 255).to(torch.uint8)
-    return ops.patch_embed_pixels(images, weight, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    return pixels((x.detach() * 40 + 120).clamp(0, 255).to(torch.uint8), weight)
 
 
 FORWARD, BACKWARD = "attention_fwd_sm90_kernel", "attention_bwd_sm90_kernel"
 MASKED, WIDE = "attention_fwd_masked_sm90_kernel", "attention_bwd_wide_sm90_kernel"
 CLIP = tuple(f"contrastive_{name}_hopper_kernel" for name in ("forward", "ds", "products"))
-EMBED = tuple(f"patch_embed{name}_hopper_kernel" for name in ("", "_dx", "_dweight"))
+EMBED = tuple(f"patch_embed{name}" for name in ("", "_dx", "_dweight"))
+IMAGES = ((8, 3, 224, 224), (384, 3, 14, 14))
 CASES = {
     "attention": Case(ops.attention, ((3, 700, 4, 72),) * 3, (FORWARD, BACKWARD)),
     "attention short": Case(ops.attention, ((3, 60, 4, 64),) * 3, (FORWARD, BACKWARD)),
     "attention causal": Case(
         partial(ops.attention, causal=True),
-        ((2, 900, 4, 128), (2, 900, 2, 128), (2, 900, 2, 128)),
+        ((2, 1024, 4, 128), (2, 1024, 2, 128), (2, 1024, 2, 128)),
         (FORWARD, BACKWARD),
     ),
     "attention packed": Case(packed, ((1000, 4, 80),) * 3, (FORWARD, BACKWARD)),
@@ -75,9 +80,10 @@ CASES = {
         (MASKED, BACKWARD, "attention_dbias_sm90_kernel"),
     ),
     "attention wide": Case(ops.attention, ((2, 500, 4, 256),) * 3, (MASKED, BACKWARD, WIDE)),
-    "patch_embed": Case(ops.patch_embed, ((8, 3, 224, 224), (384, 3, 14, 14)), EMBED),
-    "patch_embed_pixels": Case(
-        of_bytes, ((8, 3, 224, 224), (384, 3, 14, 14)), ("patch_embed_resident_kernel",)
+    "patch_embed": Case(ops.patch_embed, IMAGES, tuple(f"{name}_kernel" for name in EMBED)),
+    "pixels": Case(pixels, IMAGES, tuple(f"{name}_hopper_kernel" for name in EMBED)),
+    "pixels, bytes": Case(
+        of_bytes, IMAGES, ("patch_embed_resident_kernel", "patch_embed_dweight_hopper_kernel")
     ),
     "clip_loss": Case(ops.clip_loss, ((1500, 256), (1500, 256), ()), CLIP),
     "siglip_loss": Case(ops.siglip_loss, ((1500, 256), (1500, 256), (), ()), CLIP),
