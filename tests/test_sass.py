@@ -37,16 +37,25 @@ MATRIX = (
 )
 
 
+def cuobjdump(option: str) -> str:
+    tool = shutil.which("cuobjdump", path=PATH)
+    assert tool, "pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+    return subprocess.run(
+        [tool, option, _core._load("_C").__file__],
+        capture_output=True, text=True, check=True, env={**os.environ, "PATH": PATH},
+    ).stdout  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def kernels() -> dict[str, str]:
     """The instructions of each kernel, of every architecture in the binary."""
-    tool = shutil.which("cuobjdump", path=PATH)
-    assert tool, "pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
-    run = subprocess.run(
-        [tool, "-sass", _core._load("_C").__file__],
-        capture_output=True, text=True, check=True, env={**os.environ, "PATH": PATH},
-    )  # fmt: skip
-    return dict(sections(run.stdout))
+    return dict(sections(cuobjdump("-sass")))
+
+
+def launch_registers(listing: str) -> dict[str, int]:
+    """Of a thread of each kernel for sm_90a."""
+    listing = "".join(part for part in listing.split("arch = ") if part.startswith("sm_90a"))
+    return {n: int(r) for n, r in re.findall(r"Function (\S+):\s+REG:(\d+)", listing)}
 
 
 def sections(listing: str) -> Iterator[tuple[str, str]]:
@@ -86,3 +95,30 @@ def test_matrix_kernels_use_tensor_cores(kernels: dict[str, str]) -> None:
             assert re.search(r"\b(HMMA|HGMMA)\b", code), name
             # Asynchronous copies feed them.
             assert re.search(r"\b(LDGSTS|UTMALDG|UBLKCP)\b", code), name
+
+
+def test_wgmma_is_asynchronous(kernels: dict[str, str]) -> None:
+    """Where ptxas serialises, every product ends a group of its own, and is waited for."""
+    for name, code in kernels.items():
+        products = re.findall(r"\bHGMMA\b.*?;", code)
+        groups = sum("gsb0" in product for product in products)
+        assert 2 * groups <= len(products), name
+
+
+def test_warpgroups_share_the_registers_of_the_launch(kernels: dict[str, str]) -> None:
+    """setmaxnreg moves what the launch had; a warp that asks for more waits for ever."""
+    registers = launch_registers(cuobjdump("--dump-resource-usage"))
+    checked = 0
+    for name, code in kernels.items():
+        sizes = {
+            kind: {int(size, 0) for size in re.findall(rf"USETMAXREG\.{kind}.*?(\w+) ;", code)}
+            for kind in ("TRY_ALLOC", "DEALLOC")
+        }
+        if not any(sizes.values()):
+            continue
+        (consumer,), (producer,) = sizes["TRY_ALLOC"], sizes["DEALLOC"]
+        launched = registers[name.split()[1]]
+        warpgroups = 65536 // (128 * launched)  # one CTA has all of the SM
+        assert producer + (warpgroups - 1) * consumer <= warpgroups * launched, name
+        checked += 1
+    assert checked or not registers

@@ -38,8 +38,12 @@ bench() {
 }
 sanitizer() {
     # torch's allocator would hide what a kernel writes past a tensor
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --kernel-regex kns=vlmkernels \
-        $PYTHON -m pytest tests/ops -p no:cacheprovider -k "cuda and exact"
+    local tool failed=0
+    for tool in memcheck synccheck; do
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 1 \
+            --kernel-regex kns=vlmkernels $PYTHON -m pytest tests/ops -p no:cacheprovider -k "cuda and exact" || failed=1
+    done
+    return $failed
 }
 
 declare -A limit=([install]=240 [tests]=240 [bench]=540 [sanitizer]=300)

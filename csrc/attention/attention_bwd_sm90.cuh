@@ -314,9 +314,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 }
 
 template <class Tile>
-Error launch_bwd_sm90(
-    AttentionBackwardParams p, Stream stream,
-    decltype(&attention_bwd_sm90_kernel<Tile>) kernel = attention_bwd_sm90_kernel<Tile>) {
+Error launch_bwd_sm90(AttentionBackwardParams p, Stream stream,
+                      void (*kernel)(AttentionBwdMaps,
+                                     AttentionBackwardParams) = attention_bwd_sm90_kernel<Tile>) {
     AttentionBwdMaps maps;
     CUtensorMap *q = &maps.x0, *dout = &maps.x1, *k = &maps.y0, *v = &maps.y1;
     if (Tile::kKeys) std::swap(q, k), std::swap(dout, v);

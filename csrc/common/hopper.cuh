@@ -183,7 +183,8 @@ __device__ inline void bulk_wait_read() {
 
 // --- Fences ---
 
-// Between ordinary (or cp.async) writes to shared memory and their reads by wgmma or TMA.
+// Between ordinary (or cp.async) writes to shared memory and their reads by wgmma or TMA; also
+// between ordinary reads and what TMA writes in the same place next.
 __device__ inline void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
 }

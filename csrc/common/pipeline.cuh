@@ -5,7 +5,8 @@
 //   tma_load(..., barriers.full(at), ...)      barriers.release(at)     one thread per arrival
 //   at.advance()                               at.advance()
 // A producer that writes with ordinary stores or cp.async instead lets every thread call
-// fence_proxy_async() (once its data has landed) and mbarrier_arrive(barriers.full(at)).
+// fence_proxy_async() (once its data has landed) and mbarrier_arrive(barriers.full(at)). A consumer
+// that reads with ordinary loads what TMA brought calls it before release().
 #pragma once
 
 #include <cstdint>

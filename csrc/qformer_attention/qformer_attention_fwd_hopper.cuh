@@ -164,6 +164,7 @@ __device__ void consume(const QFormerAttentionParams& p, const QFormerRows& rows
                 project<Tile, kHalf>(a[half], q, stage + weight, half * kHalf / 8, lane);
             multiply_scores<Tile>(scores, reinterpret_cast<uint32_t (&)[Tile::kSlab / 16][4]>(a),
                                   stage, column > 0);
+            fence_proxy_async();  // project() read weights, in whose place TMA writes next
             stages.release();
         }
         uint32_t probabilities[Tile::kKeys / 16][4];

@@ -110,6 +110,7 @@ __device__ void vq_consume(const VqLookupParams& p, const VqCodebook<T>& codeboo
                                 prepared.num_chunks, barriers, at, before, lane);
         candidates.add(scores, bounds, half_norms + before.stage * Block::kTileCodes,
                        tile * Block::kTileCodes);
+        fence_proxy_async();  // lanes read half norms, in whose place a bulk copy writes next
         __syncwarp();
         if (lane == 0) barriers.release(before);
         before.advance();
