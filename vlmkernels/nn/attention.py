@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vlmkernels import ops
-from vlmkernels.nn._arguments import expect_tensors
+from vlmkernels.nn._arguments import expect_tensors, typed
 
 
 def _attention(*args: Any, **options: Any) -> Tensor:
@@ -53,6 +53,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         ValueError: dropout, add_bias_kv, add_zero_attn or batch_first=False is asked for.
     """
 
+    @typed
     def __init__(
         self,
         embed_dim: int,

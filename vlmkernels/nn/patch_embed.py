@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels import ops
+from vlmkernels.nn._arguments import typed
 
 
 class _PatchEmbed(torch.nn.Module):
@@ -14,13 +15,14 @@ class _PatchEmbed(torch.nn.Module):
     weight: torch.nn.Parameter
     bias: torch.nn.Parameter | None
 
+    @typed
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, ...],
+        kernel_size: int | Sequence[int],
         *,  # a convolution's next is stride
-        stride: int | tuple[int, ...] | None = None,
+        stride: int | Sequence[int] | None = None,
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

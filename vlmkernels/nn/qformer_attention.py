@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, linear
 
 from vlmkernels import ops
+from vlmkernels.nn._arguments import typed
 from vlmkernels.nn.norm import LayerNorm
 from vlmkernels.ops.qformer_attention import FORMS
 
@@ -32,6 +33,7 @@ class QFormerCrossAttention(torch.nn.Module):
         ValueError: num_attention_heads does not divide hidden_size.
     """
 
+    @typed
     def __init__(
         self,
         hidden_size: int,
@@ -199,6 +201,7 @@ class Resampler(torch.nn.Module):
     Source: Bai et al., "Qwen-VL", 2023, section 2.1.
     """
 
+    @typed
     def __init__(
         self,
         grid_size: int,
