@@ -165,6 +165,8 @@ class Generates(ABC, Generic[State]):
             raise ValueError(f"num_beams: expected 1 to get tokens as they come, got {num_beams}")
         sampling = Sampling(temperature, top_k, top_p)
         sampling.expect_drawing(seed=seed, generator=generator)
+        if not isinstance(generator, torch.Generator | None):
+            raise TypeError(f"generator: expected a torch.Generator, got {generator!r:.80}")
         if seed is not None and generator is not None:
             raise ValueError("seed: expected at most one of seed and generator, got both")
         if seed is not None:
