@@ -45,6 +45,16 @@ WRONG_VALUES: list[tuple[str, dict[str, Any], str]] = [
     ("QKNormRotaryEmbedding", {"head_dim": 8, "interleaved": True}, "interleaved needs sections"),
     ("QKNormRotaryEmbedding", {"head_dim": 8, "theta": -1.0}, "theta must be finite and above 0"),
     ("SwiGLUMLP", {"hidden_dim": 8, "mlp_dim": -1}, "mlp_dim must be positive, got -1"),
+    (
+        "MultiheadAttention",
+        {"embed_dim": 16, "num_heads": 3, "batch_first": True},
+        "embed_dim must be a multiple of num_heads 3, got 16",
+    ),
+    (
+        "PatchEmbed2d",
+        {"in_channels": -1, "out_channels": 8, "kernel_size": 4},
+        "in_channels must be positive, got -1",
+    ),
 ]
 
 
@@ -71,3 +81,42 @@ def test_inputs_are_floating_point() -> None:
     codes = nn.VectorQuantizer(4, 8)
     with pytest.raises(TypeError, match=r"^VectorQuantizer: z must be floating point"):
         codes(torch.ones(1, 8, 2, 2, dtype=torch.int64))
+
+
+INPUTS: list[tuple[torch.nn.Module, list[Any], int, str]] = [
+    (nn.MultiheadAttention(16, 2, batch_first=True), [torch.ones(1, 4, 16)] * 3, 0, "query"),
+    (nn.MultiheadAttention(16, 2, batch_first=True), [torch.ones(1, 4, 16)] * 3, 2, "value"),
+    (nn.SwiGLUMLP(16, 8), [torch.ones(4, 16)], 0, "x"),
+    (nn.Resampler(2, 16, 2, 24), [torch.ones(1, 4, 24)], 0, "x"),
+    (nn.QFormerCrossAttention(16, 24, 2), [*[torch.ones(1, 4, 16)], None, torch.ones(1, 4, 24)],
+     2, "encoder_hidden_states"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "inputs", "place", "name"), INPUTS)
+def test_inputs(module: torch.nn.Module, inputs: list[Any], place: int, name: str) -> None:
+    module(*inputs)
+    prefix = f"^{type(module).__name__}: {name} must "
+    for wrong in (inputs[place].numpy(), inputs[place].int(), "x"):
+        with pytest.raises(TypeError, match=prefix):
+            module(*inputs[:place], wrong, *inputs[place + 1 :])
+    for wrong in (inputs[place][..., :-1], torch.tensor(1.0)):
+        with pytest.raises(ValueError, match=prefix):
+            module(*inputs[:place], wrong, *inputs[place + 1 :])
+
+
+def test_masks_are_tensors() -> None:
+    x = torch.ones(1, 4, 16)
+    attention = nn.MultiheadAttention(16, 2, batch_first=True)
+    for name in ("key_padding_mask", "attn_mask"):
+        with pytest.raises(TypeError, match=f"^MultiheadAttention: {name} must be a torch.Tensor"):
+            attention(x, x, x, **{name: np.zeros((4, 4), bool)})
+    with pytest.raises(TypeError, match=r"^QFormerCrossAttention: encoder_attention_mask must be"):
+        nn.QFormerCrossAttention(16, 16, 2)(x, None, x, [[True] * 4])
+    with pytest.raises(ValueError, match=r"^MultiheadAttention: key must have shape"):
+        attention(x, x[0], x)
+
+
+def test_pixels_are_tensors() -> None:
+    with pytest.raises(TypeError, match=r"^PatchEmbed2d: x must be a torch.Tensor or a sequence"):
+        nn.PatchEmbed2d(3, 8, 4)(None)  # type: ignore[arg-type]

@@ -51,3 +51,12 @@ def expect_positive(module: object, **arguments: int) -> None:
     for name, value in arguments.items():
         if value < 1:
             raise ValueError(f"{type(module).__name__}: {name} must be positive, got {value}")
+
+
+def expect_width(module: object, width: int, **arguments: object) -> None:
+    """`expect_tensors`, and ValueError unless their last dimension has `width` elements."""
+    expect_tensors(module, **arguments)
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and (value.ndim == 0 or value.shape[-1] != width):
+            where = f"{type(module).__name__}: {name}"
+            raise ValueError(f"{where} must have shape (..., {width}), got {tuple(value.shape)}")
