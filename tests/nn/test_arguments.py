@@ -86,7 +86,6 @@ def test_inputs_are_floating_point() -> None:
 INPUTS: list[tuple[torch.nn.Module, list[Any], int, str]] = [
     (nn.MultiheadAttention(16, 2, batch_first=True), [torch.ones(1, 4, 16)] * 3, 0, "query"),
     (nn.MultiheadAttention(16, 2, batch_first=True), [torch.ones(1, 4, 16)] * 3, 2, "value"),
-    (nn.SwiGLUMLP(16, 8), [torch.ones(4, 16)], 0, "x"),
     (nn.Resampler(2, 16, 2, 24), [torch.ones(1, 4, 24)], 0, "x"),
     (nn.QFormerCrossAttention(16, 24, 2), [*[torch.ones(1, 4, 16)], None, torch.ones(1, 4, 24)],
      2, "encoder_hidden_states"),
@@ -117,6 +116,8 @@ def test_masks_are_tensors() -> None:
         attention(x, x[0], x)
 
 
-def test_pixels_are_tensors() -> None:
+def test_x_is_a_tensor() -> None:
+    with pytest.raises(TypeError, match=r"^SwiGLUMLP: x must be floating point, got torch.int64"):
+        nn.SwiGLUMLP(16, 8)(torch.ones(4, 16, dtype=torch.int64))
     with pytest.raises(TypeError, match=r"^PatchEmbed2d: x must be a torch.Tensor or a sequence"):
         nn.PatchEmbed2d(3, 8, 4)(None)  # type: ignore[arg-type]

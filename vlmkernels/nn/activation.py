@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels import ops
-from vlmkernels.nn._arguments import expect_positive, expect_width, typed
+from vlmkernels.nn._arguments import expect_positive, expect_tensors, typed
 from vlmkernels.ops.activation import kind_of
 
 
@@ -86,5 +86,5 @@ class SwiGLUMLP(torch.nn.Module):
         self.down_proj = torch.nn.Linear(mlp_dim, hidden_dim, bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        expect_width(self, self.gate_proj.in_features, x=x)
+        expect_tensors(self, x=x)
         return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
