@@ -74,8 +74,10 @@ Patches patches_of(const Tensor& x, const Tensor& weight) {
                         "(num_images, channels, t, h, w)",
                         shape_text(x));
         if (weight.ndim != x.ndim)
-            value_error(weight, "must have as many dimensions as x " + shape_text(x),
-                        shape_text(weight));
+            value_error(
+                weight,
+                std::string("must have as many dimensions as ") + x.name + " " + shape_text(x),
+                shape_text(weight));
         if (x.size(1) != weight.size(1))
             value_error(x,
                         "must have channels = " + std::to_string(weight.size(1)) + " like weight",

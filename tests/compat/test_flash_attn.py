@@ -166,3 +166,18 @@ def test_what_is_refused(backend: Backend) -> None:
             function(x, x, x, **arguments)
     with pytest.raises(ValueError, match="unless enable_gqa=True, got 2"):
         flash_attn.scaled_dot_product_attention(heads(backend, 1, 4, 2, 64), x[:, :2], x[:, :2])
+
+
+def test_flags_and_types() -> None:
+    """Errors name the function that was called; a flag that is no bool is refused."""
+    q = torch.ones(1, 4, 2, 16)
+    with pytest.raises(TypeError, match=r"^flash_attn_func: causal must be a bool, got 'no'"):
+        flash_attn.flash_attn_func(q, q, q, causal="no")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^scaled_dot_product_attention: is_causal must be a bool"):
+        flash_attn.scaled_dot_product_attention(q, q, q, is_causal=1)  # type: ignore[arg-type]
+    with pytest.raises(
+        TypeError, match=r"^scaled_dot_product_attention: query must be a torch.Ten"
+    ):
+        flash_attn.scaled_dot_product_attention(q.tolist(), q, q)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^flash_attn_func: k must "):
+        flash_attn.flash_attn_func(q, q[..., :8], q)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from vlmkernels.distributed import ContextPlan, Layout, make_mask
+from vlmkernels.distributed import ContextPlan, Layout, context_parallel, make_mask, ring_attention
 from vlmkernels.distributed import layout as layouts
 from vlmkernels.testing.ranks import run_ranks
 
@@ -98,6 +98,41 @@ def test_plan_arguments() -> None:
         ContextPlan(8, segment_ids=torch.zeros(7, dtype=torch.int32))
     with pytest.raises(ValueError, match="x: expected 8 tokens along dimension 1"):
         ContextPlan(8).shard(torch.zeros(1, 7))
+    with pytest.raises(ValueError, match="num_tokens: expected at least 0, got -1"):
+        ContextPlan(-1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_tokens": None}, "num_tokens: expected an int, got None"),
+        ({"num_tokens": 2.5}, "num_tokens: expected an int, got 2.5"),
+        ({"causal": "no"}, "causal: expected a bool, got 'no'"),
+        ({"ulysses": 1}, "ulysses: expected a bool, got 1"),
+        ({"cu_seqlens": [0, 8]}, "cu_seqlens: expected a torch.Tensor or None, got list"),
+    ],
+)
+def test_types_of_plan_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=f"^{message}"):
+        ContextPlan(**{"num_tokens": 8, **arguments})
+
+
+def test_types_of_tensors() -> None:
+    with pytest.raises(TypeError, match=r"^x: expected a torch.Tensor, got list"):
+        ContextPlan(8).shard([0] * 8)  # type: ignore[arg-type]
+    wrong: Any = "no"
+    with (
+        pytest.raises(TypeError, match=r"^ulysses: expected"),
+        context_parallel(ulysses=wrong),
+    ):
+        pass
+    q: Any = torch.zeros(1, 8, 2, 16)
+    with pytest.raises(
+        TypeError, match=r"^ring_attention: plan must be of type .*ContextPlan, got None"
+    ):
+        ring_attention(q, q, q, None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^ring_attention: q must be a torch.Tensor, got ndarray"):
+        ring_attention(q.numpy(), q, q, ContextPlan(8))
 
 
 def test_shard_and_unshard() -> None:

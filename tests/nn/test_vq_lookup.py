@@ -281,7 +281,7 @@ def test_unsupported_arguments() -> None:
     for sizes in ((0, 4), (8, 0), (8, 4, 0), (8, 4, 2, 0)):
         with pytest.raises(ValueError, match="VectorQuantize: sizes must be positive, got 0"):
             nn.VectorQuantize(*sizes)
-    with pytest.raises(TypeError, match=r"sizes must be ints, got 2\.5"):
+    with pytest.raises(TypeError, match=r"codebook_size must be of type int, got 2\.5"):
         nn.VectorQuantize(8, 2.5)
     for decay in (-0.1, 1.5, float("nan")):
         with pytest.raises(ValueError, match=r"decay must be in \[0, 1\] and eps not negative"):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels import ops
+from vlmkernels.ops._library import public
 
 Result = Tensor | tuple[Tensor, Tensor]
 
@@ -26,6 +27,7 @@ _ALIBI = "pass it as ops.attention(bias=...)"
 _PROBS = "attention weights are never formed; ops.attention(return_lse=True) gives lse"
 
 
+@public
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -61,6 +63,7 @@ def flash_attn_func(
     )  # fmt: skip
 
 
+@public
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -104,6 +107,7 @@ def flash_attn_varlen_func(
     )  # fmt: skip
 
 
+@public
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -174,6 +178,7 @@ def flash_attn_with_kvcache(
     )  # fmt: skip
 
 
+@public
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,

@@ -11,6 +11,7 @@ from .block import accumulate_dtype
 from .plan import ContextPlan, plan_of
 
 
+@_library.public
 def ring_attention(
     q: Tensor,
     k: Tensor,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .layout import Layout
+from .mask import expect_bool
 from .plan import ContextPlan, Group
 
 
@@ -43,6 +44,7 @@ def context_parallel(
     Args:
         group, layout, exchange, ulysses: see `ContextPlan`.
     """
+    expect_bool("ulysses", ulysses)
     options = {"group": group, "layout": layout, "exchange": exchange, "ulysses": ulysses}
     global _open
     token = _active.set(_Context(options))

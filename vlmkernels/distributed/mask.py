@@ -6,6 +6,7 @@ any part of the keys then needs their positions only.
 """
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -55,8 +56,12 @@ def make_mask(
         window: (left, right) tokens, -1 for no bound, as flash-attention's window_size.
 
     Raises:
-        ValueError: shapes or borders are not as above.
+        ValueError: shapes or borders are not as above. TypeError: so for types.
     """
+    _expect_types(
+        num_tokens, causal, cu_seqlens=cu_seqlens, segment_ids=segment_ids,
+        image_blocks=image_blocks,
+    )  # fmt: skip
     if cu_seqlens is not None:
         if segment_ids is not None:
             raise ValueError("cu_seqlens: expected None beside segment_ids, got both")
@@ -82,6 +87,23 @@ def make_mask(
         last = torch.where(blocks >= 0, last.maximum(end.minimum(high)), last)
     first, last = torch.broadcast_tensors(first, last)
     return Mask(first.contiguous(), last.contiguous())
+
+
+def _expect_types(num_tokens: object, causal: object, **ids: object) -> None:
+    if not isinstance(num_tokens, Integral) or isinstance(num_tokens, bool):
+        raise TypeError(f"num_tokens: expected an int, got {num_tokens!r:.80}")
+    if num_tokens < 0:
+        raise ValueError(f"num_tokens: expected at least 0, got {num_tokens}")
+    expect_bool("causal", causal)
+    for name, x in ids.items():
+        if x is not None and not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor or None, got {type(x).__name__}")
+
+
+def expect_bool(name: str, value: object) -> None:
+    """TypeError naming the argument; anything else would be true or false as well."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {value!r:.80}")
 
 
 def _segments(num_tokens: int, cu_seqlens: Tensor) -> Tensor:

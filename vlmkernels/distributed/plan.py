@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from . import gather, layout, ring
 from .block import view_of
 from .layout import Layout
-from .mask import Mask, make_mask
+from .mask import Mask, expect_bool, make_mask
 from .transport import Alone, Grid, Transport, transport_of
 from .ulysses import copies_of_key_heads, join_heads, split_heads
 
@@ -43,7 +43,8 @@ class ContextPlan:
             given, or the CPU.
 
     Raises:
-        ValueError: an argument is not as above, or another rank's plan differs.
+        ValueError: an argument is not as above, or another rank's plan differs. TypeError: an
+            argument of another type.
     """
 
     def __init__(
@@ -63,12 +64,13 @@ class ContextPlan:
     ) -> None:
         if exchange not in EXCHANGES:
             raise ValueError(f"exchange: expected one of {', '.join(EXCHANGES)}, got {exchange!r}")
+        expect_bool("ulysses", ulysses)
         self.exchange = gather if exchange == "all_gather" else ring
         self.everybody, self.ring, self.heads = _transports(group, ulysses)
         if device is None:
             device = self.everybody.device
             if device.type == "cpu":  # NCCL takes no tensors from there
-                ids = (x for x in (cu_seqlens, segment_ids, image_blocks) if x is not None)
+                ids = (x for x in (cu_seqlens, segment_ids, image_blocks) if isinstance(x, Tensor))
                 device = next((x.device for x in ids), device)
         self.mask = make_mask(
             num_tokens,
@@ -289,6 +291,8 @@ def _digest(mask: Mask) -> str:
 
 
 def _expect_size(name: str, x: Tensor, dim: int, size: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
     if not -x.ndim <= dim < x.ndim or x.shape[dim] != size:
         raise ValueError(
             f"{name}: expected {size} tokens along dimension {dim}, got shape {tuple(x.shape)}"

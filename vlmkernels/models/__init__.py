@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,8 @@ def load_processor(path: str | Path) -> Any:
 
 
 def _entry(path: str | Path) -> Entry:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path: expected that of a checkpoint directory, got {path!r:.80}")
     if not Path(path).is_dir():
         raise ValueError(f"model: expected a checkpoint directory, found none at {path}")
     if clip.open_clip.is_directory(path):

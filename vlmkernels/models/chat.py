@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,10 @@ class Chat:
 
 def as_texts(text: str | Sequence[str]) -> list[str]:
     """One text or many as a list."""
-    texts = [text] if isinstance(text, str) else list(text)
+    many = isinstance(text, Iterable) and not isinstance(text, str)
+    texts: list[Any] = list(text) if many else [text]
+    if not all(isinstance(each, str) for each in texts):
+        raise TypeError(f"text: expected a string or several, got {text!r:.80}")
     if not texts:
         raise ValueError("text: expected at least one, got none")
     return texts

@@ -184,7 +184,7 @@ def load_weights(
             `device` that is none. The model is untouched then.
     """
     if dtype is not None and dtype not in DTYPES.values():
-        raise ValueError(f"dtype: expected one of {[*DTYPES.values()]}, got {dtype}")
+        raise ValueError(f"dtype: expected one of {[*DTYPES.values()]}, got {dtype!r}")
     device = _device(device)
     stored = read_headers(Path(path), rename, weights)
     aliases = {a: source for a, source in (tied or {}).items() if a in stored}

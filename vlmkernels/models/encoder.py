@@ -9,7 +9,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from vlmkernels.models.layers import Mlp, add_norm, run_layer
+from vlmkernels.models.layers import Mlp, add_norm, expect_floating, run_layer
 from vlmkernels.nn import LayerNorm, PatchEmbed2d
 from vlmkernels.ops import attention
 
@@ -119,8 +119,7 @@ def expect_pixels(
     pixel_values: Tensor, channels: int, size: tuple[int, int], interpolate: bool
 ) -> None:
     """ValueError or TypeError unless these are (num_images, channels, height, width) images."""
-    if not pixel_values.is_floating_point():
-        raise TypeError(f"pixel_values: expected floating point, got {pixel_values.dtype}")
+    expect_floating("pixel_values", pixel_values)
     shape = tuple(pixel_values.shape)
     if len(shape) != 4 or shape[1] != channels:
         raise ValueError(

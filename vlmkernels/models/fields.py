@@ -124,3 +124,22 @@ def preset_of(presets: Mapping[str, T], name: str) -> T:
 def _is_file_name(name: Any) -> bool:
     """A plain one: a checkpoint may not send its reader to another directory."""
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
+class AttentionHeads:
+    """For a config with Hugging Face's fields: its heads under the names that the ops have."""
+
+    hidden_size: int
+    num_attention_heads: int
+
+    @property
+    def num_heads(self) -> int:
+        return self.num_attention_heads
+
+    @property
+    def num_heads_k(self) -> int:
+        return getattr(self, "num_key_value_heads", None) or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads

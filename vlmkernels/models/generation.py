@@ -119,10 +119,9 @@ class Generates(ABC, Generic[State]):
                 appended to the padded row.
             num_beams, length_penalty, early_stopping: beam search, see `Beams`; 1 for none.
             num_return_sequences: so many rows for each prompt, the best first; with beams.
-            max_new_tokens: at most so many (the checkpoint's, else 128); fewer when every row has
-                ended.
+            max_new_tokens: at most so many; fewer when every row has ended.
             max_length: the same counted with the padded prompt (with T5, with its start token).
-                max_new_tokens goes before it.
+                max_new_tokens goes before it. With neither: the checkpoint's, else 128 new ones.
             min_new_tokens, repetition_penalty: see `Rules`.
             temperature, top_k, top_p: see `Sampling`; greedy by default. Without beams.
             seed, generator: make sampling repeatable; at most one of them.
@@ -166,6 +165,8 @@ class Generates(ABC, Generic[State]):
             raise ValueError(f"num_beams: expected 1 to get tokens as they come, got {num_beams}")
         sampling = Sampling(temperature, top_k, top_p)
         sampling.expect_drawing(seed=seed, generator=generator)
+        if not isinstance(generator, torch.Generator | None):
+            raise TypeError(f"generator: expected a torch.Generator, got {generator!r:.80}")
         if seed is not None and generator is not None:
             raise ValueError("seed: expected at most one of seed and generator, got both")
         if seed is not None:
@@ -208,10 +209,11 @@ class Generates(ABC, Generic[State]):
         pad_id = self._pad_token_id(pad_token_id, eos_ids)
         eos = torch.tensor(eos_ids, dtype=torch.int64, device=self.device)
         expect_stop_strings(stop_strings, tokenizer)
-        if max_new_tokens is None and max_length is not None:
-            max_new_tokens = self._room(max_length, inputs)
-        elif max_new_tokens is None:
-            max_new_tokens = self.generation_config.get("max_new_tokens", 128)
+        if max_new_tokens is None and max_length is None:
+            names = ("max_new_tokens", "max_length")
+            max_new_tokens, max_length = map(self.generation_config.get, names)
+        if max_new_tokens is None:
+            max_new_tokens = 128 if max_length is None else self._room(max_length, inputs)
         rules = Rules(eos, pad_id, max_new_tokens, min_new_tokens, repetition_penalty)
         logits, state = self.prefill(max_new_tokens, **inputs)
         if max(eos_ids, default=0) >= (vocab_size := logits.shape[-1]):

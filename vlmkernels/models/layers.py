@@ -86,3 +86,11 @@ def run_layer(layer: nn.Module, *args: Any, recompute: bool) -> tuple[Tensor, Te
     else:
         y, residual = layer(*args)
     return y, residual
+
+
+def expect_floating(name: str, value: Any) -> None:
+    """TypeError naming the argument unless it is a tensor of a floating-point dtype."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected floating point, got {value.dtype}")

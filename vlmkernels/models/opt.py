@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vlmkernels.models.checkpoint import Json
 from vlmkernels.models.decoder import PackedDecoder, causal_attention
-from vlmkernels.models.fields import INDICES, NOT_NEGATIVE, expect_fields, preset_of
+from vlmkernels.models.fields import INDICES, NOT_NEGATIVE, AttentionHeads, expect_fields, preset_of
 from vlmkernels.models.layers import add_norm
 from vlmkernels.models.vlm import VLM, Embedded, VLMOutput, embed_text, embedded, looks_at
 from vlmkernels.nn import LayerNorm
@@ -48,7 +48,7 @@ PRESETS: dict[str, Json] = {
 
 
 @dataclass
-class OPTConfig:
+class OPTConfig(AttentionHeads):
     """config.json of an OPT, or the `text_config` of a BLIP-2. Defaults are OPT-125m, which is what
     a sparse file leaves out. `raw` is the file it came from: unknown keys survive a round trip."""
 
@@ -72,18 +72,6 @@ class OPTConfig:
                 f"hidden_size: expected a multiple of {self.num_attention_heads} heads, "
                 f"got {self.hidden_size}"
             )
-
-    @property
-    def num_heads(self) -> int:
-        return self.num_attention_heads
-
-    @property
-    def num_heads_k(self) -> int:
-        return self.num_attention_heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
 
     @property
     def initializer_range(self) -> float:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import mse_loss, normalize
 
-from vlmkernels.nn._arguments import expect_tensors
+from vlmkernels.nn._arguments import expect_tensors, typed
 from vlmkernels.nn._vq_codebook import Codebook
 
 # Arguments of vector-quantize-pytorch 1.32 that are only admitted at their defaults.
@@ -51,8 +51,6 @@ def _refuse(name: str, options: dict[str, Any]) -> None:
 
 def _check_sizes(name: str, *sizes: int | None) -> None:
     for size in sizes:
-        if size is not None and not isinstance(size, int):
-            raise TypeError(f"{name}: sizes must be ints, got {size!r}")
         if size is not None and size < 1:
             raise ValueError(f"{name}: sizes must be positive, got {size}")
 
@@ -100,6 +98,7 @@ class VectorQuantize(torch.nn.Module):
         ValueError, TypeError: unsupported or unknown arguments, mask with images.
     """
 
+    @typed
     def __init__(
         self,
         dim: int,
@@ -302,6 +301,7 @@ class ResidualVQ(torch.nn.Module):
     Source: Zeghidour et al., "SoundStream", 2021, algorithm 1.
     """
 
+    @typed
     def __init__(
         self,
         *,

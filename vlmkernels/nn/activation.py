@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from vlmkernels import ops
+from vlmkernels.nn._arguments import expect_positive, expect_tensors, typed
+from vlmkernels.ops.activation import kind_of
 
 
 class QuickGELU(torch.nn.Module):
@@ -16,8 +18,10 @@ class QuickGELU(torch.nn.Module):
 class GELU(torch.nn.Module):
     """`ops.gelu`: drop-in for torch.nn.GELU."""
 
+    @typed
     def __init__(self, approximate: str = "none") -> None:
         super().__init__()
+        kind_of("GELU", approximate)
         self.approximate = approximate
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,8 +48,10 @@ class SwiGLU(torch.nn.Module):
 class GEGLU(torch.nn.Module):
     """`ops.geglu` of two tensors, or of one fused projection: gate first."""
 
+    @typed
     def __init__(self, approximate: str = "tanh") -> None:
         super().__init__()
+        kind_of("GEGLU", approximate)
         self.approximate = approximate
 
     def forward(self, gate: Tensor, up: Tensor | None = None) -> Tensor:
@@ -62,6 +68,7 @@ class SwiGLUMLP(torch.nn.Module):
     `gate_proj.weight`, `up_proj.weight`, `down_proj.weight` (and `.bias`).
     """
 
+    @typed
     def __init__(
         self,
         hidden_dim: int,
@@ -72,10 +79,12 @@ class SwiGLUMLP(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        expect_positive(self, hidden_dim=hidden_dim, mlp_dim=mlp_dim)
         self.gate_proj, self.up_proj = (
             torch.nn.Linear(hidden_dim, mlp_dim, bias, device, dtype) for _ in range(2)
         )
         self.down_proj = torch.nn.Linear(mlp_dim, hidden_dim, bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        expect_tensors(self, x=x)
         return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]

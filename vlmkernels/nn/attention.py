@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vlmkernels import ops
-from vlmkernels.nn._arguments import expect_tensors
+from vlmkernels.nn._arguments import expect_positive, expect_width, typed
 
 
 def _attention(*args: Any, **options: Any) -> Tensor:
@@ -17,6 +17,9 @@ def _attention(*args: Any, **options: Any) -> Tensor:
 def _expect_mask(name: str, mask: Tensor | None, *shapes: tuple[int, ...]) -> None:
     if mask is None:
         return
+    if not isinstance(mask, Tensor):
+        kind = type(mask).__name__
+        raise TypeError(f"MultiheadAttention: {name} must be a torch.Tensor, got {kind}")
     if not (mask.dtype == torch.bool or mask.is_floating_point()):
         raise TypeError(
             f"MultiheadAttention: {name} must be bool or floating point, got {mask.dtype}"
@@ -53,6 +56,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         ValueError: dropout, add_bias_kv, add_zero_attn or batch_first=False is asked for.
     """
 
+    @typed
     def __init__(
         self,
         embed_dim: int,
@@ -75,6 +79,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             raise ValueError(
                 "MultiheadAttention: dropout, add_bias_kv and add_zero_attn are not supported; "
                 "use torch.nn.MultiheadAttention for them"
+            )
+        expect_positive(self, embed_dim=embed_dim, num_heads=num_heads)
+        if embed_dim % num_heads:
+            raise ValueError(
+                f"MultiheadAttention: embed_dim must be a multiple of num_heads {num_heads}, "
+                f"got {embed_dim}"
             )
         super().__init__(
             embed_dim, num_heads, bias=bias, kdim=kdim, vdim=vdim, batch_first=True,
@@ -114,7 +124,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             ValueError: weights are asked for, or a mask has another shape.
             TypeError: a mask is neither bool nor floating point.
         """
-        expect_tensors(self, query=query, key=key, value=value)
+        for name, x, width in (
+            ("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)
+        ):  # fmt: skip
+            expect_width(self, width, **{name: x})
+            if x.dim() not in (2, 3) or x.dim() != query.dim():
+                raise ValueError(
+                    f"MultiheadAttention: {name} must have shape (batch, seqlen, width) or all "
+                    f"(seqlen, width), got {tuple(x.shape)}"
+                )
         attn_mask = None if is_causal else attn_mask
         self._check(query, key, key_padding_mask, need_weights, attn_mask, is_causal)
         if query.dim() == 2:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from vlmkernels import ops
 from vlmkernels.distributed import contrastive_loss as distributed
+from vlmkernels.nn._arguments import typed
 
 
 class _ContrastiveLoss(torch.nn.Module):
@@ -54,6 +55,7 @@ class ClipLoss(_ContrastiveLoss):
     group: process group of rank and world_size; None: the default one.
     """
 
+    @typed
     def __init__(
         self,
         local_loss: bool = False,
@@ -104,6 +106,7 @@ class SigLipLoss(_ContrastiveLoss):
     here it is always one ring. cache_labels is ignored. group: as of `ClipLoss`.
     """
 
+    @typed
     def __init__(
         self,
         cache_labels: bool = False,

@@ -1,5 +1,6 @@
 """RMSNorm and LayerNorm with an optional fused residual add."""
 
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
@@ -7,12 +8,13 @@ import torch
 from torch import Tensor
 
 from vlmkernels import ops
+from vlmkernels.nn._arguments import typed
 
 
 def _ones(
     module: torch.nn.Module,
     name: str,
-    dim: int,
+    dim: Any,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> Tensor:
@@ -23,7 +25,7 @@ def _ones(
         raise TypeError(f"{where} must be an int (one dimension is normalised), got {dim!r}")
     if width < 1:
         raise ValueError(f"{where} must be positive, got {dim!r}")
-    return torch.ones(width, device=device, dtype=dtype)
+    return torch.ones(int(width), device=device, dtype=dtype)
 
 
 class RMSNorm(torch.nn.Module):
@@ -34,9 +36,10 @@ class RMSNorm(torch.nn.Module):
     `weight`.
     """
 
+    @typed
     def __init__(
         self,
-        dim: int,
+        dim: int | Sequence[int],
         eps: float = 1e-6,
         *,
         device: torch.device | str | None = None,
@@ -60,9 +63,10 @@ class LayerNorm(torch.nn.Module):
     keys `weight` and `bias`. elementwise_affine=False: neither (weight is ones, outside of it).
     """
 
+    @typed
     def __init__(
         self,
-        normalized_shape: int,
+        normalized_shape: int | Sequence[int],
         eps: float = 1e-5,
         elementwise_affine: bool = True,
         bias: bool = True,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels import ops
+from vlmkernels.nn._arguments import expect_positive, typed
 
 
 class _PatchEmbed(torch.nn.Module):
@@ -14,13 +15,14 @@ class _PatchEmbed(torch.nn.Module):
     weight: torch.nn.Parameter
     bias: torch.nn.Parameter | None
 
+    @typed
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int, ...],
+        kernel_size: int | Sequence[int],
         *,  # a convolution's next is stride
-        stride: int | tuple[int, ...] | None = None,
+        stride: int | Sequence[int] | None = None,
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -30,6 +32,7 @@ class _PatchEmbed(torch.nn.Module):
         merge_size: int = 1,
     ) -> None:
         super().__init__()
+        expect_positive(self, in_channels=in_channels, out_channels=out_channels)
         # The convolution only gives its parameters, initialised as it does.
         make: Any = self._conv
         stride = kernel_size if stride is None else stride
@@ -105,6 +108,11 @@ class _PatchEmbed(torch.nn.Module):
 
         Raises ValueError for uint8 pixels where no mean and std were given.
         """
+        if not isinstance(x, Tensor | Sequence):
+            raise TypeError(
+                f"{type(self).__name__}: x must be a torch.Tensor or a sequence of them, got "
+                f"{type(x).__name__}"
+            )
         first = x if isinstance(x, Tensor) else next(iter(x), None)
         is_bytes = isinstance(first, Tensor) and first.dtype == torch.uint8
         if is_bytes and (self.mean is None or self.std is None):

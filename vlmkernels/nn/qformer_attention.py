@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, linear
 
 from vlmkernels import ops
+from vlmkernels.nn._arguments import expect_tensors, expect_width, typed
 from vlmkernels.nn.norm import LayerNorm
 from vlmkernels.ops.qformer_attention import FORMS
 
@@ -32,6 +33,7 @@ class QFormerCrossAttention(torch.nn.Module):
         ValueError: num_attention_heads does not divide hidden_size.
     """
 
+    @typed
     def __init__(
         self,
         hidden_size: int,
@@ -105,6 +107,7 @@ class QFormerCrossAttention(torch.nn.Module):
         x = encoder_hidden_states
         if x is None:
             raise ValueError("QFormerCrossAttention: encoder_hidden_states must be given, got None")
+        expect_tensors(self, hidden_states=hidden_states, encoder_hidden_states=x)
         if self.training and self.dropout:
             raise ValueError(
                 "QFormerCrossAttention: dropout must be 0 in training (attention_probs_dropout_prob"
@@ -169,6 +172,11 @@ def _key_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
     """Bool (batch, num_tokens), True where a token exists."""
     if mask is None:
         return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(
+            "QFormerCrossAttention: encoder_attention_mask must be a torch.Tensor, got "
+            f"{type(mask).__name__}"
+        )
     shape, wanted = mask.shape, x.shape[:2]
     if mask.ndim == 4 and shape[1] == 1 and shape[2]:
         mask = mask[:, 0, 0]
@@ -199,6 +207,7 @@ class Resampler(torch.nn.Module):
     Source: Bai et al., "Qwen-VL", 2023, section 2.1.
     """
 
+    @typed
     def __init__(
         self,
         grid_size: int,
@@ -241,6 +250,11 @@ class Resampler(torch.nn.Module):
 
         Returns (batch, grid_size**2, embed_dim).
         """
+        width = self.attn.embed_dim
+        expect_width(self, getattr(self.kv_proj, "in_features", width), x=x)
+        if x.ndim != 3:
+            shape = "(batch, num_tokens, kv_dim)"
+            raise ValueError(f"Resampler: x must have shape {shape}, got {tuple(x.shape)}")
         y = self.ln_kv(self.kv_proj(x))
         weight_q, weight_k, weight_v = self.attn.in_proj_weight.chunk(3)
         bias_q, bias_k, bias_v = self.attn.in_proj_bias.chunk(3)

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from vlmkernels import ops
+from vlmkernels.nn._arguments import typed
 from vlmkernels.nn.norm import RMSNorm
+from vlmkernels.nn.rope import check_rotation
 
 
 class QKNormRotaryEmbedding(torch.nn.Module):
@@ -18,6 +20,7 @@ class QKNormRotaryEmbedding(torch.nn.Module):
     position_embeddings.
     """
 
+    @typed
     def __init__(
         self,
         head_dim: int,
@@ -31,6 +34,9 @@ class QKNormRotaryEmbedding(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if interleaved and sections is None:
+            raise ValueError("QKNormRotaryEmbedding: interleaved needs sections, got None")
+        check_rotation(self, theta, rotary_dim, sections, interleaved)
         self.sections = None if sections is None else tuple(sections)
         self.interleaved, self.theta = interleaved, theta
         self.rotary_dim, self.eps = rotary_dim, eps

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vlmkernels import ops
-from vlmkernels.nn._arguments import expect_tensors
+from vlmkernels.nn._arguments import expect_tensors, typed
 
 Info = tuple[None, None, Tensor]
 
@@ -28,12 +28,13 @@ class VectorQuantizer(torch.nn.Module):
         ValueError: remap is given (a re-indexing that no published model of these two needs).
     """
 
+    @typed
     def __init__(
         self,
         n_e: int,
         e_dim: int | None = None,
         beta: float = 0.25,
-        remap: None = None,
+        remap: object = None,
         unknown_index: str = "random",
         sane_index_shape: bool = False,
         legacy: bool = True,

@@ -53,6 +53,8 @@ def kv_cache_append(
     """
     tensors = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
     expect_no_gradient("kv_cache_append", **tensors, **({} if q is None else {"q": q}))
+    if cos is None and sin is not None:
+        raise ValueError("kv_cache_append: cos must be given with sin, got None")
     rotates = q is not None and cos is not None
     out = _op(
         q if rotates else None, k, v, k_cache, v_cache, cache_seqlens, block_table, cos, sin,

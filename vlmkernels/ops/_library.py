@@ -22,6 +22,7 @@ from typing import (
     get_type_hints,
 )
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -30,6 +31,8 @@ from torch.autograd.function import once_differentiable
 library = torch.library.Library("vlmkernels", "DEF")
 ops: "dict[str, Op]" = {}
 _references_only = False
+FLAG = (bool, np.bool_)
+_BLAMABLE = (AttributeError, IndexError, OverflowError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -148,14 +151,27 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     """For a public function: an error names it, not the op it shares, and the argument to blame.
 
     The core checks what it takes; what fails before is looked for in the type hints. Only a call
-    that failed pays for any of this.
+    that failed pays for that. Flags are looked at before, since anything is true or false.
     """
+    parameters = inspect.signature(function).parameters.values()
+    flags = [each.name for each in parameters if each.annotation is bool]
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        for flag in flags:
+            if not isinstance(value := kwargs.get(flag, False), FLAG):
+                where = f"{function.__name__}: {flag}"
+                raise TypeError(f"{where} must be a bool, got {value!r:.80}")
         try:
             return function(*args, **kwargs)
-        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        except (
+            AttributeError,
+            IndexError,
+            OverflowError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
             op, colon, text = str(error).partition(": ")
             if isinstance(error, (TypeError, ValueError)) and colon and op.isidentifier():
                 error.args = (f"{function.__name__}: {text}",)
@@ -174,35 +190,46 @@ def _blame_argument(
         arguments = inspect.signature(function).bind(*args, **kwargs).arguments
     except TypeError:  # too many or too few: the error says so
         return
+    tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
     for name, value in arguments.items():
         where = f"{function.__name__}: {name}"
-        if not _fits(value, hints[name]):
+        if not fits(value, hints[name]):
             kind, got = f"of type {inspect.formatannotation(hints[name])}", f"{value!r:.80}"
             if hints[name] is Tensor:
                 kind, got = "a torch.Tensor", type(value).__name__
             raise TypeError(f"{where} must be {kind}, got {got}") from None
+        if isinstance(value, int) and value.bit_length() > 63:
+            raise ValueError(f"{where} must be below 2^63, got {value!r:.80}") from None
         if not isinstance(value, Tensor):
             continue
         if value.layout != torch.strided:
             raise TypeError(f"{where} must be a strided tensor, got {value.layout}") from None
         if hints[name] is Tensor and value.ndim == 0:
             raise ValueError(f"{where} must have at least one dimension, got ()") from None
+        first, x = next(iter(tensors.items()))
+        if value.is_meta and not x.is_meta:
+            place = f"on the device of {first} ({x.device})"
+            raise TypeError(f"{where} must be {place}, got meta") from None
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of the type that a public function asks for."""
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of the type that a public function or module asks for."""
+    if hint is Any:
+        return True
     kind, inner = get_origin(hint), get_args(hint)
     if kind in (types.UnionType, Union):
-        return any(_fits(value, each) for each in inner)
+        return any(fits(value, each) for each in inner)
     if kind is tuple:
         is_pair = isinstance(value, (tuple, list)) and len(value) == len(inner)
-        return is_pair and all(map(_fits, value, inner))
+        return is_pair and all(map(fits, value, inner))
     if kind is Sequence:
         is_sequence = isinstance(value, Sequence) and not isinstance(value, str)
-        return is_sequence and all(_fits(each, inner[0]) for each in value)
+        return is_sequence and all(fits(each, inner[0]) for each in value)
     if hint in (int, float):  # numpy's numbers as well
         number = SupportsIndex if hint is int else SupportsFloat
-        return isinstance(value, number) and not isinstance(value, Tensor)
+        return isinstance(value, number) and not isinstance(value, (bool, Tensor, np.ndarray))
+    if hint is bool:
+        return isinstance(value, FLAG)
     return isinstance(value, hint)
 
 

@@ -137,7 +137,7 @@ def pixels_output(images: Tensor, folded: Tensor) -> Tensor:
 
 def table(grid: Tensor | None) -> Tensor | None:
     """Where the images of a grid begin, on the CPU: patch_embed_check_pixels fills it."""
-    return None if grid is None else torch.empty(grid.shape[0], 4, dtype=torch.int32)
+    return None if grid is None else torch.empty(*grid.shape[:1], 4, dtype=torch.int32)
 
 
 def centre(images: Tensor) -> float:

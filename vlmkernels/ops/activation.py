@@ -42,7 +42,7 @@ def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
 
     Hendrycks and Gimpel, arXiv 1606.08415. Drop-in for torch.nn.functional.gelu.
     """
-    return _activation(x, _kind_of("gelu", approximate))  # type: ignore[no-any-return]
+    return _activation(x, kind_of("gelu", approximate))  # type: ignore[no-any-return]
 
 
 @_library.public
@@ -77,10 +77,11 @@ def geglu(gate: Tensor, up: Tensor | None = None, *, approximate: str = "tanh") 
 
     Shazeer, arXiv 2002.05202.
     """
-    return _gated_activation(gate, up, _kind_of("geglu", approximate))  # type: ignore[no-any-return]
+    return _gated_activation(gate, up, kind_of("geglu", approximate))  # type: ignore[no-any-return]
 
 
-def _kind_of(op: str, approximate: str) -> str:
+def kind_of(op: str, approximate: str) -> str:
+    """What the core calls it."""
     if approximate not in _APPROXIMATE:
         raise ValueError(f"{op}: approximate must be 'none' or 'tanh', got {approximate!r}")
     return _APPROXIMATE[approximate]

@@ -100,7 +100,7 @@ def _logits(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> 
 
 
 def _scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
-    dtype = torch.promote_types(like.dtype, torch.float32)
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} must be one value, got shape {tuple(value.shape)}")

@@ -156,6 +156,21 @@ def test_max_new_tokens_of_the_checkpoint(
     assert model.generate(**inputs).shape[1] == length + 3
     assert model.generate(**inputs, max_new_tokens=2).shape[1] == length + 2
     assert model.generate(**inputs, max_length=length + 4).shape[1] == length + 4
+    both = {**given, "max_length": length + 1}  # as transformers: max_new_tokens goes first
+    monkeypatch.setattr(model, "generation_config", both)
+    assert model.generate(**inputs).shape[1] == length + 3
+
+
+def test_max_length_of_the_checkpoint(
+    model: Qwen2VL, processor: Qwen2VLProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = cases.make("text", processor)
+    length = inputs["input_ids"].shape[1]
+    given = {**model.generation_config, "max_length": length + 5, "eos_token_id": []}
+    monkeypatch.setattr(model, "generation_config", given)
+    assert model.generate(**inputs).shape[1] == length + 5
+    assert model.generate(**inputs, max_new_tokens=2).shape[1] == length + 2
+    assert model.generate(**inputs, max_length=length + 4).shape[1] == length + 4
 
 
 @pytest.mark.parametrize(

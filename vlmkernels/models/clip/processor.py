@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from vlmkernels.models.chat import as_texts
 from vlmkernels.models.checkpoint import read_json, write_json
 from vlmkernels.models.pixels import CLIP_MEAN, CLIP_STD, ImageSettings
 from vlmkernels.models.tokenizer import Tokenizer
@@ -66,10 +67,7 @@ class ClipProcessor:
         """
         out: dict[str, Tensor] = {}
         if text is not None:
-            texts = [text] if isinstance(text, str) else list(text)
-            if not texts:
-                raise ValueError("text: expected at least one, got none")
-            out |= self.tokenizer.pad([self._encode(t) for t in texts], "right")
+            out |= self.tokenizer.pad([self._encode(t) for t in as_texts(text)], "right")
         if images is not None:
             out["pixel_values"] = self.image(images)
         if not out:

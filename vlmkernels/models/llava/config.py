@@ -18,6 +18,7 @@ from vlmkernels.models.fields import (
     INTEGER_OR_NONE,
     NOT_NEGATIVE,
     OBJECT,
+    AttentionHeads,
     expect,
     expect_fields,
     preset_of,
@@ -45,7 +46,7 @@ PRESETS: dict[str, Json] = {
 
 
 @dataclass
-class LlavaTextConfig:
+class LlavaTextConfig(AttentionHeads):
     """The language model. Defaults are what a sparse `text_config` leaves out: LLaMA-7B."""
 
     vocab_size: int = 32000
@@ -69,18 +70,6 @@ class LlavaTextConfig:
         ):
             if value % by:
                 raise ValueError(f"text_config.{name}: expected a multiple of {by}, got {value}")
-
-    @property
-    def num_heads(self) -> int:
-        return self.num_attention_heads
-
-    @property
-    def num_heads_k(self) -> int:
-        return self.num_key_value_heads or self.num_attention_heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
 
     @classmethod
     def from_dict(cls, raw: Json) -> LlavaTextConfig:

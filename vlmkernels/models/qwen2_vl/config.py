@@ -18,6 +18,7 @@ from vlmkernels.models.fields import (
     NOT_NEGATIVE,
     OBJECT,
     THREE_INDICES,
+    AttentionHeads,
     expect,
     expect_fields,
     preset_of,
@@ -133,7 +134,7 @@ class Qwen2VLVisionConfig(VisionFields):
 
 
 @dataclass
-class Qwen2VLConfig:
+class Qwen2VLConfig(AttentionHeads):
     """The whole model. `raw` is the config.json it came from: unknown keys survive a round trip.
 
     Raises ValueError for what the model does not compute: another `rope_scaling` than M-RoPE,
@@ -191,18 +192,6 @@ class Qwen2VLConfig:
                 f"vision_config.{self.vision.out_field}: expected hidden_size = "
                 f"{self.hidden_size}, got {self.vision.out_dim}"
             )
-
-    @property
-    def num_heads(self) -> int:
-        return self.num_attention_heads
-
-    @property
-    def num_heads_k(self) -> int:
-        return self.num_key_value_heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
 
     @classmethod
     def preset(cls, name: str) -> Self:

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from vlmkernels.models.layers import Mlp, add_norm, run_layer
+from vlmkernels.models.layers import Mlp, add_norm, expect_floating, run_layer
 from vlmkernels.nn import LayerNorm, PatchEmbed3d, RMSNorm
 from vlmkernels.ops import attention, vision_rope
 
@@ -126,8 +126,10 @@ def patch_positions(grids: Grids, merge: int) -> Tensor:
 
 def check_grid(pixel_values: Tensor, grid_thw: Tensor, config: VisionFields) -> Grids:
     """The rows of `grid_thw` as Python numbers, checked against `pixel_values`."""
-    if not pixel_values.is_floating_point():
-        raise TypeError(f"pixel_values: expected floating point, got {pixel_values.dtype}")
+    expect_floating("pixel_values", pixel_values)
+    if not isinstance(grid_thw, Tensor) or grid_thw.is_floating_point():
+        got = getattr(grid_thw, "dtype", type(grid_thw).__name__)
+        raise TypeError(f"grid_thw: expected a torch.Tensor of integers, got {got}")
     if pixel_values.ndim != 2 or pixel_values.shape[1] != config.patch_dim:
         raise ValueError(
             f"pixel_values: expected shape (num_patches, {config.patch_dim}), "

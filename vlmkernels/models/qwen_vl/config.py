@@ -11,7 +11,15 @@ from dataclasses import dataclass, field
 from math import isqrt
 
 from vlmkernels.models.checkpoint import Json
-from vlmkernels.models.fields import INDEX, NOT_NEGATIVE, OBJECT, expect, expect_fields, preset_of
+from vlmkernels.models.fields import (
+    INDEX,
+    NOT_NEGATIVE,
+    OBJECT,
+    AttentionHeads,
+    expect,
+    expect_fields,
+    preset_of,
+)
 
 # Published sizes (hub config.json files). Qwen-VL and Qwen-VL-Chat are one.
 PRESETS: dict[str, Json] = {"9.6B": {}}
@@ -62,7 +70,7 @@ class QwenVisionConfig:
 
 
 @dataclass
-class QwenVLConfig:
+class QwenVLConfig(AttentionHeads):
     """The whole model. `raw` is the config.json it came from: unknown keys survive a round trip.
 
     intermediate_size: of both halves of the gated MLP together. seq_length: what the model was
@@ -102,18 +110,6 @@ class QwenVLConfig:
                 f"visual.image_start_id: expected less than vocab_size - 2 = "
                 f"{self.vocab_size - 2}, got {self.visual.image_start_id}"
             )
-
-    @property
-    def num_heads(self) -> int:
-        return self.num_attention_heads
-
-    @property
-    def num_heads_k(self) -> int:
-        return self.num_attention_heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.kv_channels
 
     @property
     def eos_token_id(self) -> int | None:
