@@ -104,7 +104,7 @@ def reference_backward(
 
 
 def _run(
-    stats: Tensor | None,
+    with_stats: bool,
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor,
@@ -115,18 +115,16 @@ def _run(
     x, residual = _library.rows(x), None if residual is None else _library.rows(residual)
     y = _library.empty(x)
     h = None if residual is None else torch.empty_like(y)
+    # Last: small memory asked for first would be cut from what the last y gave back.
+    stats = _empty_stats(x, centered) if with_stats else None
     if not _core.C.norm(x, residual, weight, bias, y, h, stats, eps, centered):
         return reference(x, residual, weight, bias, eps, centered)
     return y, h, stats
 
 
 def _kernel(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    y, h, stats = _eager(x, *args)
+    y, h, stats = _run(True, x, *args)
     return y, x.new_empty(0) if h is None else h, stats
-
-
-def _eager(x: Tensor, *args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    return _run(_empty_stats(x, args[-1]), x, *args)
 
 
 def _empty_stats(x: Tensor, centered: bool) -> Tensor:
@@ -219,8 +217,8 @@ _norm = _library.define(
     "norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool centered)"
     " -> (Tensor y, Tensor h, Tensor stats)",
     kernel=_kernel,
-    eager=_eager,
-    inference=functools.partial(_run, None),
+    eager=functools.partial(_run, True),
+    inference=functools.partial(_run, False),
     fake=_fake,
     reference=reference,
     setup_context=_setup_context,
