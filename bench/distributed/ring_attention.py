@@ -95,11 +95,12 @@ class _OnRanks(torch.autograd.Function):
         # The op itself: autograd has one thread for a GPU, and that thread waits here.
         def work(transport: Any) -> Any:
             plan = ctx.plans[transport.rank]
-            dout = plan.shard(grads[0], 0)
+            dout, *saved = (x[None] for x in (plan.shard(grads[0], 0), *ctx.parts[transport.rank]))
             with torch.no_grad():
-                return torch.ops.vlmkernels.ring_attention_backward(
-                    dout, None, *ctx.parts[transport.rank], plan.handle, ctx.scale
+                found = torch.ops.vlmkernels.ring_attention_backward(
+                    dout, None, *saved, plan.handle, ctx.scale
                 )
+            return [grad[0] for grad in found]
 
         found = ctx.ranks.run(work)
         whole = (ctx.plans[0].layout.put(parts, 0) for parts in zip(*found, strict=True))
