@@ -237,8 +237,8 @@ void backward(const AttentionBackwardParams& p) {
     for (const Part& part : parts) most_keys = std::max(most_keys, part.keys);
     const std::vector<Task> tasks = make_tasks(p, parts);
     BiasGradient dbias(p);
-    parallel_take(int64_t(tasks.size()), 1, Backward<T>::memory_size(p, most_keys),
-                  [&](auto&& take, float* memory) {
+    parallel_take(int64_t(tasks.size()), grain_of(tasks, p.head_dim),
+                  Backward<T>::memory_size(p, most_keys), [&](auto&& take, float* memory) {
                       Backward<T> worker(p, dbias.view, memory);
                       for (int64_t i; (i = take()) >= 0;)
                           for (const Part* part : tasks[i].parts) worker.run(*part);

@@ -173,12 +173,18 @@ inline std::vector<Item> make_items(const AttentionParams& p, int64_t max_rows) 
     return items;
 }
 
-// How many items a thread should get at least for a second thread to be worth its start.
-inline int64_t grain_of(const std::vector<Item>& items, int64_t head_dim) {
-    double cost = 0;
-    for (const Item& item : items) cost += item.cost * double(head_dim);
+// How many items a thread should get at least for a second thread to be worth its start; cost(item)
+// is in scores.
+template <class Items, class Cost>
+int64_t grain_of(const Items& items, int64_t head_dim, Cost&& cost) {
+    double all = 0;
+    for (const auto& item : items) all += double(cost(item)) * double(head_dim);
     const double per_thread = 1 << 16;
-    return std::max<int64_t>(1, int64_t(per_thread * double(items.size()) / (cost + 1)));
+    return std::max<int64_t>(1, int64_t(per_thread * double(items.size()) / (all + 1)));
+}
+template <class Items>
+int64_t grain_of(const Items& items, int64_t head_dim) {
+    return grain_of(items, head_dim, [](const auto& item) { return item.cost; });
 }
 
 // parallel_take with f(take, memory): `size` floats for each thread. They are allocated before the

@@ -134,7 +134,10 @@ class Decode {
     }
 
     void run() {
-        parallel_take(int64_t(slices_.size()), 1, rows_ * (ld_ + kBlockKeys),
+        const int64_t grain = grain_of(slices_, p_.head_dim, [this](const Slice& slice) {
+            return Span{slice.begin, slice.end}.size() * rows_;
+        });
+        parallel_take(int64_t(slices_.size()), grain, rows_ * (ld_ + kBlockKeys),
                       [&](auto&& take, float* memory) {
                           for (int64_t i; (i = take()) >= 0;) run_slice(slices_[i], memory);
                       });

@@ -80,7 +80,7 @@ template <class T>
 void finish_panel_as(Panel& panel, const Problem& problem) {
     const AttentionParams& p = problem.p;
     if (!panel.started) fill(panel.out, panel.out + p.head_dim * panel.cols * kWidth, 0.f);
-    alignas(64) float scale[kMostLanes];
+    alignas(64) float scale[kMostLanes] = {};  // of no row as well: denormal garbage is slow
     T* rows[kMostLanes];
     problem.for_rows(panel.begin, panel.rows, [&](int64_t lane, int64_t token, int64_t head) {
         const float sum = panel.sum[lane];

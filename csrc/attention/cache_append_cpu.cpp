@@ -46,7 +46,7 @@ class Append {
             to[first] = from_float<T>(a * c - b * s);
             to[first + step] = from_float<T>(a * s + b * c);
         }
-        for (int64_t d = rotary_dim; d < p_.head_dim; ++d) to[d] = from[d];
+        std::memcpy(to + rotary_dim, from + rotary_dim, (p_.head_dim - rotary_dim) * sizeof(T));
     }
 
     const CacheAppendParams& p_;

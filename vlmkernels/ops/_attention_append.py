@@ -111,7 +111,7 @@ def reference(
 
 
 def _fake(q: Tensor | None, k: Tensor, *rest: Any) -> Tensor:
-    return k.new_empty(0) if q is None else q.new_empty(q.shape)
+    return k.new_empty(0) if q is None else _library.empty(q)
 
 
 def _kernel(q: Tensor | None, k: Tensor, *rest: Any) -> Tensor:

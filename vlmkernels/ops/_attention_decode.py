@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vlmkernels import _core
 from vlmkernels.ops import _library
-from vlmkernels.ops._attention_reference import dense, lse_dtype, lse_shape, visible
+from vlmkernels.ops._attention_reference import dense, empty_lse, visible
 from vlmkernels.ops.attention import scale, window
 
 
@@ -106,7 +106,7 @@ def reference(
 
 
 def _fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(lse_shape(q), dtype=lse_dtype(q))
+    return _library.empty(q), empty_lse(q)
 
 
 def _kernel(

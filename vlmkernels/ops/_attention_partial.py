@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vlmkernels import _core
 from vlmkernels.ops import _library
-from vlmkernels.ops._attention_reference import lse_dtype, lse_shape, reference
+from vlmkernels.ops._attention_reference import empty_lse, lse_dtype, reference
 from vlmkernels.ops.attention import (
     OPTIONS,
     TokenIds,
@@ -106,8 +106,7 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Ten
 
 
 def _fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    dtype = lse_dtype(q)
-    return q.new_empty(q.shape, dtype=dtype), q.new_empty(lse_shape(q), dtype=dtype)
+    return _library.empty(q, dtype=lse_dtype(q)), empty_lse(q)
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -139,7 +138,7 @@ def _backward_fake(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = lse_dtype(q)
-    dq, dk, dv = (x.new_empty(x.shape, dtype=dtype) for x in (q, k, v))
+    dq, dk, dv = (_library.empty(x, dtype=dtype) for x in (q, k, v))
     return dq, dk, dv
 
 
@@ -148,7 +147,7 @@ def _backward_kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dout, lse, delta = aligned(dout), lse.contiguous(), delta.contiguous()
     gradients = _backward_fake(dout, q, k, v)
-    workspace = lse.new_empty((2, *lse.shape))
+    workspace = lse.new_empty(2 * lse.numel())
     tensors = (dout, None, q, k, v, None, lse, delta, workspace, *gradients, None)
     if not _core.C.attention_backward(*tensors, *for_core(q, k, *rest)):
         return _backward_reference(dout, q, k, v, lse, delta, *rest)

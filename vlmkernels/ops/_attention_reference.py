@@ -11,8 +11,9 @@ def lse_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def lse_shape(q: Tensor) -> tuple[int, ...]:
-    return (*q.shape[:-3], q.shape[-2], q.shape[-3])
+def empty_lse(q: Tensor) -> Tensor:
+    *batch, seqlen, num_heads, _ = q.shape
+    return q.new_empty(*batch, num_heads, seqlen, dtype=lse_dtype(q))
 
 
 def reference(

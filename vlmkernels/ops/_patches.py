@@ -34,8 +34,8 @@ def rows(x: Tensor, weight: Tensor) -> Tensor:
 def output(x: Tensor, weight: Tensor) -> Tensor:
     hidden_dim = weight.shape[:1]
     if x.ndim <= 2:
-        return x.new_empty(x.shape[:1] + hidden_dim)
-    return x.new_empty((x.shape[0], math.prod(grid(x, weight)), *hidden_dim))
+        return x.new_empty(*x.shape[:1], *hidden_dim)
+    return x.new_empty(x.shape[0], math.prod(grid(x, weight)), *hidden_dim)
 
 
 def dense(x: Tensor) -> Tensor:

@@ -84,9 +84,6 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x.dtype)
 
 
-empty = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
-
-
 def heads(x: Tensor) -> Tensor:
     """x with contiguous heads: the gradient of a sum has stride 0."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vlmkernels import _core
 from vlmkernels.ops import _library
-from vlmkernels.ops._attention_reference import lse_dtype, lse_shape, reference
+from vlmkernels.ops._attention_reference import empty_lse, reference
 
 TokenIds = Tensor | tuple[Tensor, Tensor] | None
 
@@ -156,7 +156,7 @@ def _max_seqlen(cu_seqlens: Tensor, tokens: Tensor) -> int:
 
 
 def fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(lse_shape(q), dtype=lse_dtype(q))
+    return _library.empty(q), empty_lse(q)
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -230,8 +230,8 @@ def _backward_fake(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     with_dbias: bool, bias: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dbias = bias.new_empty(bias.shape) if bias is not None and with_dbias else q.new_empty(0)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
+    dbias = _library.empty(bias) if bias is not None and with_dbias else q.new_empty(0)
+    return _library.empty(q), _library.empty(k), _library.empty(v), dbias
 
 
 def _backward_kernel(
@@ -240,7 +240,7 @@ def _backward_kernel(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dout, dlse = aligned(dout), None if dlse is None else dlse.contiguous()
     *gradients, dbias = _backward_fake(dout, dlse, q, k, v, out, lse, with_dbias, *rest)
-    workspace = lse.new_empty((2, *lse.shape))
+    workspace = lse.new_empty(2 * lse.numel())
     tensors = (dout, dlse, q, k, v, out, lse, None, workspace, *gradients)
     if not _core.C.attention_backward(
         *tensors, dbias if with_dbias else None, *for_core(q, k, *rest)

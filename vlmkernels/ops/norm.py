@@ -104,7 +104,7 @@ def reference_backward(
 
 
 def _run(
-    stats: Tensor | None,
+    with_stats: bool,
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor,
@@ -113,21 +113,23 @@ def _run(
     centered: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     x, residual = _library.rows(x), None if residual is None else _library.rows(residual)
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = _library.empty(x)
     h = None if residual is None else torch.empty_like(y)
+    # Last: small memory asked for first would be cut from what the last y gave back.
+    stats = _empty_stats(x, centered) if with_stats else None
     if not _core.C.norm(x, residual, weight, bias, y, h, stats, eps, centered):
         return reference(x, residual, weight, bias, eps, centered)
     return y, h, stats
 
 
 def _kernel(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    y, h, stats = _run(_empty_stats(x, args[-1]), x, *args)
+    y, h, stats = _run(True, x, *args)
     return y, x.new_empty(0) if h is None else h, stats
 
 
 def _empty_stats(x: Tensor, centered: bool) -> Tensor:
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty((2 if centered else 1, *x.shape[:-1]), dtype=compute)
+    return x.new_empty(2 if centered else 1, *x.shape[:-1], dtype=compute)
 
 
 def _kernel_backward(
@@ -160,7 +162,7 @@ def _fake(
     eps: float,
     centered: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = _library.empty(x)
     h = x.new_empty(0) if residual is None else torch.empty_like(y)
     return y, h, _empty_stats(x, centered)
 
@@ -174,7 +176,7 @@ def _fake_backward(
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx = torch.empty_like(h, memory_format=torch.contiguous_format)
+    dx = _library.empty(h)
     dweight = torch.empty_like(weight) if weight_grad else weight.new_empty(0)
     dbias = torch.empty_like(weight) if bias_grad else weight.new_empty(0)
     return dx, dweight, dbias
@@ -215,7 +217,8 @@ _norm = _library.define(
     "norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, bool centered)"
     " -> (Tensor y, Tensor h, Tensor stats)",
     kernel=_kernel,
-    inference=functools.partial(_run, None),
+    eager=functools.partial(_run, True),
+    inference=functools.partial(_run, False),
     fake=_fake,
     reference=reference,
     setup_context=_setup_context,

@@ -345,8 +345,8 @@ def _backward_fake(
     weight_v: Tensor, key_lengths: Tensor | None, lse: Tensor, softmax_scale: float, need_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dx = x.new_empty(x.shape if need_dx else 0)
-    dweight_k, dweight_v = weight_k.new_empty(weight_k.shape), weight_v.new_empty(weight_v.shape)
-    return q.new_empty(q.shape), dx, dweight_k, dweight_v
+    dweight_k, dweight_v = _library.empty(weight_k), _library.empty(weight_v)
+    return _library.empty(q), dx, dweight_k, dweight_v
 
 
 def _backward_kernel(

@@ -139,7 +139,7 @@ def _angles_of_core(angles: _Angles) -> tuple[Any, ...]:
 def _kernel(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, *angles: Any
 ) -> tuple[Tensor, Tensor]:
-    q_out, k_out = _rotation.empty(q), _rotation.empty(k)
+    q_out, k_out = _library.empty(q), _library.empty(k)
     inputs = (q, k, q_weight, k_weight)
     if _core.C.qk_norm_rope(*inputs, q_out, k_out, eps, *_angles_of_core(angles)):
         return q_out, k_out
@@ -172,7 +172,7 @@ def _kernel_backward(
 def _fake(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, *angles: Any
 ) -> tuple[Tensor, Tensor]:
-    return _rotation.empty(q), _rotation.empty(k)
+    return _library.empty(q), _library.empty(k)
 
 
 def _fake_backward(
@@ -188,7 +188,7 @@ def _fake_backward(
 ) -> _Four:
     dq_weight = torch.empty_like(q_weight) if weight_grad else q_weight.new_empty(0)
     dk_weight = torch.empty_like(k_weight) if weight_grad else k_weight.new_empty(0)
-    return _rotation.empty(q), _rotation.empty(k), dq_weight, dk_weight
+    return _library.empty(q), _library.empty(k), dq_weight, dk_weight
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

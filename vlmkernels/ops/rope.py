@@ -12,7 +12,8 @@ from torch import Tensor
 
 from vlmkernels import _core
 from vlmkernels.ops import _library, _rotation
-from vlmkernels.ops._rotation import empty, frequencies_of_core, heads
+from vlmkernels.ops._library import empty
+from vlmkernels.ops._rotation import frequencies_of_core, heads
 
 
 @_library.public
@@ -291,8 +292,8 @@ def _of_core(options: tuple[Any, ...]) -> tuple[Tensor, Tensor, int]:
 def _kernel_qkv_viewing(
     qkv: Tensor, position_ids: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (*qkv.shape[:-3], *qkv.shape[-2:])
-    q, k = qkv.new_empty(shape), qkv.new_empty(shape)
+    q = qkv.new_empty((*qkv.shape[:-3], *qkv.shape[-2:]))
+    k = empty(q)
     if _core.C.rope_qkv(qkv, position_ids, q, k, *_of_core(options)):
         return q, k, qkv.select(-3, 2)
     return reference_qkv(qkv, position_ids, *options)

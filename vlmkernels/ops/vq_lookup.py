@@ -127,7 +127,7 @@ def _fake(
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     num_tokens = z.shape[0]
     return (
-        z.new_empty(z.shape),
+        _library.empty(z),
         z.new_empty(num_tokens, dtype=dtype),
         z.new_empty(num_tokens, dtype=dtype),
         z.new_empty(num_tokens, dtype=torch.int64),
