@@ -1,7 +1,8 @@
-// patch_embed from pixels of 16 bits on Hopper, forward and dx, over common/gemm_hopper.cuh.
-// Weights and dy come by TMA. Patches are gathered by the producer warpgroup: a thread walks along
-// the columns of its patch while its neighbours walk along theirs, so that a warp reads lines of 32
-// patches, which lie together. From bytes: resident.cuh. dweight: dweight_hopper.cuh.
+// patch_embed from 16-bit elements on Hopper, forward and dx, over common/gemm_hopper.cuh.
+// Weights, dy and patch rows come by TMA. Patches of images are gathered by the producer warpgroup:
+// a thread walks along the columns of its patch while its neighbours walk along theirs, so that a
+// warp reads lines of 32 patches, which lie together. From bytes: resident.cuh. dweight:
+// dweight_hopper.cuh.
 #pragma once
 
 #include "common/gemm_hopper.cuh"
@@ -63,13 +64,18 @@ __device__ void gather(uint32_t tile, int to, int chunk0, const View& x, const P
 template <int kBlocks>
 class TokenBias {
   public:
-    __device__ TokenBias(const float* bias, int n, int width) {
+    template <class T>
+    __device__ TokenBias(const PatchEmbedEpilogue<T>& e, int n) {
 #pragma unroll
         for (int i = 0; i < kEach; ++i) {
             const int column = n + (i * 8 + lane_ / 4) * 8 + lane_ % 4 * 2;
             values_[i] = make_float2(0, 0);
-            if (bias && column < width)
-                values_[i] = *reinterpret_cast<const float2*>(bias + column);
+            if (column >= e.y.num_columns) continue;
+            if (e.float_bias)
+                values_[i] = *reinterpret_cast<const float2*>(e.float_bias + column);
+            else if (e.bias.num_rows)
+                values_[i] =
+                    make_float2(float(e.bias.data[column]), float(e.bias.data[column + 1]));
         }
     }
     // Of this thread's columns of a block of 8.
@@ -148,6 +154,15 @@ __device__ void store_tokens(const PatchEmbedEpilogue<T>& e, const float (&c)[kB
     }
 }
 
+// The calling warp's rows of tile (tile_m, tile_n).
+template <class Tile, class T>
+__device__ void store_tile(const PatchEmbedEpilogue<T>& epilogue, const float (&c)[Tile::kN / 8][4],
+                           int tile_m, int tile_n) {
+    const int n = tile_n * Tile::kN;
+    store_tokens(epilogue, c, TokenBias<Tile::kN / 8>(epilogue, n),
+                 tile_m * Tile::kM + int(threadIdx.x) / 32 * 16 - 64, n);
+}
+
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1) patch_embed_hopper_kernel(
     const __grid_constant__ PixelView<const typename Tile::T, typename Tile::T> x,
@@ -173,11 +188,30 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) patch_embed_hopper_kernel(
                 gather<A, 8>(stage.a, stage.thread, 0, x, row, patch < x.num_rows, step * 64);
             },
             [&](int tile, const auto& c, const auto&) {
-                const int n = tile % tiles_n * Tile::kN;
-                store_tokens(
-                    epilogue, c[0],
-                    TokenBias<Tile::kN / 8>(epilogue.float_bias, n, epilogue.y.num_columns),
-                    tile / tiles_n * Tile::kM + threadIdx.x / 32 * 16 - 64, n);
+                store_tile<Tile>(epilogue, c[0], tile / tiles_n, tile % tiles_n);
+            });
+    }
+}
+
+// Of patch rows: both operands by TMA.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1) patch_embed_rows_hopper_kernel(
+    const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap weight,
+    const __grid_constant__ PatchEmbedEpilogue<typename Tile::T> epilogue, int patch_dim) {
+    if constexpr (kHopperCode) {
+        extern __shared__ __align__(1024) unsigned char stages[];
+        const int tiles_n = (epilogue.y.num_columns + Tile::kN - 1) / Tile::kN;
+        const int tiles_m = (epilogue.y.num_rows + Tile::kM - 1) / Tile::kM;
+        gemm_hopper<Tile>(
+            stages, tiles_m * tiles_n, [&](int) { return (patch_dim + 63) / 64; },
+            [&](const HopperStage& stage, int tile, int step) {
+                load_operand<typename Tile::A>(stage.a, &x, stage.full, tile / tiles_n * Tile::kM,
+                                               step * 64);
+                load_operand<typename Tile::B>(stage.b, &weight, stage.full,
+                                               tile % tiles_n * Tile::kN, step * 64);
+            },
+            [&](int tile, const auto& c, const auto&) {
+                store_tile<Tile>(epilogue, c[0], tile / tiles_n, tile % tiles_n);
             });
     }
 }

@@ -64,7 +64,7 @@ PatchEmbedEpilogue<T> make_epilogue(const PatchEmbedParams& p) {
             .scale = p.scale};
 }
 
-// instances/hopper_*.cu: from pixels, where has_hopper(). They fail with cudaErrorNotSupported, and
+// instances/hopper_*.cu: where has_hopper(). They fail with cudaErrorNotSupported, and
 // launch nothing, where TMA cannot take an operand.
 template <class T>
 Error launch_hopper(const PatchEmbedParams& p, Stream stream);
@@ -75,10 +75,8 @@ Error launch_hopper(const PatchEmbedDweightParams& p, Stream stream);
 
 template <class T, bool kPixels>
 Error launch(const PatchEmbedParams& p, Stream stream) {
-    if constexpr (kPixels)
-        if (has_hopper())
-            if (Error error = launch_hopper<T>(p, stream); error != cudaErrorNotSupported)
-                return error;
+    if (has_hopper())
+        if (Error error = launch_hopper<T>(p, stream); error != cudaErrorNotSupported) return error;
     const int rows = int(p.patches.num_patches), hidden_dim = int(p.hidden_dim);
     const PatchEmbedEpilogue<T> epilogue = make_epilogue<T>(p);
     const MatrixView<const T> weight(static_cast<const T*>(p.weight), p.weight_stride, hidden_dim,
@@ -93,10 +91,8 @@ Error launch(const PatchEmbedParams& p, Stream stream) {
 
 template <class T, bool kPixels>
 Error launch(const PatchEmbedDxParams& p, Stream stream) {
-    if constexpr (kPixels)
-        if (has_hopper())
-            if (Error error = launch_hopper<T>(p, stream); error != cudaErrorNotSupported)
-                return error;
+    if (has_hopper())
+        if (Error error = launch_hopper<T>(p, stream); error != cudaErrorNotSupported) return error;
     const int rows = int(p.patches.num_patches), hidden_dim = int(p.hidden_dim);
     const int patch_dim = p.patches.patch_dim;
     const MatrixView<const T> dy(static_cast<const T*>(p.dy), hidden_dim, rows, hidden_dim);
@@ -112,10 +108,8 @@ Error launch(const PatchEmbedDxParams& p, Stream stream) {
 
 template <class T, bool kPixels>
 Error launch(const PatchEmbedDweightParams& p, Stream stream) {
-    if constexpr (kPixels)
-        if (has_hopper())
-            if (Error error = launch_hopper<T>(p, stream); error != cudaErrorNotSupported)
-                return error;
+    if (has_hopper())
+        if (Error error = launch_hopper<T>(p, stream); error != cudaErrorNotSupported) return error;
     const int rows = int(p.patches.num_patches), hidden_dim = int(p.hidden_dim);
     const int patch_dim = p.patches.patch_dim;
     const MatrixView<const T> dy(static_cast<const T*>(p.dy), hidden_dim, rows, hidden_dim);

@@ -37,19 +37,33 @@ Error launch_hopper(const PatchEmbedParams& p, Stream stream) {
     if (p.patches.dtype == DType::kUInt8)
         return large ? launch_resident<T, 256, 4>(p, stream)
                      : launch_resident<T, 128, 8>(p, stream);
-    auto run = [&]<class Tile>() -> Error {
-        CUtensorMap weight;
-        if (Error error = operand_map<typename Tile::B>(&weight, p.weight, p.dtype, p.hidden_dim,
-                                                        p.patches.patch_dim, p.weight_stride))
-            return error;
-        const PixelView<const T, T> x(static_cast<const T*>(p.x), p.patches);
-        return launch_persistent<Tile>(patch_embed_hopper_kernel<Tile>,
-                                       num_tiles<Tile>(p.patches.num_patches, p.hidden_dim), stream,
-                                       x, weight, make_epilogue<T>(p));
+    auto run = [&]<Producer kProducer, int kN>() -> Error {
+        using Tile = HopperGemmTile<T, 128, kN, 4, 2, kProducer>;
+        const Patches& s = p.patches;
+        const int64_t tiles = num_tiles<Tile>(s.num_patches, p.hidden_dim);
+        CUtensorMap weight, rows;
+        Error error = operand_map<typename Tile::B>(&weight, p.weight, p.dtype, p.hidden_dim,
+                                                    s.patch_dim, p.weight_stride);
+        if constexpr (kProducer == Producer::kTma) {
+            if (!error)
+                error = operand_map<typename Tile::A>(&rows, p.x, p.dtype, s.num_patches,
+                                                      s.patch_dim, s.stride_image);
+            if (error) return error;
+            return launch_persistent<Tile>(patch_embed_rows_hopper_kernel<Tile>, tiles, stream,
+                                           rows, weight, make_epilogue<T>(p), s.patch_dim);
+        } else {
+            if (error) return error;
+            const PixelView<const T, T> x(static_cast<const T*>(p.x), s);
+            return launch_persistent<Tile>(patch_embed_hopper_kernel<Tile>, tiles, stream, x,
+                                           weight, make_epilogue<T>(p));
+        }
     };
-    using Large = HopperGemmTile<T, 128, 256, 4, 2, Producer::kThreads>;
-    using Small = HopperGemmTile<T, 128, 128, 4, 2, Producer::kThreads>;
-    return large ? run.template operator()<Large>() : run.template operator()<Small>();
+    auto with_producer = [&]<Producer kProducer>() {
+        return large ? run.template operator()<kProducer, 256>()
+                     : run.template operator()<kProducer, 128>();
+    };
+    return p.patches.rows ? with_producer.template operator()<Producer::kTma>()
+                          : with_producer.template operator()<Producer::kThreads>();
 }
 
 template <class T>

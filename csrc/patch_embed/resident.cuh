@@ -173,7 +173,7 @@ __device__ void multiply_resident(uint32_t shared, PipelineBarriers<Tile::kStage
             if (step + 1 < num_steps) multiply(a[1], step + 1);
         }
         const int m = item / items.tiles_n * Tile::kM, n = item % items.tiles_n * Tile::kN;
-        const TokenBias<Tile::kN / 8> bias(epilogue.float_bias, n, epilogue.y.num_columns);
+        const TokenBias<Tile::kN / 8> bias(epilogue, n);
         wgmma_wait<0>();
         release(1);
         if (last) start = panel;

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional
 from torch import Tensor
 
-from tests.conftest import Backend
+from tests.conftest import Backend, need_emulated_core
+from tests.ops.attention_cases import run_emulated
 from vlmkernels import _core, ops
 from vlmkernels.ops.patch_embed import reference
 from vlmkernels.testing import assert_as_accurate
@@ -32,6 +33,8 @@ LARGE_CASES = {  # large tiles forward; large tiles for dx and dweight; dweight 
     "1130 rows to K=1176": ((1130, 1176), (32, 1176)),
     "dim 1272 from K=1176": ((2, 6, 14, 28), (1272, 6, 14, 14)),
     "1100 rows": ((1100, 27), (8, 27)),
+    "2640 rows to 1280": ((2640, 72), (1280, 72)),  # the largest tiles of Hopper
+    "2640 patches to 1280": ((1, 1, 192, 880), (1280, 1, 8, 8)),
 }
 
 
@@ -83,6 +86,35 @@ def test_exact(backend: Backend, case: tuple[str, tuple[tuple[int, ...], ...]]) 
         ):
             assert value.dtype == dtype
             assert torch.equal(value.cpu().double(), want), name
+
+
+@pytest.mark.parametrize("case", [*CASES.items()], ids=lambda c: c[0])
+def test_exact_before_hopper(
+    hopper: Backend, case: tuple[str, tuple[tuple[int, ...], ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels of sm_80, which Hopper takes where TMA cannot take an operand."""
+    monkeypatch.setenv("VLMKERNELS_ARCH", "80")
+    test_exact(hopper, case)
+
+
+PROGRAM = """
+import torch
+from vlmkernels import ops
+for x, weight in (((70, 64), (72, 64)), ((1, 3, 32, 32), (72, 3, 16, 16))):
+    leaves = [torch.randn(shape).half().requires_grad_() for shape in (x, weight)]
+    ops.patch_embed(*leaves).sum().backward()
+"""
+
+
+def test_kernels() -> None:
+    """Rows and images in 16 bits run on wgmma where there is Hopper; dweight not yet."""
+    need_emulated_core()
+    kernels = run_emulated(PROGRAM, PTXEMU_STATS="1").stderr
+    for name in ("patch_embed_rows_hopper", "patch_embed_hopper", "patch_embed_dx_hopper"):
+        assert f"{name}_kernel" in kernels
+    assert "patch_embed_kernel" not in kernels and "patch_embed_dx_kernel" not in kernels
+    kernels = run_emulated(PROGRAM, PTXEMU_STATS="1", VLMKERNELS_ARCH="80").stderr
+    assert "hopper" not in kernels and "patch_embed_kernel" in kernels
 
 
 @pytest.mark.parametrize("case", ["rows K=588", "CLIP 14x14, border", "video 2x14x14"])
