@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -87,6 +88,11 @@ class StageRun:
                 f"micro_batch: expected a rank's whole share {share}, since parts of a batch have "
                 f"another loss, got {settings.micro_batch}"
             )
+        if not stage.objective.splits and settings.batch > len(examples):
+            raise ValueError(
+                f"batch: expected at most the {len(examples)} examples, which would be their own "
+                f"negatives, got {settings.batch}"
+            )
         collate = partial(stage.collate, processor, settings=settings)
         trainer = Trainer(
             lambda: ranks.load_on_first(model),
@@ -96,6 +102,7 @@ class StageRun:
             objective=stage.objective,
             device=ranks.device(),
             resume=resume,
+            origin={"stage": stage.does, "data": zlib.crc32(data.read_bytes())},
         )
         return cls(trainer, processor)
 

@@ -14,7 +14,8 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -69,6 +70,7 @@ class Trainer:
 
     make_model: called once `out` is found fit.
     batches: of a step's number, this rank's micro-batches of that step and of all later ones.
+    origin: what else decides the weights, by name; a resumed run must have the same.
     """
 
     def __init__(
@@ -81,18 +83,22 @@ class Trainer:
         objective: Objective | None = None,
         device: torch.device | None = None,
         resume: bool = False,
+        origin: Mapping[str, Any] | None = None,
     ) -> None:
         """ValueError, and nothing written, when `out` holds what this run would destroy, or with
-        `resume` when it holds no run of these settings."""
-        saved = _latest(out)
+        `resume` when it holds no run of these settings, this origin and this model."""
+        saved, self.origin = _latest(out), {**asdict(settings), **(origin or {})}
         if resume:
-            _check_resumable(out, saved, settings)
+            _check_resumable(out, saved, self.origin)
         elif saved is not None or (out / CONFIG).is_file():
             raise ValueError(f"out: expected a new folder, or --resume, got {out} with a model")
         self.out, self.settings, self.step = out, settings, 0
         self.objective = objective or NextToken()
         model = make_model()
         freeze(model, settings.frozen)
+        self.origin["model"] = fingerprint(model)
+        if saved is not None:
+            _check_resumable(out, saved, {"model": self.origin["model"]})
         if settings.bf16:
             halve_frozen(model)
         model.gradient_checkpointing_enable(settings.gradient_checkpointing)
@@ -125,7 +131,10 @@ class Trainer:
             raise RuntimeError(f"step {self.step}: the loss became {loss}")
         # Temperatures are no part of it: over ranks they are no shards, and FSDP leaves them alone.
         weights = [p for p in self.trained.values() if p.ndim > 0]
-        norm = nn.utils.clip_grad_norm_(weights, s.max_grad_norm)
+        grad = nn.utils.clip_grad_norm_(weights, s.max_grad_norm)
+        norm = float(grad.full_tensor() if isinstance(grad, DTensor) else grad)
+        if not math.isfinite(norm):  # weights that are no numbers must never be saved
+            raise RuntimeError(f"step {self.step}: the gradient's norm became {norm}")
         ranks.average_grads([p for p in self.trained.values() if p.ndim == 0])
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -135,7 +144,7 @@ class Trainer:
             "step": self.step,
             "loss": loss,
             "lr": rate,
-            "grad_norm": float(norm.full_tensor() if isinstance(norm, DTensor) else norm),
+            "grad_norm": norm,
             "items": num_items,
             "seconds": time.perf_counter() - start,
         }
@@ -172,7 +181,7 @@ class Trainer:
         if ranks.rank() == 0:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-            write_json(part / SETTINGS, {"step": self.step, **asdict(self.settings)})
+            write_json(part / SETTINGS, {"step": self.step, **self.origin})
         ranks.barrier()
         with _maybe_alone():
             save(self._tensors(), checkpoint_id=part)
@@ -223,6 +232,18 @@ def freeze(model: Pretrained, frozen: str) -> None:
         module.train(any(p.requires_grad for p in module.parameters()))
 
 
+def fingerprint(model: Pretrained) -> int:
+    """Of rank 0's model: of its config, its parameters' shapes, and the bits of those that are
+    frozen, which no save has."""
+    if ranks.rank() > 0:
+        return int(ranks.total(0))
+    parts = [repr(getattr(model, "config", None))]
+    for name, p in model.named_parameters():
+        bits = 0 if p.requires_grad else int(p.detach().float().view(torch.int32).sum())
+        parts.append(f"{name} {tuple(p.shape)} {bits}")
+    return int(ranks.total(zlib.crc32("\n".join(parts).encode())))
+
+
 def halve_frozen(model: Pretrained) -> None:
     """Frozen matrices in bfloat16, which autocast would make of them in every pass; the norms stay,
     and with them the residual stream."""
@@ -267,13 +288,15 @@ def _latest(out: Path) -> Path | None:
     return max(saves, key=lambda p: int(p.name.removeprefix("step_")), default=None)
 
 
-def _check_resumable(out: Path, saved: Path | None, settings: Settings) -> None:
+def _check_resumable(out: Path, saved: Path | None, origin: Mapping[str, Any]) -> None:
+    """ValueError for what differs between a save and the run that shall go on from it."""
     if saved is None:
         raise ValueError(f"resume: expected a save in {out / STATE}, found none")
     before: dict[str, Any] = read_json(saved / SETTINGS)
-    del before["step"]
-    if before != asdict(settings):
-        raise ValueError(f"resume: expected the run's settings {before}")
+    differs = [name for name, value in origin.items() if before.get(name) != value]
+    if differs:
+        pairs = (f"{name} {before.get(name)!r}, got {origin[name]!r}" for name in differs)
+        raise ValueError(f"resume: expected the run's {'; '.join(pairs)}")
 
 
 def _keep_lines(file: Path, last: int) -> None:

@@ -80,7 +80,7 @@ def test_resume_refuses_what_it_cannot_continue(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
     run_to(Run(tmp_path, TINY), 1).save()
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match="expected the run's settings"):
+    with pytest.raises(ValueError, match="expected the run's seed"):
         Run(tmp_path, DigitsSettings(**{**vars(TINY), "seed": 1}), resume=True)
     with pytest.raises(ValueError, match="expected a new folder, or --resume"):
         Run(tmp_path, TINY)
