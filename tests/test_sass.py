@@ -32,13 +32,8 @@ MATRIX = (
     *("vq_lookup", "vq_lookup_hopper"),
     *("attention_fwd_sm90", "attention_fwd_masked_sm90", "attention_bwd_sm90"),
     *("attention_bwd_wide_sm90", "attention_dbias_sm90"),
-    *(
-        "patch_embed_hopper",
-        "patch_embed_rows_hopper",
-        "patch_embed_dx_hopper",
-        "patch_embed_dweight_hopper",
-    ),
-    "patch_embed_resident",
+    *("patch_embed_hopper", "patch_embed_dx_hopper", "patch_embed_dweight_hopper"),
+    *("patch_embed_rows_hopper", "patch_embed_resident"),
 )
 
 

@@ -102,7 +102,7 @@ def test_wrong_input_is_named(place: Path, tmp_path: Path) -> None:
     run = start(place, "llava 1", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     run.trainer.save()
-    with pytest.raises(ValueError, match="resume: expected the run's seed 0, got 1$"):
+    with pytest.raises(ValueError, match=r"resume: expected the run's seed 0, got 1$"):
         start(place, "llava 1", tmp_path / "out", resume=True, seed=1)
     assert run.trainer.settings.learning_rate(1) == TINY["lr"]
 

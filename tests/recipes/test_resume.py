@@ -42,7 +42,7 @@ def test_another_model_is_refused(place: Path, tmp_path: Path) -> None:
 
 def test_another_stage_is_refused(place: Path, tmp_path: Path) -> None:
     start(place, "qwen_vl 2", tmp_path / "out").trainer.save()
-    with pytest.raises(ValueError, match="resume: expected the run's .*stage 'all parameters"):
+    with pytest.raises(ValueError, match=r"resume: expected the run's .*stage 'all parameters"):
         start(place, "qwen_vl 3", tmp_path / "out", resume=True)
 
 
@@ -52,12 +52,12 @@ def test_a_gradient_that_is_no_number_changes_no_weight(place: Path, tmp_path: P
     weight = next(iter(run.trainer.trained.values()))
     weight.register_hook(lambda grad: grad * torch.inf)
     before = weight.detach().clone()
-    with pytest.raises(RuntimeError, match="step 1: the gradient's norm became (inf|nan)"):
+    with pytest.raises(RuntimeError, match=r"step 1: the gradient's norm became (inf|nan)"):
         run.trainer.advance()
     assert torch.equal(weight, before)
 
 
 @pytest.mark.parametrize("which", ["clip 1", "blip2 1"])
 def test_no_pair_is_its_own_negative(which: str, place: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="batch: expected at most the 4 examples, .* got 8"):
+    with pytest.raises(ValueError, match=r"batch: expected at most the 4 examples, .* got 8"):
         start(place, which, tmp_path / "out", batch=8, micro_batch=8)
