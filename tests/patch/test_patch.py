@@ -27,7 +27,7 @@ def test_swaps_what_it_should_and_nothing_of_the_rest(name: str) -> None:
     keys = list(model.state_dict())
     report = patch_model(model)
     assert report.replaced == CASES[name].replaced
-    assert sum(report.left.values()) == (3 if name == "blip_2" else 0)
+    assert sum(report.left.values()) == {"blip_2": 3, "siglip": 1}.get(name, 0)
     assert list(model.state_dict()) == keys
     assert {k: id(v) for k, v in model.named_parameters()} == tensors
     assert state(other) == before and state(model) != before

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch.nn import Module
+from torch.nn import Module, MultiheadAttention
 
 from vlmkernels.compat import transformers as compat
 from vlmkernels.patch import (
@@ -102,6 +102,8 @@ def patch_model(
         elif _is_model(module):
             models.append((module, family))
         else:
+            if attention and type(module) is MultiheadAttention:
+                report.left["MultiheadAttention", "it is torch's own"] += 1
             plan.append((module, _swapped(module, name, family, wanted, report)))
     if attention:
         _set_attention(models, report)
