@@ -113,9 +113,8 @@ static void check_cu_seqlens(const Tensor& cu, const Tensor& q, const Tensor& to
     if (cu.ndim != 1 || cu.numel() < 1)
         value_error(cu, "must have shape (batch + 1,)", shape_text(cu));
     if (max_seqlen < 0 || max_seqlen > std::numeric_limits<int>::max())
-        value_error(cu.op,
-                    std::string("max_seqlen_") + std::string(cu.name).back() +
-                        " must be from 0 to 2^31 - 1, got " + std::to_string(max_seqlen));
+        value_error(cu.op, std::string("max_seqlen_") + std::string(cu.name).back() +
+                               " must be from 0 to 2^31 - 1, got " + std::to_string(max_seqlen));
     if (cu.device.type != dlpack::kCPU) return;
     const int32_t* at = cu.ptr<int32_t>();
     const int64_t n = cu.numel();
